@@ -1,0 +1,142 @@
+"""Builds the two compiled libraries of stamp_kernels on LibTorch's stable ABI, with one ninja file.
+
+`_cpu` is always built. `_cuda` is built where nvcc is found; STAMP_KERNELS_CUDA=1 makes a missing nvcc an error and
+STAMP_KERNELS_CUDA=0 leaves the library out. Neither uses the CPython API, so one wheel (py3-none-<platform>) serves
+every Python, and TORCH_TARGET_VERSION makes it load under every torch from 2.11 on.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+OLDEST_TORCH = "0x020b000000000000"  # 2.11, as TORCH_TARGET_VERSION wants it
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+COMMON_FLAGS = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
+CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+NVCC_FLAGS = [
+    *COMMON_FLAGS,
+    "-DUSE_CUDA",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "--threads=0",
+    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES),
+]
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler to build `_cuda` with, or None where that library is not to be built."""
+    wanted = os.environ.get("STAMP_KERNELS_CUDA")
+    if wanted not in (None, "0", "1"):
+        raise SystemExit(f"STAMP_KERNELS_CUDA must be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        raise SystemExit(
+            f"STAMP_KERNELS_CUDA=1 asks for the CUDA library, but nvcc is neither in {home}/bin nor on PATH"
+        )
+    return nvcc
+
+
+def host_compiler() -> str:
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise SystemExit(
+            f"stamp_kernels compiles C++ and found no compiler {compiler!r}: install one (Debian: apt-get install g++) "
+            "or name it in the environment variable CXX"
+        )
+    return compiler
+
+
+class StableLibrary(Extension):
+    """A shared library of registered ops: everything under csrc/<folder>, loaded by torch.ops.load_library."""
+
+    def __init__(self, name: str, folder: str) -> None:
+        suffix = ".cu" if folder == "cuda" else ".cpp"
+        sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+        super().__init__(name, sources)
+        self.folder = folder
+
+
+class NinjaBuild(build_ext):
+    """Compiles and links all libraries in one ninja run."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # no CPython tag: these are not Python modules
+
+    def build_extensions(self) -> None:
+        import torch
+        from ninja import BIN_DIR, ninja_syntax
+
+        torch_root = Path(torch.__file__).parent
+        torch_includes = [
+            "-isystem",
+            f"{torch_root}/include",
+            "-isystem",
+            f"{torch_root}/include/torch/csrc/api/include",
+        ]
+        build_dir = (ROOT / self.build_temp).resolve()
+        build_dir.mkdir(parents=True, exist_ok=True)
+        with open(build_dir / "build.ninja", "w") as file:
+            ninja = ninja_syntax.Writer(file, width=200)
+            ninja.variable("torch_lib", str(torch_root / "lib"))
+            ninja.rule(
+                "cxx",
+                [host_compiler(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *torch_includes, "-c", "$in", "-o", "$out"],
+                depfile="$out.d",
+                deps="gcc",
+            )
+            ninja.rule("link", [host_compiler(), "-shared", "$in", "-o", "$out", "-L$torch_lib", "-ltorch_cpu"])
+            if any(extension.folder == "cuda" for extension in self.extensions):
+                nvcc = find_nvcc()
+                ninja.rule(
+                    "nvcc",
+                    [nvcc, "-MD", "-MF", "$out.d", *NVCC_FLAGS, *torch_includes, "-c", "$in", "-o", "$out"],
+                    depfile="$out.d",
+                    deps="gcc",
+                )
+                # nvcc adds the static CUDA runtime, so that the library links where torch is CPU only.
+                ninja.rule("nvcc_link", [nvcc, "-shared", "$in", "-o", "$out", "-L$torch_lib", "-ltorch_cpu"])
+            for extension in self.extensions:
+                compiler, linker = ("nvcc", "nvcc_link") if extension.folder == "cuda" else ("cxx", "link")
+                objects = [
+                    ninja.build(str(build_dir / f"{source}.o"), compiler, str(ROOT / source))[0]
+                    for source in extension.sources
+                ]
+                ninja.build(str(Path(self.get_ext_fullpath(extension.name)).resolve()), linker, objects)
+        subprocess.run([Path(BIN_DIR) / "ninja", "-C", build_dir], check=True, stdout=sys.stderr)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for its platform and for every Python 3."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+libraries = [StableLibrary("stamp_kernels._cpu", "cpu")]
+if find_nvcc() is not None:
+    libraries.append(StableLibrary("stamp_kernels._cuda", "cuda"))
+
+setup(
+    packages=[
+        "stamp_kernels",
+        *(f"stamp_kernels.{name}" for name in ("ops", "reference", "modules", "integrations", "profiling")),
+        "stamp_kernels.triton_kernels",
+    ],
+    package_dir={"stamp_kernels.triton_kernels": "triton_kernels"},
+    package_data={"stamp_kernels": ["py.typed"]},
+    ext_modules=libraries,
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": AnyPythonWheel},
+)

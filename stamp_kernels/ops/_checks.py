@@ -1,0 +1,61 @@
+"""Argument checks of the public functions: shapes, dtypes, devices and plain values, never a tensor's contents.
+
+Each raises a ValueError that names the argument, what it was and what is allowed, and costs no sync.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf"), *, below_high: bool = False) -> None:
+    """`low <= value <= high`, or `low <= value < high`."""
+    if not (low <= value and (value < high if below_high else value <= high)):
+        interval = f"[{low}, {high}{')' if below_high or high == float('inf') else ']'}"
+        raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
+def check_tensor(
+    name: str,
+    x: Tensor,
+    *,
+    shape: Sequence[int | str | None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """A tensor of the given rank and sizes; a size given as a word (for the message) or None may be any."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+    if shape is not None:
+        matches = x.dim() == len(shape) and all(
+            not isinstance(wanted, int | torch.SymInt) or size == wanted
+            for size, wanted in zip(x.shape, shape, strict=True)
+        )
+        if not matches:
+            wanted_shape = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+            raise ValueError(f"{name} must have shape {wanted_shape}, got {list(x.shape)}")
+    if dtypes is not None and x.dtype not in dtypes:
+        allowed = ", ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} must have dtype {allowed}, got {x.dtype}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
+    check_tensor(name, cu_seqlens, shape=["batch + 1"], dtypes=[torch.int32], device=device)
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError(f"{name} must have batch + 1 >= 1 entries, got shape {list(cu_seqlens.shape)}")
+
+
+def check_max_seqlen(name: str, max_seqlen: int) -> None:
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
+        raise ValueError(f"{name} must be an int (not a tensor), got {type(max_seqlen).__name__}")
+    check_range(name, max_seqlen, 0)

@@ -1,0 +1,88 @@
+"""The `stamp` namespace of the dispatcher, and the only code that registers anything in it.
+
+An op gets its schema, its fake (shapes for torch.compile) and its kernels here. The compiled libraries bring kernels
+for the device they are named after; the reference serves a device that no compiled kernel serves.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Held for the life of the process: a collected Library takes its ops with it.
+_LIBRARY = torch.library.Library("stamp", "DEF")
+
+FLOP_FORMULAS: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
+
+
+def _load_compiled_libraries() -> None:
+    package = Path(__file__).resolve().parent.parent
+    cpu_library = package / "_cpu.so"
+    if not cpu_library.exists():
+        raise ImportError(
+            f"stamp_kernels has no compiled CPU library at {cpu_library}: install the package with "
+            "`pip install --no-build-isolation .` (or `-e .`), which builds it"
+        )
+    torch.ops.load_library(str(cpu_library))
+    cuda_library = package / "_cuda.so"
+    # The symbols it needs exist only in a CUDA build of torch.
+    if torch.version.cuda is not None and cuda_library.exists():
+        torch.ops.load_library(str(cuda_library))
+
+
+def _guard_raw_call(op: torch._ops.OpOverload, public_name: str) -> Callable[..., Any]:
+    """An Autograd kernel that refuses what would lose a gradient, and otherwise goes on to the device's kernel."""
+
+    def refuse_grad(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled():
+            for argument in args:
+                tensors = argument if isinstance(argument, list) else (argument,)
+                if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+                    raise RuntimeError(
+                        f"{op} is a raw op without autograd and one of its inputs requires grad: "
+                        f"call stamp_kernels.{public_name}, or call the op under torch.no_grad()"
+                    )
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return refuse_grad
+
+
+def define_op(
+    schema: str,
+    *,
+    public_name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> torch._ops.OpOverload:
+    """Register one op of the `stamp` namespace.
+
+    Args:
+        schema: name, arguments and returns, as torch.library takes them.
+        public_name: the function of `stamp_kernels` that users call instead.
+        reference: plain PyTorch kernel with the schema's arguments, for the devices without a compiled one.
+        fake: the same arguments to outputs of the right shape, dtype and device, without contents.
+        flops: FLOP formula with the schema's arguments and `out_val`, for torch.utils.flop_counter. None: no
+            matrix product worth counting.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op: torch._ops.OpOverload = getattr(torch.ops.stamp, name).default
+    torch.library.register_fake(f"stamp::{name}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(name, _guard_raw_call(op, public_name), "Autograd", with_keyset=True)
+    for key in ("CPU", "CUDA"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"stamp::{name}", key):
+            _LIBRARY.impl(name, reference, key)
+    if flops is not None:
+        flops._get_raw = True  # the formula reads cu_seqlens, so it wants tensors where torch would pass shapes
+        FLOP_FORMULAS[getattr(torch.ops.stamp, name)] = flops
+        # Importing the counter imports Triton, too heavy for `import stamp_kernels`: stamp_kernels.flops does it.
+        counter = sys.modules.get("torch.utils.flop_counter")
+        if counter is not None:
+            counter.flop_registry[getattr(torch.ops.stamp, name)] = flops
+    return op
+
+
+_load_compiled_libraries()

@@ -1,0 +1,31 @@
+"""Checks of tensor contents: always on the CPU, under STAMP_KERNELS_CHECK=1 elsewhere (they cost a sync there).
+
+Each raises a RuntimeError that names the argument, what it holds and what is allowed.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+
+def contents_are_checked(device: torch.device) -> bool:
+    return device.type == "cpu" or os.environ.get("STAMP_KERNELS_CHECK") == "1"
+
+
+def check_cu_seqlens_contents(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int | None = None) -> None:
+    """`cu_seqlens` starts at 0, never decreases, ends at or before `total`, and no sequence exceeds `max_seqlen`."""
+    if not contents_are_checked(cu_seqlens.device):
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise RuntimeError(f"{name}[0] must be 0, got {offsets[0]}")
+    for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if end < start:
+            raise RuntimeError(f"{name} must never decrease, got {start} then {end} at index {i}")
+        if max_seqlen is not None and end - start > max_seqlen:
+            raise RuntimeError(
+                f"{name}: sequence {i} has length {end - start}, more than the given max_seqlen {max_seqlen}"
+            )
+    if offsets[-1] > total:
+        raise RuntimeError(f"{name}[-1] must be at most the number of rows {total}, got {offsets[-1]}")

@@ -1,0 +1,29 @@
+"""Settings of the whole test session: poisoned uninitialised memory, hypothesis, the `gpu` marker."""
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("stamp", deadline=None, max_examples=30, derandomize=True)
+hypothesis.settings.load_profile("stamp")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poison_uninitialized_memory():
+    """Fill every empty tensor with NaN (integers: the largest value), C++ allocations too: unwritten elements show."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
