@@ -4,6 +4,8 @@ import hypothesis
 import pytest
 import torch
 
+from stamp_kernels._backend import use_backend
+
 hypothesis.settings.register_profile("stamp", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("stamp")
 
@@ -18,6 +20,13 @@ def poison_uninitialized_memory():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["auto", "reference"], ids=["ops", "reference"])
+def backend(request):
+    """Run the test once on the registered ops and once on the differentiable reference."""
+    with use_backend(request.param):
+        yield request.param
 
 
 def pytest_collection_modifyitems(items):

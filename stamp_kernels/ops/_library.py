@@ -14,6 +14,10 @@ import torch
 # Held for the life of the process: a collected Library takes its ops with it.
 _LIBRARY = torch.library.Library("stamp", "DEF")
 
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
 FLOP_FORMULAS: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
 
 
@@ -49,6 +53,16 @@ def _guard_raw_call(op: torch._ops.OpOverload, public_name: str) -> Callable[...
     return refuse_grad
 
 
+def _outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The public functions have cast the inputs; autocast must not reach the products inside a kernel."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+            return kernel(*args)
+
+    return run
+
+
 def define_op(
     schema: str,
     *,
@@ -74,7 +88,7 @@ def define_op(
     _LIBRARY.impl(name, _guard_raw_call(op, public_name), "Autograd", with_keyset=True)
     for key in ("CPU", "CUDA"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"stamp::{name}", key):
-            _LIBRARY.impl(name, reference, key)
+            _LIBRARY.impl(name, _outside_autocast(reference), key)
     if flops is not None:
         flops._get_raw = True  # the formula reads cu_seqlens, so it wants tensors where torch would pass shapes
         FLOP_FORMULAS[getattr(torch.ops.stamp, name)] = flops

@@ -97,6 +97,9 @@ def select_tokens(
         raise ValueError(f"exactly one of keep_ratio and keep_count must be given, got {keep_ratio} and {keep_count}")
     if keep_ratio is not None:
         check_range("keep_ratio", keep_ratio, 0.0, 1.0)
+        # torch.compile(dynamic=True) makes floats symbolic, and such a symbol cannot be part of a size: hashing it
+        # guards on its value.
+        hash(keep_ratio)
     elif isinstance(keep_count, Tensor):
         check_tensor("keep_count", keep_count, shape=[batch], dtypes=[torch.int32, torch.int64], device=device)
     else:
@@ -261,7 +264,9 @@ class _GatherTokens(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(inverse)
         outputs = _gather_tokens_forward(list(x), indices)
-        ctx.mark_non_differentiable(*(y for y in outputs if not y.is_floating_point()))
+        # One tensor that requires grad does not make the others differentiable.
+        wanted = ctx.needs_input_grad[2:]
+        ctx.mark_non_differentiable(*(y for y, needs_grad in zip(outputs, wanted, strict=True) if not needs_grad))
         return tuple(outputs)
 
     @staticmethod
@@ -306,7 +311,8 @@ def gather_tokens(x: Tensor | list[Tensor], selection: TokenSelection) -> Tensor
         check_tensor(name, tensor, device=device)
         if tensor.dim() == 0 or tensor.shape[0] != selection.total_source:
             raise ValueError(
-                f"{name} must have {selection.total_source} rows (selection.total_source), got shape {list(tensor.shape)}"
+                f"{name} must have {selection.total_source} rows (selection.total_source), "
+                f"got shape {list(tensor.shape)}"
             )
     if reference_is_forced():
         return reference.gather_tokens(x, selection)

@@ -117,11 +117,13 @@ def select_tokens(
     stays = rank_in_sequence < torch.cat([kept, kept.new_zeros(1)])[sequence]
 
     kept_row = stays.cumsum(0) - 1
+    # Where contents are not checked a total_kept that is too small cuts the last tokens off, rather than memory.
+    stays = stays & (kept_row < total_kept)
     inverse = torch.where(stays, kept_row, -1).to(torch.int32)
     indices = torch.full((total_kept + 1,), -1, dtype=torch.int64, device=device)
     # Dropped rows all write the extra last entry, which is cut off: no nonzero(), which would sync.
-    indices[torch.where(stays, kept_row, total_kept).clamp(max=total_kept)] = torch.arange(total, device=device)
-    cu_seqlens_kept = torch.cat([kept.new_zeros(1), kept.cumsum(0)]).to(torch.int32)
+    indices[torch.where(stays, kept_row, total_kept)] = torch.arange(total, device=device)
+    cu_seqlens_kept = torch.cat([kept.new_zeros(1), kept.cumsum(0)]).clamp(max=total_kept).to(torch.int32)
     return indices[:total_kept].clone(), cu_seqlens_kept, inverse
 
 
@@ -138,7 +140,8 @@ def gather_rows(x: Tensor, row_map: Tensor) -> Tensor:
             raise RuntimeError(f"row indices must be -1 (none) to {x.shape[0] - 1}, got {low} to {high}")
     none = row_map < 0
     if x.shape[0] == 0:
-        return x.new_zeros((row_map.shape[0], *x.shape[1:]))
+        # Nothing to select; cat keeps the result in the autograd graph of x.
+        return torch.cat([x, x.new_zeros((row_map.shape[0], *x.shape[1:]))])
     rows = x.index_select(0, row_map.clamp(min=0))
     return rows.masked_fill(none.view(-1, *[1] * (x.dim() - 1)), 0)
 

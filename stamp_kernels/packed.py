@@ -1,0 +1,254 @@
+"""A batch of sequences of different lengths, one after another without padding."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stamp_kernels.ops._checks import check_choice, check_cu_seqlens, check_max_seqlen, check_range, check_tensor
+from stamp_kernels.ops.selection import gather_tokens
+from stamp_kernels.reference._contents import check_cu_seqlens_contents
+from stamp_kernels.reference.selection import TokenSelection, sequence_of_row
+
+if TYPE_CHECKING:
+    from torchrec.sparse.jagged_tensor import JaggedTensor
+
+_HOST = torch.device("cpu")
+_INTEGERS = (torch.int32, torch.int64)
+
+
+# eq=False: comparing tensors for equality gives tensors, so packed batches compare by identity.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedSequence:
+    """Sequences packed one after another, in the layout of variable-length attention kernels.
+
+    Differentiable through `values`. `dataclasses.replace(packed, values=...)` gives other values in the same layout.
+    An object may be made, read, passed into and returned from functions under torch.compile, and is a pytree.
+
+    Attributes:
+        values: `[T, ...]`, the rows of all sequences. T may exceed `cu_seqlens[-1]`: the rows past it are tail rows,
+            which belong to no sequence and are never read.
+        cu_seqlens: int32 `[B + 1]` on the device of values; sequence b is `values[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        max_seqlen: the longest length, or an upper bound of it.
+        positions: int32 `[T]`, each token's index in its original sequence. It survives pruning. None: 0, 1, ..., n - 1
+            in every sequence.
+        lengths_cpu: int32 or int64 `[B]`, the lengths on the host where they are known there. Sizes that depend on them
+            are then exact without a sync.
+
+    Raises:
+        ValueError: a field has a wrong shape, dtype or device. Contents are not read.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    positions: Tensor | None = None
+    lengths_cpu: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_tensor("values", self.values)
+        if self.values.dim() == 0:
+            raise ValueError("values must have shape [total, ...], got a tensor without dimensions")
+        check_cu_seqlens("cu_seqlens", self.cu_seqlens, self.values.device)
+        check_max_seqlen("max_seqlen", self.max_seqlen)
+        if self.positions is not None:
+            check_tensor(
+                "positions",
+                self.positions,
+                shape=[self.values.shape[0]],
+                dtypes=[torch.int32],
+                device=self.values.device,
+            )
+        if self.lengths_cpu is not None:
+            batch = self.cu_seqlens.shape[0] - 1
+            check_tensor("lengths_cpu", self.lengths_cpu, shape=[batch], dtypes=_INTEGERS, device=_HOST)
+
+    @classmethod
+    def from_padded(cls, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> "PackedSequence":
+        """Drop the padding of `x`.
+
+        Packs every row's valid tokens in their order, wherever the padding is: right, left or scattered. The host
+        has to learn the lengths to size the result: one sync, and none where the mask or the lengths are on the CPU
+        (from where they may be given even if x is on a GPU).
+
+        Args:
+            x: `[B, S, ...]`, any dtype.
+            mask: bool or integer `[B, S]`, nonzero where a token is valid.
+            lengths: int32 or int64 `[B]`, 0 to S; the padding is on the right. Exactly one of mask and lengths must
+                be given.
+
+        Returns:
+            Without positions: valid tokens count as 0, 1, ..., n - 1. With lengths_cpu, and so with an exact
+            max_seqlen.
+
+        Raises:
+            ValueError: an argument has a wrong shape or dtype.
+            RuntimeError: a length is outside 0 to S.
+        """
+        check_tensor("x", x)
+        if x.dim() < 2:
+            raise ValueError(f"x must have shape [batch, padded length, ...], got {list(x.shape)}")
+        if (mask is None) == (lengths is None):
+            given = "neither" if mask is None else "both"
+            raise ValueError(f"exactly one of mask and lengths must be given, got {given}")
+        batch, padded_length = x.shape[:2]
+        if mask is not None:
+            check_tensor("mask", mask, shape=[batch, padded_length])
+            if mask.is_floating_point() or mask.is_complex():
+                raise ValueError(f"mask must have dtype bool or an integer dtype, got {mask.dtype}")
+            mask = mask.bool()
+            lengths_cpu = mask.sum(1, dtype=torch.int32).cpu()
+            mask = mask.to(x.device, non_blocking=True)
+        else:
+            check_tensor("lengths", lengths, shape=[batch], dtypes=_INTEGERS)
+            lengths_cpu = lengths.to(_HOST, torch.int32)
+            if batch > 0:
+                low, high = int(lengths_cpu.min()), int(lengths_cpu.max())
+                if low < 0 or high > padded_length:
+                    raise RuntimeError(f"lengths must be in [0, {padded_length}], got {low} to {high}")
+            column = torch.arange(padded_length, device=x.device)
+            mask = column < lengths.to(x.device, non_blocking=True).unsqueeze(1)
+
+        total = int(lengths_cpu.sum())
+        max_seqlen = int(lengths_cpu.max()) if batch > 0 else 0
+        valid = mask.flatten()
+        valid_up_to = valid.cumsum(0)
+        # Packed row j is the padded row at which the count of valid ones reaches j + 1.
+        padded_row = torch.searchsorted(valid_up_to, torch.arange(1, total + 1, device=x.device))
+        packed_row = torch.where(valid, valid_up_to - 1, -1).to(torch.int32)
+        cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        selection = TokenSelection(padded_row, cu_seqlens, max_seqlen, packed_row, batch * padded_length)
+        return cls(gather_tokens(x.flatten(0, 1), selection), cu_seqlens, max_seqlen, lengths_cpu=lengths_cpu)
+
+    def to_padded(
+        self,
+        total_length: int | None = None,
+        padding_side: str = "right",
+        padding_value: float = 0,
+    ) -> Tensor:
+        """Every sequence in a row of its own, filled up with `padding_value`. Never syncs; tail rows are left out.
+
+        Args:
+            total_length: S, at least max_seqlen. None: max_seqlen.
+            padding_side: `"right"`, or `"left"` for rows that end together.
+            padding_value: what the padding holds.
+
+        Returns:
+            `[B, S, ...]` in the dtype of values.
+
+        Raises:
+            ValueError: another padding_side, or a total_length below max_seqlen.
+            RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T, or a sequence is longer than
+                max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1).
+        """
+        check_choice("padding_side", padding_side, ("right", "left"))
+        if total_length is None:
+            total_length = self.max_seqlen
+        check_range("total_length", total_length, self.max_seqlen)
+        total, device = self.values.shape[0], self.values.device
+        check_cu_seqlens_contents("cu_seqlens", self.cu_seqlens, total, self.max_seqlen)
+        batch = self.cu_seqlens.shape[0] - 1
+        starts, ends = self.cu_seqlens[:-1].unsqueeze(1), self.cu_seqlens[1:].unsqueeze(1)
+        column = torch.arange(total_length, device=device)
+        # Padded row b starts where its sequence does, or, on the left, where it would have to start to end with it.
+        first = starts if padding_side == "right" else ends - total_length
+        packed_row = first + column  # [B, S]
+        packed_row = torch.where((packed_row >= starts) & (packed_row < ends), packed_row, -1).flatten()
+
+        row = torch.arange(total, device=device)
+        sequence = sequence_of_row(self.cu_seqlens, total)
+        is_tail = sequence == batch
+        first_of_row = torch.cat([first.flatten(), first.new_zeros(1)])[sequence]
+        padded_row = torch.where(is_tail, -1, sequence * total_length + row - first_of_row).to(torch.int32)
+
+        # gather_tokens reads the two row maps of a selection alone.
+        selection = TokenSelection(packed_row, self.cu_seqlens, self.max_seqlen, padded_row, total)
+        padded = gather_tokens(self.values, selection)
+        if padding_value != 0:
+            is_padding = (packed_row < 0).view(-1, *[1] * (padded.dim() - 1))
+            padded = padded.masked_fill(is_padding, padding_value)
+        return padded.unflatten(0, (batch, total_length))
+
+    @classmethod
+    def from_nested(cls, nested: Tensor) -> "PackedSequence":
+        """The values and offsets of a nested tensor of the jagged layout, without a copy of the values.
+
+        One sync for the lengths where the tensor is not on the CPU.
+
+        Raises:
+            ValueError: not of the layout torch.jagged, or not contiguous with the ragged dimension second.
+        """
+        if not (isinstance(nested, Tensor) and nested.is_nested and nested.layout == torch.jagged):
+            raise ValueError("nested must be a nested tensor with layout=torch.jagged")
+        if not nested.is_contiguous():
+            raise ValueError(
+                "nested must be contiguous, with the ragged dimension second and no holes: call .contiguous() first"
+            )
+        return cls._from_offsets(nested.values(), nested.offsets())
+
+    def to_nested(self) -> Tensor:
+        """A nested tensor `[B, ragged, ...]` of the layout torch.jagged over the same values, without a copy.
+
+        A nested tensor has no tail rows, so they are cut off: without lengths_cpu that costs one sync.
+        """
+        return torch.nested.nested_tensor_from_jagged(
+            self._values_without_tail(), self.cu_seqlens, max_seqlen=self.max_seqlen
+        )
+
+    @classmethod
+    def from_jagged(cls, jagged: "JaggedTensor") -> "PackedSequence":
+        """The values and offsets of a TorchRec JaggedTensor, without a copy of the values; weights are left out.
+
+        One sync for the lengths where the tensor is not on the CPU. One feature of a KeyedJaggedTensor is
+        `keyed[key]`.
+        """
+        return cls._from_offsets(jagged.values(), jagged.offsets())
+
+    def to_jagged(self) -> "JaggedTensor":
+        """A TorchRec JaggedTensor over the same values, without a copy.
+
+        A JaggedTensor has no tail rows, so they are cut off: without lengths_cpu that costs one sync.
+
+        Raises:
+            ImportError: torchrec is not installed.
+        """
+        try:
+            from torchrec.sparse.jagged_tensor import JaggedTensor
+        except ImportError as error:
+            raise ImportError("to_jagged needs TorchRec: `pip install torchrec`") from error
+        return JaggedTensor(values=self._values_without_tail(), lengths=self.cu_seqlens.diff(), offsets=self.cu_seqlens)
+
+    def materialized_positions(self) -> Tensor:
+        """int32 `[T]`: `positions`, or 0, 1, ..., n - 1 in every sequence where that is None; 0 on tail rows then."""
+        if self.positions is not None:
+            return self.positions
+        total = self.values.shape[0]
+        row = torch.arange(total, device=self.values.device, dtype=torch.int32)
+        sequence = sequence_of_row(self.cu_seqlens, total)
+        position = row - self.cu_seqlens[sequence]
+        return torch.where(row < self.cu_seqlens[-1], position, 0)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedSequence":
+        """The same batch on another device; lengths_cpu stays on the host."""
+        positions = self.positions
+        return dataclasses.replace(
+            self,
+            values=self.values.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            positions=None if positions is None else positions.to(device, non_blocking=non_blocking),
+        )
+
+    @classmethod
+    def _from_offsets(cls, values: Tensor, offsets: Tensor) -> "PackedSequence":
+        lengths_cpu = offsets.diff().to(_HOST, torch.int32)
+        max_seqlen = int(lengths_cpu.max()) if lengths_cpu.numel() > 0 else 0
+        return cls(values, offsets.to(torch.int32), max_seqlen, lengths_cpu=lengths_cpu)
+
+    def _values_without_tail(self) -> Tensor:
+        num_tokens = self.cu_seqlens[-1] if self.lengths_cpu is None else self.lengths_cpu.sum()
+        return self.values[: int(num_tokens)]
+
+
+# FSDP2 and torch.export find the tensors of arguments and results through the pytree.
+torch.export.register_dataclass(PackedSequence, serialized_type_name="stamp_kernels.PackedSequence")

@@ -1,0 +1,303 @@
+"""Packed attention in plain PyTorch, forward and backward, to be read beside the equations.
+
+For query i and key j of one sequence and one head, D_ij being the dropout mask over 1 - p (1 without dropout):
+
+    S_ij = scale * q_i . k_j + bias[bucket(pos_k[j] - pos_q[i])]     (-inf where causal order hides j)
+    lse_i = log sum_j exp(S_ij)          P_ij = exp(S_ij - lse_i)    O_i = sum_j P_ij D_ij v_j
+    centrality_j = sum over heads and voting queries i of P_ij       (arXiv 2604.05329: the column sum S_attn)
+
+and backward, dO being the gradient of O:
+
+    dP_ij = D_ij dO_i . v_j              delta_i = dO_i . O_i        dS_ij = P_ij (dP_ij - delta_i)
+    dV_j = sum_i P_ij D_ij dO_i          dQ_i = scale sum_j dS_ij k_j   dK_j = scale sum_i dS_ij q_i
+    dbias[b] = sum of dS_ij over bucket(i, j) = b
+
+Sequences of equal lengths are computed together, so that the code shows the mathematics of one sequence and yet a
+batch of thousands takes few steps. fp16 and bf16 inputs are computed in fp32.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stamp_kernels.reference._contents import check_cu_seqlens_contents
+from stamp_kernels.reference.philox import attention_keep_mask
+from stamp_kernels.relative_position import relative_position_bucket
+
+# Scores computed at once, so that thousands of equally long sequences do not fill the memory.
+_MAX_SCORES = 2**24
+
+
+class AttentionOutput(NamedTuple):
+    """What `packed_attention` returns as soon as one `return_` flag is set; None where not asked for.
+
+    Attributes:
+        out: `[Tq, Hq, D]`, dtype of q.
+        lse: `[Hq, Tq]`, fp32 (fp64 for fp64 inputs): log of the sum of exponentiated scores; -inf where no key is seen.
+        centrality: `[Tk]`, fp32 (fp64): the attention each key receives, over heads and voting queries, before dropout.
+    """
+
+    out: Tensor
+    lse: Tensor | None
+    centrality: Tensor | None
+
+
+class EqualLengthGroup(NamedTuple):
+    """Sequences with the same number of queries and the same number of keys."""
+
+    sequences: Tensor  # [G] index in the batch
+    rows_q: Tensor  # [G, n_q]
+    rows_k: Tensor  # [G, n_k]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def equal_length_groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int) -> Iterator[EqualLengthGroup]:
+    """The batch's sequences that have queries, grouped by their lengths. Reads the lengths on the host."""
+    device = cu_seqlens_q.device
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    sequences_by_length: dict[tuple[int, int], list[int]] = {}
+    for i in range(len(starts_q) - 1):
+        lengths = (starts_q[i + 1] - starts_q[i], starts_k[i + 1] - starts_k[i])
+        if lengths[0] > 0:
+            sequences_by_length.setdefault(lengths, []).append(i)
+    for (num_queries, num_keys), sequences in sequences_by_length.items():
+        at_once = max(1, _MAX_SCORES // max(1, num_heads * num_queries * num_keys))
+        for chunk in torch.tensor(sequences, device=device).split(at_once):
+            first_q, first_k = cu_seqlens_q.long()[chunk], cu_seqlens_k.long()[chunk]
+            yield EqualLengthGroup(
+                chunk,
+                first_q[:, None] + torch.arange(num_queries, device=device),
+                first_k[:, None] + torch.arange(num_keys, device=device),
+            )
+
+
+def _per_head(x: Tensor, rows: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """Rows `[G, n]` of x `[T, H, D]` as `[G, num_heads, n, D]`, key heads repeated for their group of query heads."""
+    gathered = x[rows].to(dtype).transpose(1, 2)
+    return gathered.repeat_interleave(num_heads // x.shape[1], dim=1) if x.shape[1] != num_heads else gathered
+
+
+def _buckets(
+    group: EqualLengthGroup,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    num_buckets: int,
+    bidirectional: bool,
+    max_distance: int,
+) -> Tensor:
+    """int64 `[G or 1, n_q, n_k]`, the bucket of each query-key pair; local indices where positions are None."""
+    device = group.rows_q.device
+    query = (
+        torch.arange(group.rows_q.shape[1], device=device)[None] if positions_q is None else positions_q[group.rows_q]
+    )
+    key = torch.arange(group.rows_k.shape[1], device=device)[None] if positions_k is None else positions_k[group.rows_k]
+    return relative_position_bucket(
+        key[:, None, :].long() - query[:, :, None].long(),
+        num_buckets=num_buckets,
+        max_distance=max_distance,
+        bidirectional=bidirectional,
+    )
+
+
+def attention_scores(
+    group: EqualLengthGroup,
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    scale: float,
+    bias_table: Tensor | None,
+    bidirectional: bool,
+    max_distance: int,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+) -> Tensor:
+    """S `[G, Hq, n_q, n_k]` in the compute dtype."""
+    dtype = compute_dtype(q.dtype)
+    num_heads = q.shape[1]
+    scores = scale * (
+        _per_head(q, group.rows_q, num_heads, dtype) @ _per_head(k, group.rows_k, num_heads, dtype).transpose(-1, -2)
+    )
+    if bias_table is not None:
+        buckets = _buckets(group, positions_q, positions_k, bias_table.shape[0], bidirectional, max_distance)
+        scores = scores + bias_table.to(dtype)[buckets].permute(0, 3, 1, 2)
+    if causal:
+        num_queries, num_keys = scores.shape[-2:]
+        last_visible = torch.arange(num_queries, device=q.device) + (num_keys - num_queries)  # aligned bottom-right
+        hidden = torch.arange(num_keys, device=q.device)[None, :] > last_visible[:, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return scores
+
+
+def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """P and lse; a row that sees no key gives P = 0 (without a NaN in its gradient) and lse = -inf."""
+    lse = torch.logsumexp(scores.detach(), dim=-1)
+    sees_no_key = (lse == -torch.inf)[..., None]
+    weights = torch.softmax(scores.masked_fill(sees_no_key, 0.0), dim=-1)
+    return weights.masked_fill(sees_no_key, 0.0), lse
+
+
+def column_sums(weights: Tensor, group: EqualLengthGroup, query_mask: Tensor | None) -> Tensor:
+    """Centrality `[G, n_k]` of the group's keys."""
+    if query_mask is not None:
+        weights = weights * query_mask[group.rows_q][:, None, :, None]
+    return weights.sum(dim=(1, 2))
+
+
+def _dropout_factors(
+    weights: Tensor, group: EqualLengthGroup, dropout_p: float, dropout_seed: Tensor | None
+) -> Tensor | float:
+    """D of the equations, in the shape of the weights; 1 without dropout."""
+    if dropout_p == 0.0:
+        return 1.0
+    keep = attention_keep_mask(dropout_p, dropout_seed, group.sequences, *weights.shape[1:])
+    return keep.to(weights.dtype) / (1.0 - dropout_p)
+
+
+def scatter_rows(total: int, rows: list[Tensor], values: list[Tensor], like: Tensor) -> Tensor:
+    """`[total, ...]` with the groups' values in their rows and 0 elsewhere (tail rows, sequences without queries)."""
+    index = torch.cat([like.new_empty(0, dtype=torch.int64), *(r.flatten() for r in rows)])
+    # like[:0] ties even an empty batch's result to its input, so that a backward pass finds it.
+    source = torch.cat([like[:0], *(v.flatten(0, 1) for v in values)])
+    return like.new_zeros(total, *like.shape[1:]).index_copy(0, index, source)
+
+
+def keys_of_queries(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, positions_q: Tensor | None, positions_k: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(cu_seqlens_k, positions_k) where the ops' None stands for self-attention."""
+    if cu_seqlens_k is not None:
+        return cu_seqlens_k, positions_k
+    return cu_seqlens_q, positions_q if positions_k is None else positions_k
+
+
+def packed_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    bias_table: Tensor | None,
+    bias_bidirectional: bool,
+    bias_max_distance: int,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    query_mask: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    return_centrality: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `stamp::packed_attention_forward`: (out [Tq, Hq, D], lse [Hq, Tq], centrality [Tk], or [0] if not asked).
+
+    Differentiable in q, k, v and bias_table.
+    """
+    check_cu_seqlens_contents("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    if cu_seqlens_k is not None:
+        check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    cu_seqlens_k, positions_k = keys_of_queries(cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
+    dtype = compute_dtype(q.dtype)
+    num_heads = q.shape[1]
+    groups, outs, lses, centralities = [], [], [], []
+    for group in equal_length_groups(cu_seqlens_q, cu_seqlens_k, num_heads):
+        scores = attention_scores(
+            group, q, k, causal, scale, bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k
+        )
+        weights, lse = _softmax(scores)
+        if return_centrality:
+            centralities.append(column_sums(weights.detach(), group, query_mask))
+        dropped = weights * _dropout_factors(weights, group, dropout_p, dropout_seed)
+        out = dropped @ _per_head(v, group.rows_k, num_heads, dtype)
+        groups.append(group)
+        outs.append(out.transpose(1, 2).to(q.dtype))
+        lses.append(lse.transpose(1, 2))
+    rows_q = [group.rows_q for group in groups]
+    out = scatter_rows(q.shape[0], rows_q, outs, like=q)
+    lse = scatter_rows(q.shape[0], rows_q, lses, like=q.new_empty(0, num_heads, dtype=dtype)).t().contiguous()
+    if not return_centrality:
+        return out, lse, lse.new_empty(0)
+    rows_k = [group.rows_k for group in groups]
+    return out, lse, scatter_rows(k.shape[0], rows_k, centralities, like=lse.new_empty(0))
+
+
+def packed_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    bias_table: Tensor | None,
+    bias_bidirectional: bool,
+    bias_max_distance: int,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    need_dq: bool,
+    need_dk: bool,
+    need_dv: bool,
+    need_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op `stamp::packed_attention_backward`: (dq, dk, dv, dbias_table), each [0] where not needed."""
+    cu_seqlens_k, positions_k = keys_of_queries(cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
+    dtype = compute_dtype(q.dtype)
+    num_heads, num_heads_k = q.shape[1], k.shape[1]
+    rows_q, rows_k, dqs, dks, dvs = [], [], [], [], []
+    dbias = bias_table.new_zeros(bias_table.shape, dtype=dtype) if need_dbias else q.new_empty(0)
+
+    def sum_over_group_heads(x: Tensor) -> Tensor:  # [G, Hq, n, D] -> [G, n, Hkv, D]
+        return x.unflatten(1, (num_heads_k, num_heads // num_heads_k)).sum(2).transpose(1, 2).to(k.dtype)
+
+    for group in equal_length_groups(cu_seqlens_q, cu_seqlens_k, num_heads):
+        scores = attention_scores(
+            group, q, k, causal, scale, bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k
+        )
+        lse_g = lse.t()[group.rows_q].transpose(1, 2)
+        weights = torch.exp(scores - lse_g.masked_fill(lse_g == -torch.inf, 0.0)[..., None])
+        factors = _dropout_factors(weights, group, dropout_p, dropout_seed)
+        grad_out_g = _per_head(grad_out, group.rows_q, num_heads, dtype)
+        rows_q.append(group.rows_q)
+        rows_k.append(group.rows_k)
+        if need_dv:
+            dvs.append(sum_over_group_heads((weights * factors).transpose(-1, -2) @ grad_out_g))
+        if not (need_dq or need_dk or need_dbias):
+            continue
+        delta = (grad_out_g * _per_head(out, group.rows_q, num_heads, dtype)).sum(-1, keepdim=True)
+        d_weights = grad_out_g @ _per_head(v, group.rows_k, num_heads, dtype).transpose(-1, -2)
+        d_scores = weights * (factors * d_weights - delta)
+        if need_dq:
+            dq = scale * (d_scores @ _per_head(k, group.rows_k, num_heads, dtype))
+            dqs.append(dq.transpose(1, 2).to(q.dtype))
+        if need_dk:
+            dk = scale * (d_scores.transpose(-1, -2) @ _per_head(q, group.rows_q, num_heads, dtype))
+            dks.append(sum_over_group_heads(dk))
+        if need_dbias:
+            buckets = _buckets(
+                group, positions_q, positions_k, bias_table.shape[0], bias_bidirectional, bias_max_distance
+            )
+            one_hot_sum = d_scores.permute(0, 2, 3, 1).flatten(0, 2)  # [G * n_q * n_k, Hq]
+            dbias = dbias.index_add(0, buckets.expand(len(group.sequences), -1, -1).flatten(), one_hot_sum)
+
+    def rows_or_empty(needed: bool, x: Tensor, rows: list[Tensor], values: list[Tensor]) -> Tensor:
+        return scatter_rows(x.shape[0], rows, values, like=x) if needed else x.new_empty(0)
+
+    return (
+        rows_or_empty(need_dq, q, rows_q, dqs),
+        rows_or_empty(need_dk, k, rows_k, dks),
+        rows_or_empty(need_dv, v, rows_k, dvs),
+        dbias.to(bias_table.dtype) if need_dbias else dbias,
+    )
