@@ -1,0 +1,285 @@
+"""Multi-step Auxiliary Prediction: heads on a trunk's hidden states that predict several future tokens or items."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stamp_kernels.ops._checks import check_choice, check_range, check_tensor
+from stamp_kernels.ops.attention import packed_attention
+from stamp_kernels.ops.cross_entropy import multi_token_cross_entropy
+from stamp_kernels.reference.attention import compute_dtype
+from stamp_kernels.reference.cross_entropy import MultiTokenLoss
+
+
+class LinearDecay(NamedTuple):
+    """lambda going linearly from `start` to `end` over `steps` training steps, and staying there."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __call__(self, training_step: int) -> float:
+        return self.start + (self.end - self.start) * min(training_step / self.steps, 1.0)
+
+
+class LinearHead(nn.Linear):
+    """A linear map, the identity at first."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, hidden_size)
+
+    def reset_parameters(self) -> None:
+        nn.init.eye_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+        return super().forward(hidden)
+
+
+class ResidualHead(nn.Module):
+    """`x + SiLU(W x + b)` (Medusa, arXiv 2401.10774), the identity at first."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+        return hidden + F.silu(self.linear(hidden))
+
+
+class TransformerHead(nn.Module):
+    """A pre-norm transformer block (Gloeckle et al. 2024) within each packed sequence, the identity at first.
+
+    It adds no position encoding: the trunk's states carry the positions.
+    """
+
+    def __init__(self, hidden_size: int, num_attention_heads: int, causal: bool) -> None:
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.causal = causal
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.attention_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.mlp_in = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
+        self.mlp_out = nn.Linear(4 * hidden_size, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for module in self.children():
+            module.reset_parameters()
+        nn.init.zeros_(self.attention_out.weight)
+        nn.init.zeros_(self.mlp_out.weight)
+
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        qkv = self.query_key_value(self.attention_norm(hidden))
+        q, k, v = qkv.unflatten(1, (3, self.num_attention_heads, -1)).unbind(1)
+        attended = packed_attention(q, k, v, cu_seqlens, max_seqlen, causal=self.causal)
+        hidden = hidden + self.attention_out(attended.flatten(1))
+        return hidden + self.mlp_out(F.silu(self.mlp_in(self.mlp_norm(hidden))))
+
+
+class MultiStepPrediction(nn.Module):
+    """MAP: the auxiliary loss `lambda * sum_k w_k CE(step k)` over K future tokens or items (arXiv 2604.05329).
+
+    Every step has a head of its own on the trunk's hidden states, and all share one unembedding. It is added to the
+    model's own loss, which stays the model's business. The module is for training only: in evaluation forward runs
+    no head and returns 0, and a deployed model leaves it out.
+
+    A decoder-only model predicts tokens (or, with stride=L, items) past the next one. Step 1 of the targets is the
+    main loss's:
+
+        >>> hidden, unembedding = torch.randn(7, 64), torch.randn(768, 64)
+        >>> tokens, cu_seqlens = torch.randint(768, (7,)), torch.tensor([0, 4, 7], dtype=torch.int32)
+        >>> prediction = MultiStepPrediction(64, num_steps=2, head="residual")
+        >>> targets = shift_targets(tokens, cu_seqlens, steps=1 + 2)
+        >>> loss = multi_token_cross_entropy(hidden, unembedding, targets[:, :1])
+        >>> loss = loss + prediction(hidden, targets[:, 1:], unembedding=unembedding)
+
+    An encoder-decoder over semantic IDs of L codes has L decoder states per user, one for each code of the next item.
+    Step k's head turns state h into a prediction of code h of the item k further on. With levels=L the rows come as L
+    consecutive ones per item, and vocab_ranges gives each (step, level) its codebook's slice of the vocabulary:
+
+        >>> codebooks = [(0, 256), (256, 512), (512, 768)]
+        >>> prediction = MultiStepPrediction(64, num_steps=2, head="linear", levels=3, vocab_ranges=codebooks * 2)
+        >>> states = torch.randn(8, 3, 64)  # [users, levels, D]
+        >>> codes = torch.randint(256, (8, 3, 2)) + torch.tensor([0, 256, 512]).view(3, 1)  # [users, levels, steps]
+        >>> codes[0, :, 1] = -100  # user 0 has no second item after the next
+        >>> loss = prediction(states.flatten(0, 1), codes.flatten(0, 1), unembedding=unembedding)
+
+    Args:
+        hidden_size: D, width of the hidden states.
+        num_steps: K, the auxiliary steps.
+        head: `"linear"`, `"residual"` or `"transformer"`, see LinearHead, ResidualHead and TransformerHead. At first
+            each is the identity, so that training starts from the trunk's own states.
+        vocab_size: for an unembedding of its own, of this many rows. None: forward is given the model's (tied).
+        step_weights: w_k, K floats. None: all 1.
+        lambda_: a float, or a function of the training step such as LinearDecay(0.3, 0.1, 10_000).
+        levels: L, how many consecutive rows make an item. A step's loss is the mean over its levels' losses.
+        vocab_ranges: one (start, end) for each (step, level), the levels of step 1 first: K * levels. None: the whole
+            vocabulary for all.
+        num_attention_heads: for head="transformer"; its head dimension must be a multiple of 8.
+        causal: for head="transformer", whether a row sees only those before it in its sequence, and itself.
+        label_smoothing, softcap, ignore_index: as in `multi_token_cross_entropy`.
+
+    Raises:
+        ValueError: an argument has a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_steps: int,
+        *,
+        head: str = "residual",
+        vocab_size: int | None = None,
+        step_weights: Sequence[float] | None = None,
+        lambda_: float | Callable[[int], float] = 0.3,
+        levels: int = 1,
+        vocab_ranges: Sequence[tuple[int, int]] | None = None,
+        num_attention_heads: int | None = None,
+        causal: bool = True,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        check_range("hidden_size", hidden_size, 1)
+        check_range("num_steps", num_steps, 1)
+        check_range("levels", levels, 1)
+        check_choice("head", head, ("linear", "residual", "transformer"))
+        if (head == "transformer") != (num_attention_heads is not None):
+            raise ValueError(
+                f'num_attention_heads goes with head="transformer", got head={head!r} and '
+                f"num_attention_heads={num_attention_heads}"
+            )
+        if num_attention_heads is not None:
+            check_range("num_attention_heads", num_attention_heads, 1)
+            if hidden_size % (8 * num_attention_heads) != 0:
+                raise ValueError(
+                    f"num_attention_heads must cut hidden_size {hidden_size} into multiples of 8, "
+                    f"got {num_attention_heads}"
+                )
+        if step_weights is not None and len(step_weights) != num_steps:
+            raise ValueError(f"step_weights must have one weight for each of the {num_steps} steps, got {step_weights}")
+        if vocab_ranges is not None and len(vocab_ranges) != num_steps * levels:
+            raise ValueError(
+                f"vocab_ranges must have num_steps * levels = {num_steps * levels} pairs (start, end), "
+                f"got {len(vocab_ranges)}"
+            )
+        self.hidden_size = hidden_size
+        self.num_steps = num_steps
+        self.head = head
+        self.step_weights = None if step_weights is None else tuple(step_weights)
+        self.lambda_ = lambda_
+        self.levels = levels
+        self.vocab_ranges = None if vocab_ranges is None else tuple(vocab_ranges)
+        self.label_smoothing = label_smoothing
+        self.softcap = softcap
+        self.ignore_index = ignore_index
+
+        if head == "linear":
+            heads = [LinearHead(hidden_size) for _ in range(num_steps)]
+        elif head == "residual":
+            heads = [ResidualHead(hidden_size) for _ in range(num_steps)]
+        else:
+            heads = [TransformerHead(hidden_size, num_attention_heads, causal) for _ in range(num_steps)]
+        self.heads = nn.ModuleList(heads)
+        self.unembedding = None if vocab_size is None else nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for head in self.heads:
+            head.reset_parameters()
+        if self.unembedding is not None:
+            nn.init.normal_(self.unembedding, std=self.hidden_size**-0.5)
+
+    def forward(
+        self,
+        hidden: Tensor,  # [N, D]
+        targets: Tensor,  # [N, K] int64
+        *,
+        unembedding: Tensor | None = None,  # [V, D]
+        bias: Tensor | None = None,  # [V]
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        max_seqlen: int | None = None,
+        training_step: int | None = None,
+        return_step_losses: bool = False,
+    ) -> Tensor | MultiTokenLoss:
+        """The auxiliary loss of a batch; 0 in evaluation.
+
+        Args:
+            hidden: `[N, D]`, the trunk's last hidden states; N = items * levels, the levels of an item together. Rows
+                without a target have no influence but must be finite: their 0 gradient meets them in the heads.
+            targets: int64 `[N, K]`, what each row's step k predicts, or ignore_index. See `shift_targets`.
+            unembedding: `[V, D]`, the model's, unless the module has one of its own (vocab_size).
+            bias: added to the logits, as in `multi_token_cross_entropy`.
+            cu_seqlens, max_seqlen: int32 `[B + 1]` offsets of the packed sequences and their longest length; needed,
+                and read, by head="transformer" alone.
+            training_step: what lambda_ is a function of, where it is one. torch.compile does not recompile for it.
+            return_step_losses: return MultiTokenLoss(loss, step_losses `[K]`, without weights, lambda and gradient).
+
+        Returns:
+            A scalar, fp32 (fp64 for fp64 hidden states), or MultiTokenLoss.
+
+        Raises:
+            ValueError: an argument has a wrong shape, dtype, device or value, is missing, or was not expected.
+            RuntimeError: contents are wrong, see `multi_token_cross_entropy` and `packed_attention`.
+        """
+        check_tensor("hidden", hidden, shape=["N", self.hidden_size])
+        num_rows = hidden.shape[0]
+        check_tensor("targets", targets, shape=[num_rows, self.num_steps])
+        if num_rows % self.levels != 0:
+            raise ValueError(f"hidden must have rows for whole items of {self.levels} levels, got {num_rows} rows")
+        if (unembedding is None) == (self.unembedding is None):
+            raise ValueError(
+                "exactly one of the argument unembedding and the module's own (vocab_size) must be there, got "
+                + ("neither" if unembedding is None else "both")
+            )
+        if self.head == "transformer" and (cu_seqlens is None or max_seqlen is None):
+            raise ValueError('head="transformer" needs cu_seqlens and max_seqlen')
+        if callable(self.lambda_) and training_step is None:
+            raise ValueError("training_step must be given where lambda_ is a function of it, got None")
+        if not self.training:
+            dtype = compute_dtype(hidden.dtype)
+            zero = torch.zeros((), dtype=dtype, device=hidden.device)
+            return MultiTokenLoss(zero, zero.new_zeros(self.num_steps)) if return_step_losses else zero
+
+        # Every (step, level) is a step of the cross-entropy, with the items as its rows.
+        items_and_levels = (num_rows // self.levels, self.levels)
+        states = [head(hidden, cu_seqlens, max_seqlen) for head in self.heads]
+        states = torch.cat([x.unflatten(0, items_and_levels).transpose(0, 1) for x in states])  # [K * L, items, D]
+        targets = targets.unflatten(0, items_and_levels).transpose(1, 2).flatten(1)  # [items, K * L]
+        step_weights = (1.0,) * self.num_steps if self.step_weights is None else self.step_weights
+        loss, step_losses = multi_token_cross_entropy(
+            states,
+            self.unembedding if unembedding is None else unembedding,
+            targets,
+            bias=bias,
+            step_weights=[weight / self.levels for weight in step_weights for _ in range(self.levels)],
+            vocab_ranges=self.vocab_ranges,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            softcap=self.softcap,
+            return_step_losses=True,
+        )
+        lambda_ = self.lambda_(training_step) if callable(self.lambda_) else self.lambda_
+        loss = lambda_ * loss
+        if not return_step_losses:
+            return loss
+        return MultiTokenLoss(loss, step_losses.unflatten(0, (self.num_steps, self.levels)).mean(1))
+
+    def extra_repr(self) -> str:
+        unembedding = "tied" if self.unembedding is None else f"own, vocab_size={self.unembedding.shape[0]}"
+        return (
+            f"hidden_size={self.hidden_size}, num_steps={self.num_steps}, head={self.head}, unembedding={unembedding}, "
+            f"step_weights={self.step_weights}, lambda_={self.lambda_}, levels={self.levels}"
+        )

@@ -1,0 +1,316 @@
+"""MultiStepPrediction against the sum of weighted F.cross_entropy that it stands for, and its heads and options."""
+
+import doctest
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import assert_close
+from ragged import BATCHES, RaggedBatch
+from torch import nn
+
+from stamp_kernels.modules import prediction
+from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
+from stamp_kernels.ops.cross_entropy import shift_targets
+
+WIDTH, VOCAB, NUM_STEPS = 32, 40, 3
+HEADS = ["linear", "residual", "transformer"]
+BATCH = BATCHES["ragged"]
+
+
+def module(head="residual", num_steps=NUM_STEPS, **options):
+    """In float64, its parameters random: at first every head is the identity."""
+    heads = {"num_attention_heads": 2} if head == "transformer" else {}
+    built = MultiStepPrediction(WIDTH, num_steps, head=head, **heads, **options).double()
+    for parameter in built.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return built
+
+
+def packed_inputs(batch=BATCH, dtype=torch.float64):
+    """hidden (tail rows 0), targets, and the other arguments of forward."""
+    hidden = torch.randn(batch.total, WIDTH, dtype=dtype)
+    hidden[batch.valid :] = 0
+    targets = shift_targets(torch.randint(VOCAB, (batch.total,)), batch.cu_seqlens, steps=1 + NUM_STEPS)[:, 1:]
+    others = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
+    return hidden.requires_grad_(), targets, others | {"unembedding": torch.randn(VOCAB, WIDTH, dtype=dtype) * 0.3}
+
+
+def transformer_block(head, hidden, batch):
+    """The transformer head in torch's own functions, a sequence at a time."""
+
+    def norm(x, module):
+        return F.rms_norm(x, (WIDTH,), module.weight, 1e-6)
+
+    after_attention = hidden.clone()
+    for rows in batch.slices():
+        x = hidden[rows]
+        q, k, v = (
+            y.unflatten(1, (head.num_attention_heads, -1)).transpose(0, 1)
+            for y in head.query_key_value(norm(x, head.attention_norm)).chunk(3, dim=1)
+        )
+        attended = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=head.causal)[0]
+        after_attention[rows] = x + head.attention_out(attended.transpose(0, 1).flatten(1))
+    mlp = head.mlp_out(F.silu(head.mlp_in(norm(after_attention, head.mlp_norm))))
+    return after_attention + mlp
+
+
+def head_output(head, hidden, batch):
+    if isinstance(head, prediction.LinearHead):
+        return F.linear(hidden, head.weight, head.bias)
+    if isinstance(head, prediction.ResidualHead):
+        return hidden + F.silu(F.linear(hidden, head.linear.weight, head.linear.bias))
+    return transformer_block(head, hidden, batch)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("head", HEADS)
+def test_against_weighted_cross_entropy(head, causal):
+    weights = (1.0, 0.5, 0.25)
+    aux = module(head, step_weights=weights, lambda_=0.3, causal=causal)
+    hidden, targets, others = packed_inputs()
+    loss = aux(hidden, targets, **others)
+    expected = 0.3 * sum(
+        weight * F.cross_entropy(head_output(head, hidden, BATCH) @ others["unembedding"].T, targets[:, k])
+        for k, (weight, head) in enumerate(zip(weights, aux.heads, strict=True))
+    )
+    assert_close(loss, expected)
+    wrt = [hidden, *aux.parameters()]
+    for got, want in zip(torch.autograd.grad(loss, wrt), torch.autograd.grad(expected, wrt), strict=True):
+        assert_close(got, want)
+
+
+def test_step_losses():
+    aux = module(step_weights=(1.0, 0.0, 2.0), lambda_=0.3)
+    hidden, targets, others = packed_inputs()
+    loss, step_losses = aux(hidden, targets, **others, return_step_losses=True)
+    assert step_losses.shape == (NUM_STEPS,)
+    assert not step_losses.requires_grad
+    assert_close(loss, 0.3 * (step_losses[0] + 2 * step_losses[2]))
+
+
+def test_options_reach_the_loss():
+    hidden, targets, others = packed_inputs()
+    targets[targets == -100] = -1
+    aux = module("linear", label_smoothing=0.1, softcap=2.0, ignore_index=-1)
+    bias = torch.randn(VOCAB, dtype=torch.float64)
+    expected = 0.0
+    for k, head in enumerate(aux.heads):
+        logits = 2.0 * torch.tanh(F.linear(head_output(head, hidden, BATCH), others["unembedding"], bias) / 2.0)
+        expected += 0.3 * F.cross_entropy(logits, targets[:, k], ignore_index=-1, label_smoothing=0.1)
+    assert_close(aux(hidden, targets, bias=bias, **others), expected)
+
+
+def test_range_per_step():
+    """Without levels there is one range per step: the codes of an item, all predicted from one state."""
+    ranges = [(0, 10), (10, 25), (25, 40)]
+    aux = module("linear", vocab_ranges=ranges)
+    hidden, _, others = packed_inputs()
+    targets = torch.stack([torch.randint(start, end, (BATCH.total,)) for start, end in ranges], dim=1)
+    expected = sum(
+        0.3 * F.cross_entropy((head(hidden, None, None) @ others["unembedding"].T)[:, start:end], targets[:, k] - start)
+        for k, (head, (start, end)) in enumerate(zip(aux.heads, ranges, strict=True))
+    )
+    assert_close(aux(hidden, targets, **others), expected)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_levels(head):
+    """Level h of the item k further on is predicted from decoder state h, over level h's codebook."""
+    users, codebooks = 6, [(0, 10), (10, 25), (25, 40), (3, 9)]
+    levels, weights = len(codebooks), (1.0, 0.5)
+    aux = module(head, num_steps=2, levels=levels, vocab_ranges=codebooks * 2, step_weights=weights)
+    batch = RaggedBatch((levels,) * users, tail=0)
+    _, _, others = packed_inputs(batch)
+    states = torch.randn(users, levels, WIDTH, dtype=torch.float64)
+    codes = torch.stack([torch.randint(start, end, (users, 2)) for start, end in codebooks], dim=1)
+    codes[2:, :, 1] = -100  # these users have no second item
+
+    expected = torch.zeros(2, dtype=torch.float64)
+    for k, head_k in enumerate(aux.heads):
+        predicted = head_output(head_k, states.flatten(0, 1), batch).unflatten(0, (users, levels))
+        for h, (start, end) in enumerate(codebooks):
+            logits = predicted[:, h] @ others["unembedding"][start:end].T
+            present = codes[:, h, k] != -100
+            expected[k] += F.cross_entropy(logits[present], codes[present, h, k] - start) / levels
+    got = aux(states.flatten(0, 1), codes.flatten(0, 1), **others, return_step_losses=True)
+    assert_close(got.step_losses, expected)
+    assert_close(got.loss, 0.3 * (expected[0] + 0.5 * expected[1]))
+
+
+def test_levels_without_ranges_equal_no_levels():
+    hidden, _, others = packed_inputs()
+    hidden = hidden[:28]
+    targets = torch.randint(VOCAB, (28, NUM_STEPS))
+    by_level, plain = module(levels=4), module()
+    plain.load_state_dict(by_level.state_dict())
+    assert_close(by_level(hidden, targets, **others), plain(hidden, targets, **others))
+
+
+def test_own_unembedding():
+    aux = module(vocab_size=VOCAB)
+    hidden, targets, others = packed_inputs()
+    del others["unembedding"]
+    tied = module()
+    tied.load_state_dict(aux.state_dict(), strict=False)
+    loss = aux(hidden, targets, **others)
+    assert_close(loss, tied(hidden, targets, unembedding=aux.unembedding, **others))
+    loss.backward()
+    assert aux.unembedding.grad.abs().sum() > 0
+
+
+def test_no_targets_no_rows():
+    hidden, targets, others = packed_inputs()
+    aux = module()
+    loss = aux(hidden, torch.full_like(targets, -100), **others)
+    assert loss == 0
+    loss.backward()
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in aux.parameters())
+    assert aux(hidden[:0], targets[:0], **others) == 0
+
+
+# lambda
+
+
+def test_lambda_decays_linearly():
+    decay = LinearDecay(0.3, 0.1, 1_000)
+    assert [decay(step) for step in (0, 500, 1_000, 5_000)] == pytest.approx([0.3, 0.2, 0.1, 0.1])
+
+
+def test_decaying_lambda_scales_the_loss():
+    hidden, targets, others = packed_inputs()
+    decaying, constant = module(lambda_=LinearDecay(0.3, 0.1, 10)), module(lambda_=1.0)
+    constant.load_state_dict(decaying.state_dict())
+    whole = constant(hidden, targets, **others)
+    for training_step, lambda_ in ((0, 0.3), (5, 0.2), (20, 0.1)):
+        assert_close(decaying(hidden, targets, **others, training_step=training_step), lambda_ * whole)
+
+
+# Evaluation, initialisation, bf16, torch.compile
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_evaluation_gives_zero_and_runs_no_head(head):
+    aux = module(head).eval()
+    hidden, targets, others = packed_inputs()
+    for used in aux.heads:
+        used.register_forward_hook(lambda *_: pytest.fail("a head ran in evaluation"))
+    loss, step_losses = aux(hidden, targets, **others, return_step_losses=True)
+    assert loss == 0
+    assert not loss.requires_grad
+    assert step_losses.tolist() == [0] * NUM_STEPS
+    assert torch.equal(aux(hidden, targets, **others), loss)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_start_as_the_identity_and_learn(head):
+    options = {"num_attention_heads": 2} if head == "transformer" else {}
+    aux = MultiStepPrediction(WIDTH, NUM_STEPS, head=head, vocab_size=VOCAB, **options)
+    hidden, targets, others = packed_inputs(dtype=torch.float32)
+    del others["unembedding"]
+    for k in range(NUM_STEPS):
+        assert torch.equal(aux.heads[k](hidden, BATCH.cu_seqlens, BATCH.max_seqlen), hidden)
+    optimizer = torch.optim.Adam(aux.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(aux(hidden, targets, **others))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_reset_parameters_restores_the_identity():
+    aux = module("transformer")
+    aux.reset_parameters()
+    hidden, _, others = packed_inputs()
+    assert torch.equal(aux.heads[0](hidden, others["cu_seqlens"], others["max_seqlen"]), hidden)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_autocast(head):
+    aux = module(head).float()
+    hidden, targets, others = packed_inputs(dtype=torch.float32)
+    want = aux(hidden, targets, **others)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = aux(hidden, targets, **others)
+    assert got.dtype == torch.float32
+    assert_close(got, want, torch.bfloat16)
+    got.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in aux.parameters())
+
+
+@pytest.mark.parametrize("head", ["residual", "transformer"])
+def test_compiled_training_step(head):
+    aux = module(head, lambda_=LinearDecay(0.3, 0.1, 10)).float()
+    torch._dynamo.reset()
+    compiled = torch.compile(aux, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for training_step, lengths in ((2, (5, 6, 3, 2)), (3, (7, 0, 4, 9, 4)), (14, (3, 8, 3, 5, 5, 4))):
+            hidden, targets, others = packed_inputs(RaggedBatch(lengths, tail=2), torch.float32)
+            got = compiled(hidden, targets, **others, training_step=training_step)
+            want = aux(hidden, targets, **others, training_step=training_step)
+            assert_close(got, want)
+            for got_grad, want_grad in zip(
+                torch.autograd.grad(got, [hidden, *aux.parameters()]),
+                torch.autograd.grad(want, [hidden, *aux.parameters()]),
+                strict=True,
+            ):
+                assert_close(got_grad, want_grad)
+
+
+def test_state_dict_holds_parameters_alone():
+    assert set(module(lambda_=LinearDecay(0.3, 0.1, 10), vocab_size=VOCAB).state_dict()) == {
+        "unembedding",
+        *(f"heads.{k}.linear.{name}" for k in range(NUM_STEPS) for name in ("weight", "bias")),
+    }
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "mlp"}, r"head must be one of \('linear', 'residual', 'transformer'\), got 'mlp'"),
+        ({"num_steps": 0}, r"num_steps must be in \[1, inf\), got 0"),
+        ({"levels": 0}, r"levels must be in \[1, inf\), got 0"),
+        ({"hidden_size": 0}, r"hidden_size must be in \[1, inf\), got 0"),
+        ({"head": "transformer"}, r'num_attention_heads goes with head="transformer".*num_attention_heads=None'),
+        ({"num_attention_heads": 4}, r"num_attention_heads goes with head=\"transformer\", got head='residual'"),
+        ({"head": "transformer", "num_attention_heads": 3}, r"num_attention_heads must cut hidden_size 32 .*got 3"),
+        ({"head": "transformer", "num_attention_heads": 0}, r"num_attention_heads must be in \[1, inf\), got 0"),
+        ({"step_weights": [1.0]}, r"step_weights must have one weight for each of the 2 steps, got \[1\.0\]"),
+        ({"levels": 3, "vocab_ranges": [(0, 5)] * 3}, r"vocab_ranges must have num_steps \* levels = 6 pairs .*got 3"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiStepPrediction(**{"hidden_size": WIDTH, "num_steps": 2} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        ({}, {"hidden": torch.zeros(31, 8)}, r"hidden must have shape \[N, 32\], got \[31, 8\]"),
+        ({}, {"targets": torch.zeros(31, 2).long()}, r"targets must have shape \[31, 3\], got \[31, 2\]"),
+        ({"levels": 4}, {}, r"hidden must have rows for whole items of 4 levels, got 31 rows"),
+        ({}, {"unembedding": None}, r"exactly one of .*unembedding.* got neither"),
+        ({"vocab_size": VOCAB}, {}, r"exactly one of .*unembedding.* got both"),
+        ({"head": "transformer"}, {"cu_seqlens": None}, r'head="transformer" needs cu_seqlens and max_seqlen'),
+        ({"lambda_": LinearDecay(0.3, 0.1, 10)}, {}, r"training_step must be given where lambda_ is a function"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_bad_arguments(options, arguments, message, training):
+    hidden, targets, others = packed_inputs()
+    inputs = {"hidden": hidden, "targets": targets} | others | arguments
+    with pytest.raises(ValueError, match=message):
+        module(**options).train(training)(**inputs)
+
+
+def test_examples():
+    assert doctest.testmod(prediction, extraglobs={"shift_targets": shift_targets}).failed == 0

@@ -1,0 +1,333 @@
+"""SemanticAdaptivePruning against a loop over the sequences, and against pruning of padded rows."""
+
+import math
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ragged import BATCHES, RaggedBatch, ragged_batches
+from torch import Tensor
+
+import stamp_kernels.ops.selection as selection_ops
+from stamp_kernels.modules.pruning import SemanticAdaptivePruning
+from stamp_kernels.ops.selection import gather_tokens
+from stamp_kernels.packed import PackedSequence
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+THIRD = 1 / 3
+
+
+def packed_of(batch: RaggedBatch, width: int = 6, **fields) -> PackedSequence:
+    """Hidden states with NaN in the tail rows, which must reach nothing."""
+    hidden = torch.randn(batch.total, width)
+    hidden[batch.valid :] = math.nan
+    return PackedSequence(hidden, batch.cu_seqlens, batch.max_seqlen, **fields)
+
+
+def kept_rows(
+    batch: RaggedBatch,
+    hidden: Tensor,
+    centrality: Tensor,
+    *,
+    ratio: Fraction = Fraction(1, 3),
+    min_keep: int = 1,
+    item_length: int = 1,
+    protect: Tensor | None = None,
+    norm: int = 1,
+    per_visible_query: bool = False,
+) -> list[list[int]]:
+    """Rows that each sequence keeps."""
+    kept = []
+    for rows in batch.slices():
+        importance = hidden[rows].norm(norm, dim=1) * centrality[rows]
+        if per_visible_query:
+            n = rows.stop - rows.start
+            importance = importance / torch.arange(n, 0, -1)
+        items = range(len(importance) // item_length)
+        tokens = {item: list(range(item * item_length, (item + 1) * item_length)) for item in items}
+        score = {item: sum(importance[token].item() for token in tokens[item]) for item in items}
+        always = [
+            item for item in items if protect is not None and any(protect[rows.start + token] for token in tokens[item])
+        ]
+        others = sorted(set(items) - set(always), key=lambda item: (-score[item], item))
+        budget = max(min_keep, math.ceil(ratio * len(others)))
+        kept.append([rows.start + token for item in sorted(always + others[:budget]) for token in tokens[item]])
+    return kept
+
+
+def assert_pruned(pruned: PackedSequence, source: PackedSequence, kept: list[list[int]]) -> None:
+    rows = torch.tensor([row for sequence in kept for row in sequence], dtype=torch.int64)
+    lengths = [len(sequence) for sequence in kept]
+    assert torch.equal(pruned.values[: len(rows)], source.values[rows])
+    assert (pruned.values[len(rows) :] == 0).all()
+    assert pruned.cu_seqlens.tolist() == [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    assert max(lengths, default=0) <= pruned.max_seqlen <= source.max_seqlen
+    if pruned.positions is not None:
+        assert torch.equal(pruned.positions[: len(rows)], source.materialized_positions()[rows])
+    if pruned.lengths_cpu is not None:
+        assert pruned.lengths_cpu.tolist() == lengths
+
+
+@settings(max_examples=60)
+@given(
+    batch=ragged_batches(),
+    ratio=st.sampled_from([Fraction(0), Fraction(1, 3), Fraction(1, 2), Fraction(1)]),
+    min_keep=st.integers(0, 2),
+    with_positions=st.booleans(),
+    with_lengths=st.booleans(),
+    protecting=st.booleans(),
+)
+def test_prunes_as_a_loop_over_the_sequences_does(batch, ratio, min_keep, with_positions, with_lengths, protecting):
+    packed = packed_of(
+        batch,
+        positions=batch.positions() if with_positions else None,
+        lengths_cpu=torch.tensor(batch.lengths, dtype=torch.int64) if with_lengths else None,
+    )
+    centrality = torch.rand(batch.total)
+    protect = torch.rand(batch.total) < 0.3 if protecting else None
+    prune = SemanticAdaptivePruning(float(ratio), min_keep=min_keep)
+    pruned, selection = prune(packed, centrality, protect=protect)
+    kept = kept_rows(batch, packed.values, centrality, ratio=ratio, min_keep=min_keep, protect=protect)
+    assert_pruned(pruned, packed, kept)
+    assert selection.indices.tolist() == [row for sequence in kept for row in sequence]
+    assert pruned.positions is not None
+    assert pruned.lengths_cpu is not None
+
+
+@settings(max_examples=60)
+@given(
+    items=ragged_batches(max_length=5),
+    item_length=st.integers(1, 4),
+    tail=st.integers(0, 6),
+    min_keep=st.integers(0, 2),
+    with_lengths=st.booleans(),
+    protecting=st.booleans(),
+)
+def test_items_stay_or_go_whole(items, item_length, tail, min_keep, with_lengths, protecting):
+    batch = RaggedBatch(tuple(n * item_length for n in items.lengths), tail)
+    packed = packed_of(batch, lengths_cpu=torch.tensor(batch.lengths, dtype=torch.int64) if with_lengths else None)
+    centrality = torch.rand(batch.total)
+    protect = torch.rand(batch.total) < 0.1 if protecting else None
+    prune = SemanticAdaptivePruning(THIRD, unit="item", item_length=item_length, min_keep=min_keep)
+    pruned, selection = prune(packed, centrality, protect=protect)
+    kept = kept_rows(batch, packed.values, centrality, min_keep=min_keep, item_length=item_length, protect=protect)
+    assert_pruned(pruned, packed, kept)
+    assert selection.indices.tolist() == [row for sequence in kept for row in sequence]
+    inverse = {row: kept_row for kept_row, row in enumerate(selection.indices.tolist())}
+    assert selection.inverse.tolist() == [inverse.get(row, -1) for row in range(batch.total)]
+    assert selection.total_source == batch.total
+
+
+@pytest.mark.parametrize("normalize", ["none", "visible_queries"])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_norm_and_normalize_reach_the_score(device, norm, normalize):
+    batch = BATCHES["long_among_short"]
+    packed, centrality = packed_of(batch), torch.rand(batch.total)
+    prune = SemanticAdaptivePruning(THIRD, norm=norm, normalize=normalize)
+    pruned, _ = prune(packed.to(device), centrality.to(device))
+    kept = kept_rows(
+        batch,
+        packed.values,
+        centrality,
+        norm={"l1": 1, "l2": 2}[norm],
+        per_visible_query=normalize == "visible_queries",
+    )
+    assert_pruned(pruned.to("cpu"), packed, kept)
+
+
+def test_full_rows_prune_as_padded_rows_do():
+    """Where no row is padded, the padded arithmetic of earlier implementations keeps the same tokens."""
+    batch_size, length = 5, 12
+    hidden = torch.randn(batch_size, length, 8)
+    attention = torch.randn(batch_size, 3, length, length).softmax(-1)  # [B, H, query, key]
+    importance = attention.sum((1, 2)) * hidden.abs().sum(-1)
+    keep = importance.topk(length // 3, dim=1).indices.sort(dim=1).values
+    expected = hidden.gather(1, keep.unsqueeze(2).expand(-1, -1, 8))
+
+    packed = PackedSequence.from_padded(hidden, torch.ones(batch_size, length, dtype=torch.bool))
+    pruned, _ = SemanticAdaptivePruning(THIRD)(packed, attention.sum((1, 2)).flatten())
+    assert torch.equal(pruned.to_padded(), expected)
+    assert torch.equal(pruned.positions.view(batch_size, -1), keep.int())
+
+
+def test_compact_positions_count_the_kept_tokens():
+    batch = BATCHES["ragged"]
+    packed = packed_of(batch, positions=batch.positions())
+    pruned, _ = SemanticAdaptivePruning(0.5, positions="compact")(packed, torch.rand(batch.total))
+    assert pruned.positions is None
+    assert pruned.materialized_positions().tolist() == [i for n in batch.lengths for i in range(math.ceil(n / 2))]
+
+
+def test_original_positions_survive_two_prunings():
+    batch = RaggedBatch((16, 8), tail=0)
+    packed = PackedSequence(torch.arange(24.0).unsqueeze(1), batch.cu_seqlens, 16)  # every value is its own row
+    prune = SemanticAdaptivePruning(0.5)
+    once, _ = prune(packed, torch.rand(24))
+    twice, _ = prune(once, torch.rand(12))
+    starts = torch.tensor([0.0] * 4 + [16.0] * 2)
+    assert twice.cu_seqlens.tolist() == [0, 4, 6]
+    assert torch.equal(twice.positions, (twice.values[:, 0] - starts).int())
+
+
+def test_evaluation_prunes_where_asked():
+    batch = BATCHES["ragged"]
+    packed, centrality = packed_of(batch), torch.rand(batch.total)
+    training_only = SemanticAdaptivePruning(0.5, prune_in_eval=False)
+    assert training_only(packed, centrality).selection is not None
+    result = training_only.eval()(packed, centrality)
+    assert result.packed is packed
+    assert result.selection is None
+    assert SemanticAdaptivePruning(0.5).eval()(packed, centrality).selection is not None
+
+
+def test_gradient_reaches_kept_tokens_alone_and_no_score():
+    batch = BATCHES["ragged"]
+    packed = packed_of(batch)
+    hidden = packed.values.requires_grad_()
+    centrality = torch.rand(batch.total, requires_grad=True)
+    pruned, selection = SemanticAdaptivePruning(THIRD)(packed, centrality)
+    weight = torch.randn_like(pruned.values)
+    pruned.values.backward(weight)
+    expected = torch.zeros_like(hidden).index_copy(0, selection.indices, weight)
+    assert torch.equal(hidden.grad, expected)
+    assert centrality.grad is None
+
+
+def test_selection_gathers_what_belongs_to_the_tokens():
+    batch = BATCHES["ragged"]
+    packed = packed_of(batch)
+    labels = torch.arange(batch.total)
+    pruned, selection = SemanticAdaptivePruning(THIRD)(packed, torch.rand(batch.total))
+    assert torch.equal(packed.values[gather_tokens(labels, selection)], pruned.values)
+
+
+def test_values_and_positions_take_one_gather():
+    batch = BATCHES["ragged"]
+    packed, centrality = packed_of(batch), torch.rand(batch.total)
+    with torch.profiler.profile() as profile:
+        SemanticAdaptivePruning(THIRD)(packed, centrality)
+    names = [event.name for event in profile.events()]
+    assert names.count("stamp::gather_tokens_forward") == 1
+
+
+# Where only the device knows the lengths
+
+
+@pytest.mark.parametrize("item_length", [None, 4])
+def test_capacity_where_only_the_device_knows_the_lengths(monkeypatch, item_length):
+    monkeypatch.setattr(selection_ops, "_kept_lengths_on_host", lambda *args: None)
+    batch = RaggedBatch((12, 0, 4, 28), tail=6)
+    packed, centrality = packed_of(batch), torch.rand(batch.total)
+    unit = {} if item_length is None else {"unit": "item", "item_length": item_length}
+    prune = SemanticAdaptivePruning(THIRD, **unit)
+    pruned, selection = prune(packed, centrality)
+    kept = kept_rows(batch, packed.values, centrality, item_length=item_length or 1)
+    assert_pruned(pruned, packed, kept)
+    num_kept = sum(map(len, kept))
+    # T = 50 tokens are 12 items and a rest
+    assert selection.indices.shape[0] == (50 // 3 + 4 if item_length is None else 4 * (12 // 3 + 4))
+    assert selection.indices[num_kept:].eq(-1).all()
+
+    protect = torch.zeros(batch.total, dtype=torch.bool)
+    protect[5] = True
+    assert prune(packed, centrality, protect=protect).packed.values.shape[0] == (50 if item_length is None else 48)
+    known = prune(packed, centrality, protect=protect, num_protected=1).packed
+    assert known.values.shape[0] == selection.indices.shape[0] + (item_length or 1)
+
+
+def test_lengths_cpu_with_protected_tokens_counted_on_the_host():
+    batch = BATCHES["ragged"]
+    packed = packed_of(batch, lengths_cpu=torch.tensor(batch.lengths))
+    protect = torch.arange(batch.total) % 4 == 0
+    num_protected = torch.tensor([int(protect[rows].sum()) for rows in batch.slices()])
+    pruned, _ = SemanticAdaptivePruning(THIRD)(
+        packed, torch.rand(batch.total), protect=protect, num_protected=num_protected
+    )
+    assert torch.equal(pruned.lengths_cpu, pruned.cu_seqlens.diff().long())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("unit", [{}, {"unit": "item", "item_length": 4}], ids=str)
+def test_never_syncs(unit):
+    batch = RaggedBatch((12, 0, 4, 28), tail=6)
+    lengths_cpu = torch.tensor(batch.lengths)
+    source = packed_of(batch, lengths_cpu=lengths_cpu)
+    packed, centrality = source.to("cuda"), torch.rand(batch.total)
+    on_device = centrality.cuda()
+    prune = SemanticAdaptivePruning(THIRD, **unit)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pruned, _ = prune(packed, on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    kept = kept_rows(batch, source.values, centrality, item_length=unit.get("item_length", 1))
+    assert pruned.values.shape[0] == sum(map(len, kept))
+    assert_pruned(pruned.to("cpu"), source, kept)
+
+
+@pytest.mark.parametrize("item_length", [None, 4])
+def test_compiles_whole_and_once_for_all_sizes(item_length):
+    unit = {} if item_length is None else {"unit": "item", "item_length": item_length}
+    prune = SemanticAdaptivePruning(THIRD, **unit)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(prune, fullgraph=True, dynamic=True, backend=counter)
+    compilations = None
+    for lengths, tail in (((8, 4), 3), ((20, 0, 16), 2), ((12, 12, 12, 80), 9)):
+        batch = RaggedBatch(lengths, tail)
+        packed, centrality = packed_of(batch, 24), torch.rand(batch.total)
+        hidden = packed.values.requires_grad_()
+        pruned, _ = compiled(packed, centrality)
+        kept = kept_rows(batch, packed.values, centrality, item_length=item_length or 1)
+        assert_pruned(pruned, packed, kept)
+        pruned.values.sum().backward()
+        assert hidden.grad.sum() == 24 * sum(map(len, kept))
+        compilations = compilations or counter.frame_count
+        assert counter.frame_count == compilations
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_ratio": 1.1}, "keep_ratio must be in [0.0, 1.0], got 1.1"),
+        ({"norm": "l0"}, "norm must be one of ('l1', 'l2'), got 'l0'"),
+        ({"positions": "none"}, "positions must be one of ('original', 'compact'), got 'none'"),
+        ({"normalize": "mean"}, "normalize must be one of ('none', 'visible_queries'), got 'mean'"),
+        ({"min_keep": -1}, "min_keep must be in [0, inf), got -1"),
+        ({"unit": "row"}, "unit must be one of ('token', 'item'), got 'row'"),
+        ({"unit": "item"}, "item_length goes with unit=\"item\", got unit='item' and item_length=None"),
+        ({"item_length": 4}, "item_length goes with unit=\"item\", got unit='token' and item_length=4"),
+        ({"unit": "item", "item_length": 0}, "item_length must be in [1, inf), got 0"),
+    ],
+)
+def test_names_the_bad_argument(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SemanticAdaptivePruning(**{"keep_ratio": 0.5, **arguments})
+
+
+def test_names_the_bad_input():
+    batch = BATCHES["ragged"]
+    packed, centrality = packed_of(batch), torch.rand(batch.total)
+    prune = SemanticAdaptivePruning(0.5)
+    with pytest.raises(ValueError, match=re.escape(f"centrality must have shape [{batch.total}], got [3]")):
+        prune(packed, torch.rand(3))
+    by_item = SemanticAdaptivePruning(0.5, unit="item", item_length=3)
+    for pruning in (prune, by_item):
+        with pytest.raises(ValueError, match=re.escape(f"protect must have shape [{batch.total}], got [99]")):
+            pruning(packed, centrality, protect=torch.zeros(99, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match=r"whole items of item_length 3 tokens, got a sequence of 5"):
+        by_item(packed, centrality)
+
+
+def test_repr_names_the_settings():
+    assert repr(SemanticAdaptivePruning(0.5, unit="item", item_length=4)) == (
+        "SemanticAdaptivePruning(keep_ratio=0.5, norm=l1, positions=original, normalize=none, prune_in_eval=True, "
+        "min_keep=1, unit=item, item_length=4)"
+    )
