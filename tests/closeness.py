@@ -8,7 +8,7 @@ RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """`||out - ref|| / ||ref||` in float64; 0 for two empty or two zero tensors, infinite where shapes or NaNs differ."""
+    """`||out - ref|| / ||ref||` in float64; 0 where nothing differs, infinite where shapes or NaNs do."""
     if out.shape != ref.shape:
         return float("inf")
     difference = torch.linalg.vector_norm(out.double() - ref.double()).item()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stamp_kernels.ops._checks import check_choice, check_range, check_tensor
 from stamp_kernels.ops.attention import packed_attention
 from stamp_kernels.ops.cross_entropy import multi_token_cross_entropy
-from stamp_kernels.reference.attention import compute_dtype
+from stamp_kernels.reference._precision import compute_dtype
 from stamp_kernels.reference.cross_entropy import MultiTokenLoss
 
 

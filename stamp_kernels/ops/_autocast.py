@@ -3,12 +3,20 @@
 import torch
 from torch import Tensor
 
+from stamp_kernels.ops._checks import check_tensor
 
-def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype of their device where autocast is on; fp64 stays fp64, as in torch."""
-    device_type = tensors[0].device.type
+
+def cast_for_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the autocast dtype of their device where autocast is on; fp64 stays fp64, as in torch.
+
+    Raises:
+        ValueError: one is no tensor; the keywords are the names in the message.
+    """
+    for name, x in tensors.items():
+        check_tensor(name, x)
+    device_type = next(iter(tensors.values())).device.type
     # A device without autocast, meta above all, has no such setting to ask for.
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return tensors
+        return tuple(tensors.values())
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors.values())

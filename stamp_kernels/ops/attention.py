@@ -14,6 +14,7 @@ from stamp_kernels.ops._checks import (
 )
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.reference import attention as reference
+from stamp_kernels.reference._precision import compute_dtype
 from stamp_kernels.reference.attention import AttentionOutput
 from stamp_kernels.relative_position import RelativePositionBias
 
@@ -45,7 +46,7 @@ def num_query_key_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, max_s
 
 def _forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest):
     return_centrality = rest[-1]
-    dtype = reference.compute_dtype(q.dtype)
+    dtype = compute_dtype(q.dtype)
     return (
         q.new_empty(q.shape),
         q.new_empty(q.shape[1], q.shape[0], dtype=dtype),
@@ -278,7 +279,7 @@ def packed_attention(
     cu_seqlens_k, max_seqlen_k, positions_k = keys_of_queries_as_none(
         cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, positions_q, positions_k
     )
-    q, k, v = cast_for_autocast(q, k, v)
+    q, k, v = cast_for_autocast(q=q, k=k, v=v)
     check_attention_inputs(
         q,
         k,

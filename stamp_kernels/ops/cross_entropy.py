@@ -10,7 +10,7 @@ from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_cu_seqlens, check_range, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.reference import cross_entropy as reference
-from stamp_kernels.reference.attention import compute_dtype
+from stamp_kernels.reference._precision import compute_dtype
 from stamp_kernels.reference.cross_entropy import REDUCTIONS, MultiTokenLoss
 
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -209,7 +209,7 @@ def multi_token_cross_entropy(
     check_tensor("hidden", hidden, dtypes=FLOATING_DTYPES)
     check_tensor("weight", weight, dtypes=FLOATING_DTYPES)
     # Their dtypes need only agree once autocast has had its say.
-    hidden, weight = cast_for_autocast(hidden, weight)
+    hidden, weight = cast_for_autocast(hidden=hidden, weight=weight)
     _check_shared_or_per_step("hidden", hidden, [num_rows, "D"], num_steps, FLOATING_DTYPES, device)
     _check_shared_or_per_step("weight", weight, ["V", hidden.shape[-1]], num_steps, [hidden.dtype], device)
     vocab_size = weight.shape[-2]

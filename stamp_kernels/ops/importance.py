@@ -14,7 +14,7 @@ from stamp_kernels.ops.attention import (
     num_query_key_pairs,
 )
 from stamp_kernels.reference import importance as reference
-from stamp_kernels.reference.attention import compute_dtype
+from stamp_kernels.reference._precision import compute_dtype
 from stamp_kernels.relative_position import RelativePositionBias
 
 
@@ -88,7 +88,7 @@ def attention_centrality(
     cu_seqlens_k, max_seqlen_k, positions_k = keys_of_queries_as_none(
         cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, positions_q, positions_k
     )
-    q, k = cast_for_autocast(q, k)
+    q, k = cast_for_autocast(q=q, k=k)
     check_attention_inputs(
         q,
         k,

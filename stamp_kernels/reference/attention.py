@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels.reference._contents import check_cu_seqlens_contents
+from stamp_kernels.reference._precision import compute_dtype
 from stamp_kernels.reference.philox import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 
@@ -50,10 +51,6 @@ class EqualLengthGroup(NamedTuple):
     sequences: Tensor  # [G] index in the batch
     rows_q: Tensor  # [G, n_q]
     rows_k: Tensor  # [G, n_k]
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def equal_length_groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int) -> Iterator[EqualLengthGroup]:

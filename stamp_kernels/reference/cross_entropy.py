@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels.reference._contents import check_cu_seqlens_contents, contents_are_checked
-from stamp_kernels.reference.attention import compute_dtype
+from stamp_kernels.reference._precision import compute_dtype
 from stamp_kernels.reference.selection import sequence_of_row
 
 # The reductions as at::Reduction numbers them.

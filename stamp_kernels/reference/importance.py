@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from stamp_kernels.reference._contents import check_cu_seqlens_contents
+from stamp_kernels.reference._precision import compute_dtype
 from stamp_kernels.reference.attention import (
     attention_scores,
     column_sums,
-    compute_dtype,
     equal_length_groups,
     keys_of_queries,
     scatter_rows,

@@ -1,0 +1,216 @@
+"""The recommender of the TIGER/GRID setting, in the configurations that `stamp-profile train` compares.
+
+Hugging Face's T5ForConditionalGeneration reads a history of semantic-ID tokens and writes the next item's. Every
+configuration has the same parameters under the same names (`model.*`), so that one seed gives all the same weights.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+from stamp_kernels.integrations.transformers_t5 import (
+    decode_packed,
+    encode_packed,
+    head_inputs,
+    next_token_loss,
+    use_packed_attention,
+)
+from stamp_kernels.modules.prediction import MultiStepPrediction
+from stamp_kernels.modules.pruning import SemanticAdaptivePruning
+from stamp_kernels.packed import PackedSequence
+from stamp_kernels.profiling.data import Batch, Vocabulary
+from stamp_kernels.profiling.peers import encode_padded_pruned, set_host_attention
+
+CONFIGURATIONS = ("padded-eager", "padded-sdpa", "padded-prune", "packed", "packed+sap", "packed+sap+map")
+
+
+@dataclass(frozen=True)
+class RecommenderSettings:
+    """Sizes of the model and of STAMP's two modules.
+
+    Attributes:
+        levels, codebook_size: semantic-ID levels and codes per level.
+        num_layers: blocks of the encoder, and as many of the decoder.
+        keep_ratio, prune_after_block: SAP keeps ceil(keep_ratio * n) tokens after this block, counted from 1.
+        auxiliary_steps, auxiliary_weight: MAP predicts so many items beyond the next; lambda.
+    """
+
+    levels: int = 4
+    codebook_size: int = 256
+    num_layers: int = 4
+    d_model: int = 128
+    num_heads: int = 6
+    d_kv: int = 64
+    d_ff: int = 1024
+    dropout: float = 0.1
+    keep_ratio: float = 1 / 3
+    prune_after_block: int = 2
+    auxiliary_steps: int = 3
+    auxiliary_weight: float = 0.3
+
+
+class RecommenderOutput(NamedTuple):
+    """What a training step needs.
+
+    Attributes:
+        loss: scalar, what the step minimises, the auxiliary loss included.
+        next_item_loss: scalar, its part that all configurations share.
+        tokens_per_block: tokens that entered each block of the encoder, padding included.
+    """
+
+    loss: Tensor
+    next_item_loss: Tensor
+    tokens_per_block: list[int]
+
+
+class Recommender(nn.Module):
+    """What the configurations share: the host model, and the search's view of it.
+
+    Subclasses give `forward(batch) -> RecommenderOutput`, `encode(batch)`, and
+    `next_token_logits(encoded, prefixes)` with prefixes int64 `[B, beams, t]` (t >= 0 codes already chosen), which
+    returns `[B, beams, V]`.
+    """
+
+    def __init__(self, settings: RecommenderSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.vocabulary = Vocabulary(settings.levels, settings.codebook_size)
+        self.model = T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=self.vocabulary.size,
+                d_model=settings.d_model,
+                d_kv=settings.d_kv,
+                d_ff=settings.d_ff,
+                num_layers=settings.num_layers,
+                num_heads=settings.num_heads,
+                dropout_rate=settings.dropout,
+                pad_token_id=0,
+                decoder_start_token_id=0,
+                eos_token_id=None,
+                use_cache=False,
+            )
+        )
+
+    def decoder_inputs(self, prefixes: Tensor) -> Tensor:
+        """Prefixes `[..., t]` with the start token before them: `[..., t + 1]`."""
+        start = prefixes.new_full((*prefixes.shape[:-1], 1), self.model.config.decoder_start_token_id)
+        return torch.cat([start, prefixes], dim=-1)
+
+
+class PaddedRecommender(Recommender):
+    """The model as people train it: a padded batch through the host's own forward."""
+
+    def __init__(self, settings: RecommenderSettings, attention: str) -> None:
+        super().__init__(settings)
+        set_host_attention(self.model, attention)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+        """States `[B, S, D]`, their mask `[B, S]`, and the padded tokens entering each block."""
+        states = self.model.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        return states, batch.attention_mask, [batch.input_ids.numel()] * self.settings.num_layers
+
+    def forward(self, batch: Batch) -> RecommenderOutput:
+        states, mask, tokens_per_block = self.encode(batch)
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, labels=batch.labels
+        )
+        return RecommenderOutput(output.loss, output.loss, tokens_per_block)
+
+    def next_token_logits(self, encoded: tuple[Tensor, Tensor, list[int]], prefixes: Tensor) -> Tensor:
+        states, mask, _ = encoded
+        num_beams = prefixes.shape[1]
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states.repeat_interleave(num_beams, dim=0)),
+            attention_mask=mask.repeat_interleave(num_beams, dim=0),
+            decoder_input_ids=self.decoder_inputs(prefixes).flatten(0, 1),
+        )
+        return output.logits[:, -1].unflatten(0, prefixes.shape[:2])
+
+
+class PaddedPrunedRecommender(PaddedRecommender):
+    """The paper's way of pruning, on a padded batch with eager attention maps."""
+
+    def __init__(self, settings: RecommenderSettings) -> None:
+        super().__init__(settings, attention="eager")
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+        pruning = {self.settings.prune_after_block: self.settings.keep_ratio}
+        return encode_padded_pruned(self.model.encoder, batch.input_ids, batch.attention_mask, pruning)
+
+
+class PackedRecommender(Recommender):
+    """The same model on packed sequences, with SAP and MAP where asked for."""
+
+    def __init__(self, settings: RecommenderSettings, *, prune: bool, predict: bool) -> None:
+        super().__init__(settings)
+        use_packed_attention(self.model)
+        self.pruning = {settings.prune_after_block: SemanticAdaptivePruning(settings.keep_ratio)} if prune else {}
+        self.prediction = None
+        if predict:
+            codebooks = [self.vocabulary.level_range(level) for level in range(settings.levels)]
+            self.prediction = MultiStepPrediction(
+                settings.d_model,
+                settings.auxiliary_steps,
+                head="residual",
+                lambda_=settings.auxiliary_weight,
+                levels=settings.levels,
+                vocab_ranges=codebooks * settings.auxiliary_steps,
+            )
+
+    def encode(self, batch: Batch) -> tuple[PackedSequence, list[int]]:
+        inputs = PackedSequence(batch.packed_ids, batch.cu_seqlens, batch.max_seqlen, lengths_cpu=batch.lengths)
+        return encode_packed(self.model.encoder, inputs, pruning=self.pruning)
+
+    def _decode(self, source: PackedSequence, decoder_ids: Tensor) -> Tensor:
+        """States `[B, beams, t, D]` of decoder ids `[B, beams, t]`; a user's beams share the user's history."""
+        batch, num_beams, length = decoder_ids.shape
+        inputs = PackedSequence(decoder_ids.flatten(), _even_offsets(decoder_ids, batch * num_beams, length), length)
+        states = decode_packed(
+            self.model.decoder,
+            inputs,
+            source,
+            cu_seqlens_cross=_even_offsets(decoder_ids, batch, num_beams * length),
+            max_seqlen_cross=num_beams * length,
+        )
+        return states.view(batch, num_beams, length, -1)
+
+    def forward(self, batch: Batch) -> RecommenderOutput:
+        encoded = self.encode(batch)
+        states = self._decode(encoded.packed, self.decoder_inputs(batch.labels[:, None, :-1])).flatten(0, 2)
+        loss = next_item_loss = next_token_loss(self.model, states, batch.labels.flatten())
+        if self.prediction is not None:
+            # The state that writes level h of the target item predicts level h of the items after it.
+            future_labels = batch.future_labels.transpose(1, 2).flatten(0, 1)  # [B * levels, steps]
+            hidden = head_inputs(self.model, states)
+            loss = loss + self.prediction(hidden, future_labels, unembedding=self.model.lm_head.weight)
+        return RecommenderOutput(loss, next_item_loss, encoded.tokens_per_block)
+
+    def next_token_logits(self, encoded: tuple[PackedSequence, list[int]], prefixes: Tensor) -> Tensor:
+        states = self._decode(encoded[0], self.decoder_inputs(prefixes))
+        return self.model.lm_head(head_inputs(self.model, states[:, :, -1]))
+
+
+def _even_offsets(like: Tensor, batch: int, length: int) -> Tensor:
+    """int32 cu_seqlens of `batch` sequences of the same length."""
+    return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=like.device)
+
+
+def build_recommender(name: str, settings: RecommenderSettings, *, seed: int) -> Recommender:
+    """A configuration by its name, with the weights of this seed.
+
+    Raises:
+        ValueError: there is no configuration of this name.
+    """
+    if name not in CONFIGURATIONS:
+        raise ValueError(f"configuration must be one of {', '.join(CONFIGURATIONS)}, got {name!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "padded-prune":
+            return PaddedPrunedRecommender(settings)
+        if name.startswith("padded-"):
+            return PaddedRecommender(settings, attention=name.removeprefix("padded-"))
+        return PackedRecommender(settings, prune="sap" in name, predict="map" in name)

@@ -1,0 +1,315 @@
+"""The command from end to end on a tiny data file, with a fake recommender; the last test trains the real ones."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from stamp_kernels.profiling import train as train_module
+from stamp_kernels.profiling.cli import app
+from stamp_kernels.profiling.interactions import load_interactions
+from stamp_kernels.profiling.recommender import CONFIGURATIONS
+from stamp_kernels.profiling.train import TrainSettings, prepare_data, profile_training
+
+LEVELS, CODES, NUM_ITEMS = 3, 4, 20
+SMALL = ("--steps", "3", "--warmup", "1", "--batch-size", "8", "--device", "cpu", "--threads", "1")
+
+
+class FakeRecommender(torch.nn.Module):
+    """Next codes from the mean of the history's embeddings. The configuration "padded-prune" breaks at step 4."""
+
+    def __init__(self, name: str, vocabulary_size: int) -> None:
+        super().__init__()
+        self.name = name
+        self.embedding = torch.nn.Embedding(vocabulary_size, 8)
+        self.dropout = torch.nn.Dropout(0.1)
+        self.head = torch.nn.Linear(8, vocabulary_size)
+        self.seen: list[torch.Tensor] = []
+        self.dtypes: set[torch.dtype] = set()
+
+    def forward(self, batch) -> SimpleNamespace:
+        if self.name == "padded-prune" and len(self.seen) == 3:
+            raise RuntimeError("the cat sat on the keyboard")
+        self.seen.append(batch.packed_ids)
+        ids = batch.input_ids if self.name.startswith("padded") else batch.packed_ids
+        states = self.embedding(batch.packed_ids)
+        means = torch.segment_reduce(states, "mean", lengths=batch.lengths)
+        logits = self.head(self.dropout(means))
+        self.dtypes.add(logits.dtype)
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels[:, 0])
+        return SimpleNamespace(loss=2 * loss, next_item_loss=loss, tokens_per_block=[ids.numel(), ids.numel() // 2])
+
+
+@pytest.fixture(autouse=True)
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecommender]:
+    """The recommenders built in this test, which are fakes."""
+    recommenders = []
+
+    def build(name: str, settings, *, seed: int) -> FakeRecommender:
+        torch.manual_seed(seed)
+        recommenders.append(FakeRecommender(name, 1 + settings.levels * settings.codebook_size))
+        return recommenders[-1]
+
+    def evaluate(recommender, rows, vocabulary, semantic_ids, *, batch_size, device) -> dict[str, float]:
+        return {"recall@5": len(recommender.seen) / 100, "recall@10": 0.5, "ndcg@5": 0.1, "ndcg@10": 0.2}
+
+    monkeypatch.setattr(train_module, "build_recommender", build)
+    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    return recommenders
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """12 users with 3 to 9 interactions, and semantic IDs."""
+    rng = np.random.default_rng(0)
+    lengths = 3 + np.arange(12) % 7
+    np.savez(
+        tmp_path / "shop.npz",
+        seq_items=rng.integers(0, NUM_ITEMS, lengths.sum()),
+        seq_offsets=np.concatenate(([0], np.cumsum(lengths))),
+        sids=np.stack(np.unravel_index(np.arange(NUM_ITEMS), (CODES,) * LEVELS), axis=1),
+    )
+    return tmp_path / "shop.npz"
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def error_of(*arguments: object) -> str:
+    """The one line that a run with bad input says."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+# ---- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_report_table_and_picture(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    result = run("--data", shop, *SMALL, "--configurations", "padded-eager,packed", "--output", tmp_path / "a" / "b")
+    assert result.exit_code == 0, result.output
+    table = result.stdout
+    assert re.search(r"padded-eager .* 1\.00x", table) and re.search(r"packed .*x", table)
+    assert "shop.npz: 12 users" in table and "3 interleaved steps" in table
+    assert "timing steps" in result.stderr and "train.json" in result.stderr
+    assert "timing" not in table
+
+    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["train.json", "train.png"]
+    assert (tmp_path / "a" / "b" / "train.png").stat().st_size > 10_000
+    report = json.loads((tmp_path / "a" / "b" / "train.json").read_text())
+    assert set(report) == {
+        *("schema", "date", "command", "device", "versions", "data", "settings", "configurations"),
+    }
+    assert report["data"] | {"users": 12, "items": NUM_ITEMS, "levels": LEVELS, "name": "shop"} == report["data"]
+    assert report["data"]["semantic_ids"] == "given"
+    settings = report["settings"]
+    assert settings | {"steps": 3, "warmup": 1, "batch_size": 8, "device": "cpu", "dtype": "float32"} == settings
+    assert report["device"].endswith(", 1 thread")
+    assert settings["model"]["levels"] == LEVELS and settings["max_items"] == 30
+    assert [c["name"] for c in report["configurations"]] == ["padded-eager", "packed"]
+    for configuration in report["configurations"]:
+        assert set(configuration) == {
+            *("name", "step_ms", "sequences_per_s", "tokens_per_block", "peak_bytes", "loss", "metrics"),
+        }
+        ms = configuration["step_ms"]
+        assert 0 < ms["p20"] <= ms["median"] <= ms["p80"]
+        assert configuration["sequences_per_s"] == pytest.approx(8e3 / ms["median"])
+        weights = sum(p.nbytes for p in built[0].parameters())
+        assert 4 * weights < configuration["peak_bytes"] < 8 * weights  # weights, gradients, two moments and the rest
+        assert configuration["metrics"] is None
+    padded, packed = report["configurations"]
+    assert padded["loss"] == pytest.approx(packed["loss"], rel=1e-6)
+    assert padded["tokens_per_block"][0] > packed["tokens_per_block"][0]
+
+
+def test_all_see_the_same_batches_from_the_same_weights(shop: Path, built: list[FakeRecommender]):
+    names = ("packed", "packed+sap", "padded-eager")
+    result = run("--data", shop, *SMALL, "--configurations", "packed, packed+sap", "--configurations", names[2])
+    assert result.exit_code == 0, result.output
+    assert [recommender.name for recommender in built] == list(names)
+    first, *others = built
+    # Warm-up, the timed steps and the one for the memory, over more steps than an epoch has batches.
+    assert len(first.seen) == 5
+    assert len({tuple(ids.tolist()) for ids in first.seen[:4]}) == 4
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first.seen, other.seen, strict=True))
+        for x, y in zip(first.parameters(), other.parameters(), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_loss_does_not_depend_on_the_company(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    losses = []
+    for i, names in enumerate(("packed", "padded-eager,packed+sap,packed")):
+        run("--data", shop, *SMALL, "--configurations", names, "--output", tmp_path / str(i), "--seed", "5")
+        report = json.loads((tmp_path / str(i) / "train.json").read_text())
+        losses.append(next(c["loss"] for c in report["configurations"] if c["name"] == "packed"))
+    assert losses[0] == losses[1]
+
+
+def test_epochs_and_metrics(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    result = run(
+        *("--data", shop, *SMALL, "--configurations", "packed,padded-sdpa", "--output", tmp_path / "out"),
+        *("--epochs", "2", "--evaluate", "--dtype", "bfloat16"),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "train.json").read_text())
+    steps_per_epoch = report["data"]["training_rows"] // 8
+    assert steps_per_epoch > 1
+    timed, trained = built[:2], built[2:]
+    assert [recommender.name for recommender in trained] == ["packed", "padded-sdpa"]
+    for recommender in trained:
+        assert len(recommender.seen) == 2 * steps_per_epoch
+        assert torch.equal(recommender.seen[0], timed[0].seen[0])
+        assert recommender.dtypes == {torch.bfloat16}
+    for configuration in report["configurations"]:
+        assert configuration["metrics"]["recall@5"] == pytest.approx(2 * steps_per_epoch / 100)
+    assert re.search(r"packed .*0\.5000 +0\.1000 +0\.2000", result.stdout)
+    assert all(f"{what} packed" in result.stderr for what in ("training", "evaluating"))
+
+
+def test_metrics_without_epochs_are_of_the_timed_steps(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    run("--data", shop, *SMALL, "--configurations", "packed", "--output", tmp_path / "out", "--evaluate")
+    report = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert len(built) == 1
+    assert report["configurations"][0]["metrics"]["recall@5"] == pytest.approx(0.05)
+
+
+def test_text_file_gets_semantic_ids(tmp_path: Path, built: list[FakeRecommender], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(1)
+    lines = (f"{user} {' '.join(map(str, rng.integers(0, 30, 6)))}" for user in range(10))
+    (tmp_path / "shop.txt").write_text("\n".join(lines))
+    result = run(
+        *("--data", tmp_path / "shop.txt", *SMALL, "--configurations", "packed", "--output", tmp_path / "out"),
+        *("--max-items", "2"),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert report["data"]["semantic_ids"] == "residual k-means"
+    assert report["configurations"][0]["tokens_per_block"][0] <= 8 * 2 * 4
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--configurations", "packed,padded"), "unknown configuration 'padded', expected some of padded-eager, "),
+        (("--configurations", "packed,packed"), "configuration 'packed' is given more than once"),
+        (("--configurations", ","), "configurations is empty"),
+        (("--steps", "0"), "steps is 0, expected at least 1"),
+        (("--warmup", "-1"), "warmup is -1, expected at least 0"),
+        (("--batch-size", "0"), "batch_size is 0, expected at least 1"),
+        (("--batch-size", "1000"), "batch_size is 1000, expected at most 31, the number of training rows of shop"),
+        (("--epochs", "-1"), "epochs is -1"),
+        (("--seed", "-1"), "seed is -1"),
+        (("--max-items", "0"), "max_items is 0"),
+        (("--threads", "0"), "threads is 0, expected at least 1"),
+        (("--dtype", "float16"), "dtype is 'float16', expected float32 or bfloat16"),
+        (("--device", "tpu"), "device is 'tpu', expected cpu, cuda or cuda:<index>"),
+        (("--device", "meta"), "device is 'meta', expected cpu, cuda or cuda:<index>"),
+        (("--device", "cuda:99"), "device is 'cuda:99', and torch finds"),
+    ],
+)
+def test_bad_options(shop: Path, built: list[FakeRecommender], arguments: tuple[str, ...], message: str):
+    assert message in error_of("--data", shop, "--batch-size", "8", *arguments)
+    assert built == []
+
+
+def test_every_configuration_is_named_for_an_unknown_one(shop: Path):
+    message = error_of("--data", shop, "--configurations", "padded")
+    assert message.endswith(", ".join(CONFIGURATIONS))
+
+
+def test_bad_data(tmp_path: Path):
+    assert "nothing.npz: no such file" in error_of("--data", tmp_path / "nothing.npz")
+    (tmp_path / "empty.txt").touch()
+    assert "empty.txt: the file is empty" in error_of("--data", tmp_path / "empty.txt")
+    np.savez(tmp_path / "negative.npz", seq_items=[0, -1, 2], seq_offsets=[0, 3])
+    assert "found item -1" in error_of("--data", tmp_path / "negative.npz")
+
+
+def test_output_is_tried_before_the_run(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    (tmp_path / "file").touch()
+    message = error_of("--data", shop, *SMALL, "--output", tmp_path / "file")
+    assert "file: cannot be written (" in message
+    assert built == []
+
+
+def test_a_failed_run_leaves_the_old_results(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("train.json", "train.png"):
+        (output / name).write_text("the old one")
+    result = run("--data", shop, *SMALL, "--configurations", "packed,padded-prune", "--output", output)
+    assert isinstance(result.exception, RuntimeError) and "the cat" in str(result.exception)  # no bug is hidden
+    assert result.exit_code == 1 and result.stdout == ""
+    assert {path.name: path.read_text() for path in output.iterdir()} == {
+        "train.json": "the old one",
+        "train.png": "the old one",
+    }
+
+
+def test_a_loss_that_is_not_finite_is_an_error(
+    shop: Path, built: list[FakeRecommender], monkeypatch: pytest.MonkeyPatch
+):
+    settings = TrainSettings(
+        configurations=("packed",),
+        steps=1,
+        warmup=0,
+        batch_size=8,
+        dtype="float32",
+        device=torch.device("cpu"),
+        seed=0,
+        epochs=0,
+        evaluate=False,
+        max_items=30,
+    )
+    data = prepare_data(load_interactions(shop), settings)
+    forward = FakeRecommender.forward
+
+    def diverged(self: FakeRecommender, batch) -> SimpleNamespace:
+        output = forward(self, batch)
+        output.next_item_loss = output.loss * float("inf")
+        return output
+
+    monkeypatch.setattr(FakeRecommender, "forward", diverged)
+    with pytest.raises(RuntimeError, match="packed: the mean training loss is inf"):
+        profile_training(data, settings)
+
+
+def test_help_lists_the_subcommand():
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0 and "train" in result.stdout
+
+
+def test_real_recommenders(shop: Path, tmp_path: Path):
+    names = ["padded-eager", "packed+sap+map"]
+    arguments = ("--steps", "1", "--warmup", "0", "--max-items", "4", "--evaluate")
+    result = run("--data", shop, *SMALL, *arguments, "--configurations", ",".join(names), "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    configurations = json.loads((tmp_path / "out" / "train.json").read_text())["configurations"]
+    assert [configuration["name"] for configuration in configurations] == names
+    padded, packed = (configuration["tokens_per_block"] for configuration in configurations)
+    assert padded[0] == padded[1] == padded[2] == padded[3] > packed[0]
+    assert packed[0] == packed[1] > packed[2] == packed[3]
+    for configuration in configurations:
+        assert set(configuration["metrics"]) == {"recall@5", "recall@10", "ndcg@5", "ndcg@10"}
+        assert all(0 <= value <= 1 for value in configuration["metrics"].values())
