@@ -36,8 +36,8 @@ def train(
         list[str] | None,
         typer.Option(help="Names, comma-separated or repeated; an unknown one lists them.", show_default="all"),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Timed training steps of each configuration.")] = 10,
-    warmup: Annotated[int, typer.Option(help="Steps before them that are not timed.")] = 2,
+    steps: Annotated[int, typer.Option(help="Timed training steps of each configuration.")] = 8,
+    warmup: Annotated[int, typer.Option(help="Steps before them that are not timed.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast over float32 weights.")] = "float32",
     device: Annotated[

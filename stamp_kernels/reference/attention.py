@@ -27,8 +27,8 @@ from stamp_kernels.reference._precision import compute_dtype
 from stamp_kernels.reference.philox import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 
-# Scores computed at once, so that thousands of equally long sequences do not fill the memory.
-_MAX_SCORES = 2**24
+# Scores computed at once, so that thousands of equally long sequences neither fill the memory nor leave the cache.
+_MAX_SCORES = 2**22
 
 
 class AttentionOutput(NamedTuple):

@@ -9,23 +9,18 @@ _ROUNDS = 10
 _MASK = 0xFFFFFFFF
 
 
-def _mul_hi_lo(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of two unsigned 32-bit numbers; x is int64, whose sign bit stays clear."""
-    low_product = multiplier * (x & 0xFFFF)  # 48 bits
-    upper = multiplier * (x >> 16) + (low_product >> 16)  # 49 bits, worth 2**16
-    return upper >> 16, ((upper & 0xFFFF) << 16) | (low_product & 0xFFFF)
-
-
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     """Four 32-bit words for each counter, as int64 tensors of the counters' broadcast shape."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        high0, low0 = _mul_hi_lo(_MULTIPLIERS[0], c0)
-        high1, low1 = _mul_hi_lo(_MULTIPLIERS[1], c2)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        # int64 products wrap, so their 64 bits are those of the unsigned product: high word >> 32, low word & _MASK.
+        # c1 and c3 carry whole products, as only their low words reach the masked sums.
+        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c1 = ((product1 >> 32) ^ c1 ^ k0) & _MASK, product1
+        c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & _MASK, product0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def attention_keep_mask(
