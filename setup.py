@@ -82,7 +82,7 @@ class NinjaBuild(build_ext):
             "-isystem",
             f"{torch_root}/include/torch/csrc/api/include",
         ]
-        build_dir = (ROOT / self.build_temp).resolve()
+        build_dir = ROOT / "build" / "ninja"  # the same for every kind of install, so that only changes are compiled
         build_dir.mkdir(parents=True, exist_ok=True)
         with open(build_dir / "build.ninja", "w") as file:
             ninja = ninja_syntax.Writer(file, width=200)

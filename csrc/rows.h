@@ -32,6 +32,16 @@ inline bool rows_are_contiguous(const Tensor& x) {
   return true;
 }
 
+// The map of rows must be a vector on the device of what it points into.
+inline void check_row_map_tensor(const std::vector<Tensor>& sources, const Tensor& map, const char* name) {
+  STD_TORCH_CHECK(map.dim() == 1, name, " must have one dimension, got ", map.dim());
+  for (const Tensor& source : sources) {
+    STD_TORCH_CHECK(
+        source.is_cuda() == map.is_cuda() && source.get_device_index() == map.get_device_index(),
+        "all tensors must be on the device of ", name);
+  }
+}
+
 // Sources whose rows can be copied, outputs of `num_rows` rows for them, and the pointers of both.
 struct RowCopies {
   std::vector<Tensor> inputs;  // holds the contiguous copies alive

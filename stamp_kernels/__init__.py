@@ -5,7 +5,7 @@ linear cross-entropy. Importing this package loads no Triton, no model library, 
 """
 
 from stamp_kernels._backend import use_backend
-from stamp_kernels.modules.prediction import MultiStepPrediction
+from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import PrunedSequence, SemanticAdaptivePruning
 from stamp_kernels.ops.attention import AttentionOutput, packed_attention
 from stamp_kernels.ops.cross_entropy import MultiTokenLoss, multi_token_cross_entropy, shift_targets
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionOutput",
+    "LinearDecay",
     "MultiStepPrediction",
     "MultiTokenLoss",
     "PackedSequence",

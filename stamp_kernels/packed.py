@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stamp_kernels.ops._checks import check_choice, check_cu_seqlens, check_max_seqlen, check_range, check_tensor
+from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
 from stamp_kernels.ops.selection import gather_tokens
 from stamp_kernels.reference._contents import check_cu_seqlens_contents
 from stamp_kernels.reference.selection import TokenSelection, sequence_of_row
@@ -51,7 +51,7 @@ class PackedSequence:
         if self.values.dim() == 0:
             raise ValueError("values must have shape [total, ...], got a tensor without dimensions")
         check_cu_seqlens("cu_seqlens", self.cu_seqlens, self.values.device)
-        check_max_seqlen("max_seqlen", self.max_seqlen)
+        check_count("max_seqlen", self.max_seqlen)
         if self.positions is not None:
             check_tensor(
                 "positions",

@@ -541,3 +541,36 @@ def test_bad_contents(backend, changed, message):
 def test_bad_bias(changed, message):
     with pytest.raises(ValueError, match=message):
         RelativePositionBias(**changed)
+
+
+def test_compiled_attention_of_one_tensor_to_itself():
+    """Queries that are keys and values, offsets and positions given twice: torch.compile wants each tensor once."""
+    x = torch.randn(7, 2, 8, dtype=torch.float64, requires_grad=True)
+    cu_seqlens, positions = torch.tensor([0, 3, 7], dtype=torch.int32), torch.arange(7, dtype=torch.int32)
+    table = torch.randn(8, 2, dtype=torch.float64)
+
+    def attend(x):
+        bias = RelativePositionBias(table, max_distance=16)
+        return packed_attention(
+            x, x, x, cu_seqlens, 4, cu_seqlens, 4, relative_bias=bias, positions_q=positions, positions_k=positions
+        )
+
+    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(x)
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    expected = attend(x)
+    (expected_grad,) = torch.autograd.grad(expected.square().sum(), x)
+    assert_close(out, expected)
+    assert_close(grad, expected_grad)
+
+
+def test_offsets_given_twice_are_cross_attention():
+    """Keys may have tail rows of their own, and positions of their own: 0, 1, ... where none are given."""
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    q, k = torch.randn(7, 2, 8, dtype=torch.float64), torch.randn(9, 2, 8, dtype=torch.float64)
+    bias = RelativePositionBias(torch.randn(8, 2, dtype=torch.float64), max_distance=16)
+    positions = torch.arange(0, 14, 2, dtype=torch.int32)
+    results = [
+        packed_attention(q, k, k, cu_seqlens, 4, offsets, 4, relative_bias=bias, positions_q=positions)
+        for offsets in (cu_seqlens, cu_seqlens.clone())
+    ]
+    assert torch.equal(*results)

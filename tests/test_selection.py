@@ -469,7 +469,7 @@ COMPILED_BUDGETS = [
     {"keep_ratio": 0.5, "budget": "max_seqlen"},
     {"keep_count": 3, "min_keep": 2},
     {"keep_ratio": 1 / 3, "protected": True},
-    {"keep_ratio": 1 / 3, "protected": True, "num_protected": 4},
+    {"keep_ratio": 1 / 3, "protected": True, "num_protected": 5},
 ]
 
 
@@ -623,3 +623,36 @@ def test_devices_must_agree():
         gather_tokens(torch.zeros(T, 2), selection)
     with pytest.raises(ValueError, match="cu_seqlens must be on cuda:0, got cpu"):
         select_tokens(torch.zeros(T, device="cuda"), RAGGED.cu_seqlens, 13, keep_ratio=0.5)
+
+
+@pytest.mark.parametrize("num_protected", [1, torch.tensor([0, 0])])
+def test_num_protected_must_be_what_protect_marks(num_protected):
+    protect = torch.tensor([True, True, False, False, False])
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="num_protected must be the tokens that protect marks in the sequences"):
+        select_tokens(torch.rand(5), cu_seqlens, 3, keep_ratio=0.5, protect=protect, num_protected=num_protected)
+
+
+@pytest.mark.parametrize("name", ["keep_count", "min_keep", "total_kept"])
+def test_counts_must_be_ints(name):
+    arguments = {"keep_count": 1} | {name: 2.5}
+    with pytest.raises(ValueError, match=rf"{name} must be an int \(not a tensor\), got float"):
+        select_tokens(torch.rand(3), torch.tensor([0, 3], dtype=torch.int32), 3, **arguments)
+
+
+def test_compiled_gather_of_one_tensor_twice():
+    selection = select_tokens(torch.rand(6), torch.tensor([0, 6], dtype=torch.int32), 6, keep_ratio=0.5)
+    x = torch.randn(6, 2, requires_grad=True)
+
+    def gather(x):
+        return gather_tokens([x, x], selection)
+
+    first, second = torch.compile(gather, fullgraph=True, backend="aot_eager")(x)
+    (first + 2 * second).sum().backward()
+    assert torch.equal(first, x[selection.indices]) and torch.equal(second, first)
+    assert torch.equal(x.grad, 3.0 * (selection.inverse >= 0)[:, None].expand(6, 2))
+
+
+def test_raw_gather_refuses_a_map_of_two_dimensions():
+    with pytest.raises(RuntimeError, match="indices must have one dimension, got 2"):
+        torch.ops.stamp.gather_tokens_forward([torch.rand(3, 2)], torch.zeros(2, 2, dtype=torch.int64))

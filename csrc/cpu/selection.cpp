@@ -25,6 +25,7 @@ constexpr int64_t kBytesPerTask = 32 * 1024;
 
 template <typename index_t>
 std::vector<Tensor> gather_rows(const std::vector<Tensor>& sources, const Tensor& map_tensor, const char* map_name) {
+  stamp::check_row_map_tensor(sources, map_tensor, map_name);
   const Tensor map_contiguous = torch::stable::contiguous(map_tensor);
   const index_t* map = map_contiguous.const_data_ptr<index_t>();
   const int64_t num_rows = map_contiguous.size(0);

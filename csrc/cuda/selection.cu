@@ -115,13 +115,16 @@ void check_row_map_if_asked(
     return;
   }
   std::vector<index_t> host(size);
-  cudaMemcpyAsync(host.data(), map, size * sizeof(index_t), cudaMemcpyDeviceToHost, stream);
-  STD_TORCH_CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "reading ", name, " from the device failed");
+  const cudaError_t copied = cudaMemcpyAsync(host.data(), map, size * sizeof(index_t), cudaMemcpyDeviceToHost, stream);
+  STD_TORCH_CHECK(
+      copied == cudaSuccess && cudaStreamSynchronize(stream) == cudaSuccess,
+      "reading ", name, " from the device failed");
   stamp::check_row_map(host.data(), size, source_rows, name);
 }
 
 template <typename index_t>
 std::vector<Tensor> gather_rows(const std::vector<Tensor>& sources, const Tensor& map_tensor, const char* map_name) {
+  stamp::check_row_map_tensor(sources, map_tensor, map_name);
   const int32_t device_index = map_tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard device_guard(device_index);
   const cudaStream_t stream = current_stream(device_index);

@@ -125,6 +125,13 @@ def _bias_table(stack: T5Stack) -> Tensor:
     return stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
 
 
+def _embed(stack: T5Stack, inputs: PackedSequence) -> Tensor:
+    """`[T, d_model]` token embeddings; what stands on tail rows is not read as a token."""
+    rows = torch.arange(inputs.values.shape[0], device=inputs.values.device)
+    token_ids = torch.where(rows < inputs.cu_seqlens[-1], inputs.values, 0)
+    return stack.dropout(stack.embed_tokens(token_ids))
+
+
 def _check_stack(stack: T5Stack, inputs: PackedSequence) -> None:
     if stack.config._attn_implementation != ATTENTION_NAME:
         raise ValueError(
@@ -168,16 +175,17 @@ def encode_packed(
     for block_number in pruning:
         if not 1 <= block_number <= len(encoder.block):
             raise ValueError(f"pruning: blocks are numbered 1 to {len(encoder.block)}, got {block_number}")
-    packed = replace(inputs, values=encoder.dropout(encoder.embed_tokens(inputs.values)))
+    packed = replace(inputs, values=_embed(encoder, inputs))
     bias_table = _bias_table(encoder)
     tokens_per_block = []
     for block_number, block in enumerate(encoder.block, start=1):
-        packing = _Packing(packed, want_centrality=block_number in pruning)
+        prune = pruning.get(block_number)
+        packing = _Packing(packed, want_centrality=prune is not None and prune.is_active)
         tokens_per_block.append(packed.values.shape[0])
         hidden = block(packed.values[None], None, bias_table, packing=packing)[0]
         packed = replace(packed, values=hidden[0])
-        if block_number in pruning:
-            packed = pruning[block_number](packed, packing.centrality).packed
+        if packing.want_centrality:
+            packed = prune(packed, packing.centrality).packed
     states = encoder.dropout(encoder.final_layer_norm(packed.values))
     return EncodedSequence(replace(packed, values=states), tokens_per_block)
 
@@ -214,7 +222,7 @@ def decode_packed(
     )
     bias_table = _bias_table(decoder)
     no_bias = bias_table.new_zeros(())  # None would make the host allocate [1, heads, T, T]
-    hidden = decoder.dropout(decoder.embed_tokens(inputs.values))[None]
+    hidden = _embed(decoder, inputs)[None]
     for block in decoder.block:
         hidden = block(hidden, None, bias_table, source.values[None], None, no_bias, packing=packing)[0]
     return decoder.dropout(decoder.final_layer_norm(hidden))[0]
@@ -230,6 +238,6 @@ def next_token_loss(model: T5ForConditionalGeneration, states: Tensor, labels: T
 
     Args:
         states: `[T, d_model]`, what `decode_packed` returned.
-        labels: int64 `[T]`.
+        labels: int64 `[T]`; -100 on tail rows, as on whatever else is not to be learned.
     """
     return multi_token_cross_entropy(head_inputs(model, states), model.lm_head.weight, labels[:, None])

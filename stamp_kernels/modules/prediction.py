@@ -22,7 +22,7 @@ class LinearDecay(NamedTuple):
     steps: int
 
     def __call__(self, training_step: int) -> float:
-        return self.start + (self.end - self.start) * min(training_step / self.steps, 1.0)
+        return self.start + (self.end - self.start) * min(training_step / max(self.steps, 1), 1.0)
 
 
 class LinearHead(nn.Linear):

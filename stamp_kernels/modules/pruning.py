@@ -88,6 +88,11 @@ class SemanticAdaptivePruning(nn.Module):
         self.unit = unit
         self.item_length = item_length
 
+    @property
+    def is_active(self) -> bool:
+        """Whether forward prunes: in training, and in evaluation unless prune_in_eval=False."""
+        return self.training or self.prune_in_eval
+
     def forward(
         self,
         packed: PackedSequence,
@@ -113,7 +118,7 @@ class SemanticAdaptivePruning(nn.Module):
             RuntimeError: contents are wrong, see `select_tokens`, or a sequence is not whole items (on the CPU, or
                 under STAMP_KERNELS_CHECK=1).
         """
-        if not (self.training or self.prune_in_eval):
+        if not self.is_active:
             return PrunedSequence(packed, None)
         importance = token_importance(
             packed.values, centrality, packed.cu_seqlens, norm=self.norm, normalize=self.normalize

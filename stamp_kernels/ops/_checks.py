@@ -55,7 +55,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> Non
         raise ValueError(f"{name} must have batch + 1 >= 1 entries, got shape {list(cu_seqlens.shape)}")
 
 
-def check_max_seqlen(name: str, max_seqlen: int) -> None:
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int | torch.SymInt):
-        raise ValueError(f"{name} must be an int (not a tensor), got {type(max_seqlen).__name__}")
-    check_range(name, max_seqlen, 0)
+def check_count(name: str, value: int, minimum: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
+    check_range(name, value, minimum)

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.ops._autocast import cast_for_autocast
+from stamp_kernels.ops._autograd import without_repeats
 from stamp_kernels.ops._checks import (
     FLOATING_DTYPES,
+    check_count,
     check_cu_seqlens,
-    check_max_seqlen,
     check_range,
     check_tensor,
 )
@@ -151,30 +152,13 @@ class _PackedAttention(torch.autograd.Function):
         return *grads, *[None] * 14
 
 
-def keys_of_queries_as_none(
-    cu_seqlens_q: Tensor,
-    max_seqlen_q: int,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_k: int | None,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
-) -> tuple[Tensor | None, int, Tensor | None]:
-    """(cu_seqlens_k, max_seqlen_k, positions_k) as the ops take them: None in self-attention where they repeat the
-    queries', since torch.compile refuses an autograd.Function that gets one tensor twice."""
-    if (cu_seqlens_k is None) != (max_seqlen_k is None):
-        raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
-    if cu_seqlens_k is None or cu_seqlens_k is cu_seqlens_q:
-        return None, max_seqlen_q, None if positions_k is positions_q else positions_k
-    return cu_seqlens_k, max_seqlen_k, positions_k
-
-
 def check_attention_inputs(
     q: Tensor,
     k: Tensor,
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     cu_seqlens_k: Tensor | None,
-    max_seqlen_k: int,
+    max_seqlen_k: int | None,
     relative_bias: RelativePositionBias | None,
     positions_q: Tensor | None,
     positions_k: Tensor | None,
@@ -194,11 +178,15 @@ def check_attention_inputs(
     if num_heads_k == 0 or num_heads % num_heads_k != 0:
         raise ValueError(f"k: num_heads_k must divide the {num_heads} heads of q, got {num_heads_k}")
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
-    check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    check_count("max_seqlen_q", max_seqlen_q)
+    if (cu_seqlens_k is None) != (max_seqlen_k is None):
+        raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
     if cu_seqlens_k is not None:
         check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=[torch.int32], device=device)
-        check_max_seqlen("max_seqlen_k", max_seqlen_k)
+        check_count("max_seqlen_k", max_seqlen_k)
     if relative_bias is not None:
+        if not isinstance(relative_bias, RelativePositionBias):
+            raise ValueError(f"relative_bias must be a RelativePositionBias, got {type(relative_bias).__name__}")
         check_tensor(
             "relative_bias.table",
             relative_bias.table,
@@ -253,8 +241,7 @@ def packed_attention(
         k, v: `[Tk, Hkv, D]` of the same dtype, Hq a multiple of Hkv (grouped query heads share a key head).
         cu_seqlens_q: int32 `[B + 1]`, offsets of the query sequences, on the same device.
         max_seqlen_q: the longest query sequence, or an upper bound of it.
-        cu_seqlens_k, max_seqlen_k: the same of the keys, for cross attention. None (or the same tensor):
-            self-attention.
+        cu_seqlens_k, max_seqlen_k: the same of the keys, for cross attention. None: self-attention.
         causal: key j is visible to query i iff j <= i + (n_k - n_q), by index in the packed sequence.
         scale: factor on q k^T. None: 1/sqrt(D). T5 uses 1.0.
         relative_bias: T5's bias by the bucket of `positions_k - positions_q`.
@@ -276,9 +263,6 @@ def packed_attention(
         RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T, or a sequence is longer than its
             max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1).
     """
-    cu_seqlens_k, max_seqlen_k, positions_k = keys_of_queries_as_none(
-        cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, positions_q, positions_k
-    )
     q, k, v = cast_for_autocast(q=q, k=k, v=v)
     check_attention_inputs(
         q,
@@ -300,9 +284,15 @@ def packed_attention(
         dropout_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     else:
         check_tensor("dropout_seed", dropout_seed, shape=[1], dtypes=[torch.int64], device=q.device)
-    bias_table, *bias_rest = flat_bias(relative_bias, positions_q, positions_k)
+    bias_table, *bias_options, bias_positions_q, bias_positions_k = flat_bias(relative_bias, positions_q, positions_k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
 
+    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+
+    q, k, v, cu_seqlens_q, cu_seqlens_k, positions_q, positions_k = without_repeats(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, bias_positions_q, bias_positions_k
+    )
+    bias_rest = (*bias_options, positions_q, positions_k)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     rest = (query_mask, dropout_p, dropout_seed, return_centrality)
     if reference_is_forced():

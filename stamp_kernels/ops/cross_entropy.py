@@ -7,7 +7,14 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.ops._autocast import cast_for_autocast
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops._checks import (
+    FLOATING_DTYPES,
+    check_choice,
+    check_count,
+    check_cu_seqlens,
+    check_range,
+    check_tensor,
+)
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.reference import cross_entropy as reference
 from stamp_kernels.reference._precision import compute_dtype
@@ -311,7 +318,7 @@ def shift_targets(
     """
     check_tensor("labels", labels, shape=["T"], dtypes=_INTEGER_DTYPES)
     check_cu_seqlens("cu_seqlens", cu_seqlens, labels.device)
-    check_range("steps", steps, 1)
-    check_range("stride", stride, 1)
+    check_count("steps", steps, 1)
+    check_count("stride", stride, 1)
     shift = reference.shift_targets if reference_is_forced() else _shift_targets
     return shift(labels, cu_seqlens, steps, stride, ignore_index)

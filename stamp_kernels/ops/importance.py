@@ -10,7 +10,6 @@ from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.attention import (
     check_attention_inputs,
     flat_bias,
-    keys_of_queries_as_none,
     num_query_key_pairs,
 )
 from stamp_kernels.reference import importance as reference
@@ -85,9 +84,6 @@ def attention_centrality(
         RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T, or a sequence is longer than its
             max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1).
     """
-    cu_seqlens_k, max_seqlen_k, positions_k = keys_of_queries_as_none(
-        cu_seqlens_q, max_seqlen_q, cu_seqlens_k, max_seqlen_k, positions_q, positions_k
-    )
     q, k = cast_for_autocast(q=q, k=k)
     check_attention_inputs(
         q,
@@ -103,6 +99,7 @@ def attention_centrality(
     )
     total_q, num_heads, head_dim = q.shape
     check_tensor("lse", lse, shape=[num_heads, total_q], dtypes=[compute_dtype(q.dtype)], device=q.device)
+    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     bias_table, *bias_rest = flat_bias(relative_bias, positions_q, positions_k)
     scale = head_dim**-0.5 if scale is None else float(scale)
     arguments = (

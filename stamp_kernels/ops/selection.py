@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.ops._autograd import without_repeats
 from stamp_kernels.ops._checks import (
     FLOATING_DTYPES,
     check_choice,
+    check_count,
     check_cu_seqlens,
-    check_max_seqlen,
     check_range,
     check_tensor,
 )
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.reference import selection as reference
-from stamp_kernels.reference._contents import check_cu_seqlens_contents
+from stamp_kernels.reference._contents import check_cu_seqlens_contents, contents_are_checked
 from stamp_kernels.reference.selection import TokenSelection
 
 
@@ -70,27 +71,29 @@ def select_tokens(
         protect: bool `[T]`, tokens that always stay.
         total_kept: T', when the caller knows how many tokens stay (or an upper bound: the rest become tail rows).
         lengths_cpu: the lengths on the host, from which T' is computed exactly.
-        num_protected: what is known on the host of the protected tokens: their total, or `[B]` numbers on the CPU.
+        num_protected: what is known on the host of the protected tokens: their total (or more), or `[B]` numbers on
+            the CPU.
         budget: `"sequence"`, or `"max_seqlen"` to take the ratio of max_seqlen for every sequence, as padded
             implementations do.
 
     Returns:
         TokenSelection. T' is exact with total_kept, with lengths_cpu (and `[B]` num_protected where protect is given)
         and when cu_seqlens is on the CPU (outside torch.compile). Otherwise it is the capacity
-        `floor(keep_ratio * T) + B * max(1, min_keep) + num_protected` (for a count: B times it; T where num_protected
-        is needed and unknown) and the rows past `selection.cu_seqlens[-1]` are tail rows with index -1.
+        `floor(keep_ratio * T) + B * max(1, min_keep) + num_protected`, for one count (or budget="max_seqlen")
+        `min(T, B * max(count, min_keep) + num_protected)`, and T for counts on the device or where num_protected is
+        needed and unknown; the rows past `selection.cu_seqlens[-1]` are tail rows with index -1.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: contents are wrong (on the CPU, or under STAMP_KERNELS_CHECK=1): cu_seqlens is not a rising
-            sequence from 0 to at most T, a sequence is longer than max_seqlen, a keep_count is negative, or more
-            tokens stay than total_kept.
+            sequence from 0 to at most T, a sequence is longer than max_seqlen, a keep_count is negative, lengths_cpu or
+            num_protected is not what the tensors say, or more tokens stay than total_kept.
     """
     check_tensor("importance", importance, shape=["total"], dtypes=FLOATING_DTYPES)
     device = importance.device
     total = importance.shape[0]
     check_cu_seqlens("cu_seqlens", cu_seqlens, device)
-    check_max_seqlen("max_seqlen", max_seqlen)
+    check_count("max_seqlen", max_seqlen)
     batch = cu_seqlens.shape[0] - 1
     check_choice("budget", budget, ("sequence", "max_seqlen"))
     if (keep_ratio is None) == (keep_count is None):
@@ -103,10 +106,10 @@ def select_tokens(
     elif isinstance(keep_count, Tensor):
         check_tensor("keep_count", keep_count, shape=[batch], dtypes=[torch.int32, torch.int64], device=device)
     else:
-        check_range("keep_count", keep_count, 0)
+        check_count("keep_count", keep_count)
     if budget == "max_seqlen" and keep_ratio is None:
         raise ValueError('budget="max_seqlen" goes with keep_ratio, got keep_count')
-    check_range("min_keep", min_keep, 0)
+    check_count("min_keep", min_keep)
     if protect is not None:
         check_tensor("protect", protect, shape=[total], dtypes=[torch.bool], device=device)
     host = torch.device("cpu")
@@ -115,11 +118,11 @@ def select_tokens(
     if isinstance(num_protected, Tensor):
         check_tensor("num_protected", num_protected, shape=[batch], dtypes=[torch.int32, torch.int64], device=host)
     elif num_protected is not None:
-        check_range("num_protected", num_protected, 0)
+        check_count("num_protected", num_protected)
     if num_protected is not None and protect is None:
         raise ValueError("num_protected goes with protect, which is None")
     if total_kept is not None:
-        check_range("total_kept", total_kept, 0)
+        check_count("total_kept", total_kept)
 
     keep_counts = keep_count if isinstance(keep_count, Tensor) else None
     count = None if isinstance(keep_count, Tensor) else keep_count
@@ -166,20 +169,17 @@ def _kept_lengths_on_host(
         return None
     if keep_counts is not None and keep_counts.device.type != "cpu":
         return None
-    if cu_seqlens.device.type == "cpu":
-        check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
-        lengths = cu_seqlens.diff().to(torch.int64)
+    if contents_are_checked(cu_seqlens.device):
+        lengths, protected = _lengths_and_protected(cu_seqlens, total, max_seqlen, protect)
         if lengths_cpu is not None and not torch.equal(lengths_cpu.to(torch.int64), lengths):
             raise RuntimeError("lengths_cpu must be the lengths that cu_seqlens gives, and is not")
-        protected: Tensor | int = 0
-        if protect is not None:
-            protected_before = torch.cat([protect.new_zeros(1, dtype=torch.int64), protect.cumsum(0)])
-            protected = protected_before[cu_seqlens.to(torch.int64)].diff()
-    elif lengths_cpu is not None and (protect is None or isinstance(num_protected, Tensor)):
+        if num_protected is not None and not _agrees(num_protected, protected):
+            raise RuntimeError("num_protected must be the tokens that protect marks in the sequences, and is not")
+    if cu_seqlens.device.type != "cpu":
+        if lengths_cpu is None or not (protect is None or isinstance(num_protected, Tensor)):
+            return None
         lengths = lengths_cpu.to(torch.int64)
-        protected = 0 if num_protected is None else num_protected.to(torch.int64)
-    else:
-        return None
+        protected = torch.zeros_like(lengths) if num_protected is None else num_protected.to(torch.int64)
     return reference.kept_lengths(
         lengths,
         protected,
@@ -188,6 +188,25 @@ def _kept_lengths_on_host(
         keep_counts=keep_counts,
         min_keep=min_keep,
     )
+
+
+def _lengths_and_protected(
+    cu_seqlens: Tensor, total: int, max_seqlen: int, protect: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """int64 `[B]` lengths and protected tokens of the sequences, on the host."""
+    check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
+    offsets = cu_seqlens.cpu().to(torch.int64)
+    if protect is None:
+        return offsets.diff(), torch.zeros_like(offsets[1:])
+    protected_before = torch.nn.functional.pad(protect.cpu().cumsum(0), (1, 0))
+    return offsets.diff(), protected_before[offsets].diff()
+
+
+def _agrees(num_protected: int | Tensor, protected: Tensor) -> bool:
+    """A total may be too high, which costs tail rows; what gives each sequence its size must be exact."""
+    if isinstance(num_protected, Tensor):
+        return torch.equal(num_protected.to(torch.int64), protected)
+    return num_protected >= int(protected.sum())
 
 
 def _protected_on_host(protect: Tensor | None, num_protected: int | Tensor | None) -> int | None:
@@ -235,26 +254,26 @@ def _max_kept(
     return torch.sym_min(max_seqlen, torch.sym_max(min_keep, budget) + protected)
 
 
-def _gather_tokens_forward_fake(x, indices):
+def _gather_rows_fake(x, indices):
     return [tensor.new_empty(indices.shape[0], *tensor.shape[1:]) for tensor in x]
 
 
-def _gather_tokens_forward_reference(x, indices):
+def _gather_rows_reference(x, indices):
     return [reference.gather_rows(tensor, indices) for tensor in x]
 
 
 _gather_tokens_forward = define_op(
     "gather_tokens_forward(Tensor[] x, Tensor indices) -> Tensor[]",
     public_name="gather_tokens",
-    reference=_gather_tokens_forward_reference,
-    fake=_gather_tokens_forward_fake,
+    reference=_gather_rows_reference,
+    fake=_gather_rows_fake,
 )
 # The adjoint gathers too: row t of the gradient is row inverse[t] of what arrives, so nothing is added up.
 _gather_tokens_backward = define_op(
     "gather_tokens_backward(Tensor[] grad, Tensor inverse) -> Tensor[]",
     public_name="gather_tokens",
-    reference=_gather_tokens_forward_reference,
-    fake=_gather_tokens_forward_fake,
+    reference=_gather_rows_reference,
+    fake=_gather_rows_fake,
 )
 
 
@@ -316,5 +335,5 @@ def gather_tokens(x: Tensor | list[Tensor], selection: TokenSelection) -> Tensor
             )
     if reference_is_forced():
         return reference.gather_tokens(x, selection)
-    outputs = _GatherTokens.apply(selection.indices, selection.inverse, *tensors)
+    outputs = _GatherTokens.apply(selection.indices, selection.inverse, *without_repeats(*tensors))
     return outputs[0] if isinstance(x, Tensor) else list(outputs)

@@ -35,7 +35,6 @@ class ValidPrefixes:
         return longer, valid_keys[nearest] == longer
 
 
-@torch.no_grad()
 def beam_search(recommender: Recommender, encoded: object, batch_size: int, prefixes: ValidPrefixes) -> Tensor:
     """The most probable semantic IDs, best first: keys int64 `[B, beams]`, -1 where the catalogue has no more."""
     vocabulary = recommender.vocabulary
@@ -56,6 +55,7 @@ def beam_search(recommender: Recommender, encoded: object, batch_size: int, pref
     return keys.masked_fill(scores == -torch.inf, -1)
 
 
+@torch.no_grad()
 def evaluate(
     recommender: Recommender,
     rows: EvaluationRows,
@@ -85,8 +85,7 @@ def evaluate(
         for codes in (batch.labels - level_offsets).T:
             target = target * vocabulary.codebook_size + codes
         batch = batch.to(device)
-        with torch.no_grad():
-            found = beam_search(recommender, recommender.encode(batch), len(target), prefixes)
+        found = beam_search(recommender, recommender.encode(batch), len(target), prefixes)
         hits = found == target.to(device)[:, None]
         for rank in hits.nonzero()[:, 1].tolist():
             for k in CUTOFFS:

@@ -3,7 +3,6 @@
 Each raises a RuntimeError that names the argument, what it holds and what is allowed.
 """
 
-import itertools
 import os
 
 import torch
@@ -20,15 +19,15 @@ def check_cu_seqlens_contents(name: str, cu_seqlens: Tensor, total: int, max_seq
     """`cu_seqlens` starts at 0, never decreases, ends at or before `total`, and no sequence exceeds `max_seqlen`."""
     if not contents_are_checked(cu_seqlens.device):
         return
-    offsets = cu_seqlens.tolist()
+    offsets = cu_seqlens.cpu()
+    lengths = offsets.diff()
     if offsets[0] != 0:
         raise RuntimeError(f"{name}[0] must be 0, got {offsets[0]}")
-    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
-        if end < start:
-            raise RuntimeError(f"{name} must never decrease, got {start} then {end} at index {i}")
-        if max_seqlen is not None and end - start > max_seqlen:
-            raise RuntimeError(
-                f"{name}: sequence {i} has length {end - start}, more than the given max_seqlen {max_seqlen}"
-            )
+    if bool((lengths < 0).any()):
+        i = int((lengths < 0).nonzero()[0])
+        raise RuntimeError(f"{name} must never decrease, got {offsets[i]} then {offsets[i + 1]} at index {i}")
+    if max_seqlen is not None and bool((lengths > max_seqlen).any()):
+        i = int((lengths > max_seqlen).nonzero()[0])
+        raise RuntimeError(f"{name}: sequence {i} has length {lengths[i]}, more than the given max_seqlen {max_seqlen}")
     if offsets[-1] > total:
         raise RuntimeError(f"{name}[-1] must be at most the number of rows {total}, got {offsets[-1]}")

@@ -13,7 +13,9 @@ and backward, dO being the gradient of O:
     dbias[b] = sum of dS_ij over bucket(i, j) = b
 
 Sequences of equal lengths are computed together, so that the code shows the mathematics of one sequence and yet a
-batch of thousands takes few steps. fp16 and bf16 inputs are computed in fp32.
+batch of thousands takes few steps. fp16 and bf16 inputs are computed in fp32. The matrix products are BLAS's, whose
+last bits may depend on how many sequences share a step: of the contract's promises on bits the reference keeps that of
+two equal runs, not that of a sequence alone and in a batch.
 """
 
 from collections.abc import Iterator
@@ -155,6 +157,22 @@ def _dropout_factors(
     return keep.to(weights.dtype) / (1.0 - dropout_p)
 
 
+def _sum_by_bucket(d_scores: Tensor, buckets: Tensor, num_buckets: int) -> Tensor:
+    """`[num_buckets, H]`: dS `[G, H, n_q, n_k]` added up by the buckets `[G or 1, n_q, n_k]` of its entries.
+
+    A product with the one-hot buckets, some pairs at a time: index_add would use float atomics on a GPU.
+    """
+    if buckets.shape[0] == 1:
+        d_scores = d_scores.sum(0, keepdim=True)
+    d_scores, buckets = d_scores.flatten(2), buckets.flatten(1)
+    every_bucket = torch.arange(num_buckets, device=buckets.device)
+    total = d_scores.new_zeros(d_scores.shape[1], num_buckets)
+    pairs_at_once = max(1, _MAX_SCORES // (num_buckets * buckets.shape[0]))
+    for d, b in zip(d_scores.split(pairs_at_once, dim=2), buckets.split(pairs_at_once, dim=1), strict=True):
+        total += (d @ (b[..., None] == every_bucket).to(d.dtype)).sum(0)
+    return total.t()
+
+
 def scatter_rows(total: int, rows: list[Tensor], values: list[Tensor], like: Tensor) -> Tensor:
     """`[total, ...]` with the groups' values in their rows and 0 elsewhere (tail rows, sequences without queries)."""
     index = torch.cat([like.new_empty(0, dtype=torch.int64), *(r.flatten() for r in rows)])
@@ -202,6 +220,8 @@ def packed_attention_forward(
     cu_seqlens_k, positions_k = keys_of_queries(cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
     dtype = compute_dtype(q.dtype)
     num_heads = q.shape[1]
+    if bias_table is not None:
+        bias_table = bias_table.to(dtype)  # once, so that autograd rounds its gradient once
     groups, outs, lses, centralities = [], [], [], []
     for group in equal_length_groups(cu_seqlens_q, cu_seqlens_k, num_heads):
         scores = attention_scores(
@@ -286,8 +306,7 @@ def packed_attention_backward(
             buckets = _buckets(
                 group, positions_q, positions_k, bias_table.shape[0], bias_bidirectional, bias_max_distance
             )
-            one_hot_sum = d_scores.permute(0, 2, 3, 1).flatten(0, 2)  # [G * n_q * n_k, Hq]
-            dbias = dbias.index_add(0, buckets.expand(len(group.sequences), -1, -1).flatten(), one_hot_sum)
+            dbias += _sum_by_bucket(d_scores, buckets, bias_table.shape[0])
 
     def rows_or_empty(needed: bool, x: Tensor, rows: list[Tensor], values: list[Tensor]) -> Tensor:
         return scatter_rows(x.shape[0], rows, values, like=x) if needed else x.new_empty(0)

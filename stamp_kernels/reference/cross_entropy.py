@@ -154,9 +154,11 @@ def multi_token_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
     return_step_losses: bool = False,
-    memory: str = "auto",
 ) -> Tensor | MultiTokenLoss:
     """See `stamp_kernels.multi_token_cross_entropy`. Differentiable; keeps the logits of every step."""
+    dtype = compute_dtype(hidden.dtype)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)  # once, so that autograd rounds their gradients once
+    bias = None if bias is None else bias.to(dtype)
     ranges = [(0, weight.shape[-2])] * targets.shape[1] if vocab_ranges is None else list(vocab_ranges)
     _check_targets_contents(targets, ranges, ignore_index)
     losses = []

@@ -165,7 +165,7 @@ def test_tail_rows_change_nothing():
     inputs = PackedSequence.from_padded(input_ids, attention_mask)
     pruning = {2: SemanticAdaptivePruning(KEEP_RATIO)}
     expected = gradients(model, packed_loss(model, inputs, labels, pruning))
-    values = torch.cat([inputs.values, torch.full((5,), 3)])
+    values = torch.cat([inputs.values, torch.full((5,), -100)])
     got = gradients(
         model, packed_loss(model, PackedSequence(values, inputs.cu_seqlens, inputs.max_seqlen), labels, pruning)
     )

@@ -1,0 +1,158 @@
+"""Every family on the device at hand, at realistic sizes, against the float64 reference on the CPU.
+
+The other test files say what is right; this one says that a GPU computes the same, bf16 included.
+"""
+
+import pytest
+import torch
+from closeness import assert_close
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+from stamp_kernels import (
+    PackedSequence,
+    RelativePositionBias,
+    SemanticAdaptivePruning,
+    attention_centrality,
+    gather_tokens,
+    multi_token_cross_entropy,
+    packed_attention,
+    select_tokens,
+    shift_targets,
+    token_importance,
+)
+from stamp_kernels.integrations.transformers_t5 import encode_packed, use_packed_attention
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LENGTHS = (33, 0, 1, 257, 64, 5, 5, 120)
+TAIL = 3
+
+
+def offsets() -> Tensor:
+    return torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+
+
+def random_like_trained(*shape: int) -> Tensor:
+    """float64 on the CPU; tail rows are NaN, which nothing may read."""
+    x = torch.randn(*shape, dtype=torch.float64)
+    x[sum(LENGTHS) :] = torch.nan
+    return x
+
+
+def attention_step(inputs: list[Tensor], cu_seqlens: Tensor, grad: Tensor) -> list[Tensor]:
+    """out, centrality and all gradients of one attention with bias, dropout and grouped heads."""
+    q, k, v, table = (x.detach().requires_grad_() for x in inputs)
+    result = packed_attention(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max(LENGTHS),
+        causal=True,
+        relative_bias=RelativePositionBias(table),
+        dropout_p=0.1,
+        dropout_seed=torch.tensor([7], device=q.device),
+        return_lse=True,
+        return_centrality=True,
+    )
+    centrality = attention_centrality(
+        q, k, result.lse, cu_seqlens, max(LENGTHS), causal=True, relative_bias=RelativePositionBias(table)
+    )
+    return [result.out, result.centrality, centrality, *torch.autograd.grad(result.out, (q, k, v, table), grad)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_attention(device, dtype):
+    total = sum(LENGTHS) + TAIL
+    inputs = [random_like_trained(total, heads, 64) for heads in (6, 2, 2)] + [torch.randn(32, 6).double()]
+    inputs = [x.to(dtype).double() for x in inputs]  # what the low precision can hold, so that both see the same
+    grad = torch.randn(total, 6, 64).to(dtype).double()
+    expected = attention_step(inputs, offsets(), grad)
+    cu_seqlens = offsets().to(device)
+    runs = [attention_step([x.to(device, dtype) for x in inputs], cu_seqlens, grad.to(device, dtype)) for _ in range(2)]
+    for out, again, ref in zip(*runs, expected, strict=True):
+        assert torch.equal(out, again)
+        assert_close(out.cpu(), ref, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_importance_selection_and_gather(device, dtype):
+    total = sum(LENGTHS) + TAIL
+    hidden = random_like_trained(total, 128).to(dtype)
+    centrality = torch.rand(total)
+    expected = token_importance(hidden.double(), centrality.double(), offsets(), norm="l2")
+    importance = token_importance(hidden.to(device), centrality.to(device), offsets().to(device), norm="l2")
+    assert_close(importance.cpu(), expected, torch.float32)
+
+    on_host = select_tokens(importance.cpu(), offsets(), max(LENGTHS), keep_ratio=1 / 3)
+    selection = select_tokens(
+        importance, offsets().to(device), max(LENGTHS), keep_ratio=1 / 3, lengths_cpu=torch.tensor(LENGTHS)
+    )
+    assert torch.equal(selection.indices.cpu(), on_host.indices)
+    assert torch.equal(selection.inverse.cpu(), on_host.inverse)
+    rows = gather_tokens(hidden.to(device), selection)
+    assert torch.equal(rows.cpu(), hidden[on_host.indices])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy(device, dtype):
+    labels = torch.randint(0, 1000, (sum(LENGTHS) + TAIL,))
+    targets = shift_targets(labels, offsets(), steps=3)
+    assert torch.equal(shift_targets(labels.to(device), offsets().to(device), steps=3).cpu(), targets)
+    hidden, weight = random_like_trained(len(labels), 64).to(dtype), (torch.randn(1000, 64) / 8).to(dtype)
+
+    def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
+        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = multi_token_cross_entropy(hidden, weight, targets, step_weights=[1.0, 0.5, 0.25], label_smoothing=0.1)
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    expected = loss_and_gradients(hidden.double(), weight.double(), targets)
+    got = loss_and_gradients(hidden.to(device), weight.to(device), targets.to(device))
+    for out, ref in zip(got, expected, strict=True):
+        assert_close(out.cpu(), ref, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pruned_t5_trunk(device):
+    config = T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, use_cache=False)
+    model = T5ForConditionalGeneration(config).eval()
+    use_packed_attention(model)
+    ids = torch.randint(0, 61, (sum(LENGTHS),))
+
+    def states(device: str, dtype: torch.dtype) -> Tensor:
+        packed = PackedSequence(ids, offsets(), max(LENGTHS), lengths_cpu=torch.tensor(LENGTHS)).to(device)
+        encoder = model.encoder.to(device, dtype)
+        return encode_packed(encoder, packed, pruning={2: SemanticAdaptivePruning(0.5)}).packed.values
+
+    expected = states("cpu", torch.float64)
+    assert_close(states(device, torch.float32).cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_selection_and_gather_in_a_cuda_graph():
+    """Captured once, replayed on other contents: no host sync, and sizes that depend on no contents."""
+    total = sum(LENGTHS) + TAIL
+    hidden, centrality = torch.randn(total, 64, device="cuda"), torch.rand(total, device="cuda")
+    cu_seqlens = offsets().cuda()
+
+    def prune() -> tuple[Tensor, Tensor]:
+        importance = token_importance(hidden, centrality, cu_seqlens)
+        selection = select_tokens(importance, cu_seqlens, max(LENGTHS), keep_ratio=1 / 3)
+        return gather_tokens(hidden, selection), selection.cu_seqlens
+
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
+        prune()
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows, cu_seqlens_kept = prune()
+    hidden.normal_()
+    centrality.uniform_()
+    graph.replay()
+    expected_rows, expected_offsets = prune()
+    assert torch.equal(rows, expected_rows)
+    assert torch.equal(cu_seqlens_kept, expected_offsets)
