@@ -56,13 +56,7 @@ def build_commands() -> list[list[str]]:
 
 
 def commands_of(part: str, output: Path, device: str, data: Path | None) -> list[list[str]]:
-    # Not `python -m pytest`, which would put the source tree before the installed package.
-    pytest = [
-        sys.executable,
-        "-c",
-        "import sys, pytest; sys.path.remove(''); sys.exit(pytest.main(sys.argv[1:]))",
-        "-q",
-    ]
+    pytest = [sys.executable, "-m", "pytest", "-q"]
     if part == "build":
         return build_commands()
     if part == "tests":

@@ -18,6 +18,7 @@ from stamp_kernels.profiling.measure import (
     describe_device,
     describe_versions,
     interleaved_step_times,
+    keep_freed_memory,
     peak_bytes,
     resident_bytes,
     summarize,
@@ -141,7 +142,7 @@ def profile_training(
     gives the peak memory. With `settings.epochs`, each configuration is then trained from fresh weights. The loss (of
     the next item, without auxiliary terms) and the metrics are those of the longer training. A step is forward,
     backward, AdamW and the release of the gradients; batches are on the device beforehand, so that reading data is not
-    part of it.
+    part of it. On the CPU freed memory stays with the process, see `keep_freed_memory`.
 
     Args:
         data: see `prepare_data`.
@@ -156,6 +157,8 @@ def profile_training(
         RuntimeError: a loss is not finite.
     """
     report_progress = on_progress or (lambda *_: None)
+    if settings.device.type == "cpu":
+        keep_freed_memory()
     sizes = RecommenderSettings(levels=data.vocabulary.levels, codebook_size=data.vocabulary.codebook_size)
     training_batches = [
         batch.to(settings.device)

@@ -1,6 +1,9 @@
 """Step times are interleaved, and peak memory is what was allocated, to the byte where that is known."""
 
 import gc
+import platform
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -212,3 +215,10 @@ def test_describe():
     assert {"stamp_kernels", "python", "torch", "numpy"} <= set(versions)
     assert versions["torch"] == torch.__version__
     assert ("cuda" in versions) == (torch.version.cuda is not None)
+
+
+def test_freed_memory_can_be_kept_where_the_c_library_is_glibc():
+    """In a process of its own, as the switches stay set."""
+    code = "from stamp_kernels.profiling.measure import keep_freed_memory; print(keep_freed_memory())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
