@@ -6,6 +6,7 @@ every Python, and TORCH_TARGET_VERSION makes it load under every torch from 2.11
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,15 @@ OLDEST_TORCH = "0x020b000000000000"  # 2.11, as TORCH_TARGET_VERSION wants it
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 COMMON_FLAGS = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
 CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# Kernels that exist once for each instruction set, chosen at run time; every other file may assume no more than the
+# platform's baseline. By the end of the file's name.
+INSTRUCTION_SET_FLAGS = {
+    "_avx512.cpp": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+        "-mprefer-vector-width=512",
+    ],
+    "_avx2.cpp": ["-mavx2", "-mfma"],
+}
 NVCC_FLAGS = [
     *COMMON_FLAGS,
     "-DUSE_CUDA",
@@ -53,6 +63,13 @@ def host_compiler() -> str:
             "or name it in the environment variable CXX"
         )
     return compiler
+
+
+def instruction_set_flags(source: str) -> list[str]:
+    """What a C++ file is compiled with beyond CXX_FLAGS, on the processors that it is for."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    return next((flags for ending, flags in INSTRUCTION_SET_FLAGS.items() if source.endswith(ending)), [])
 
 
 class StableLibrary(Extension):
@@ -89,7 +106,10 @@ class NinjaBuild(build_ext):
             ninja.variable("torch_lib", str(torch_root / "lib"))
             ninja.rule(
                 "cxx",
-                [host_compiler(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *torch_includes, "-c", "$in", "-o", "$out"],
+                [
+                    *(host_compiler(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *torch_includes),
+                    *("$isa_flags", "-c", "$in", "-o", "$out"),
+                ],
                 depfile="$out.d",
                 deps="gcc",
             )
@@ -107,7 +127,12 @@ class NinjaBuild(build_ext):
             for extension in self.extensions:
                 compiler, linker = ("nvcc", "nvcc_link") if extension.folder == "cuda" else ("cxx", "link")
                 objects = [
-                    ninja.build(str(build_dir / f"{source}.o"), compiler, str(ROOT / source))[0]
+                    ninja.build(
+                        str(build_dir / f"{source}.o"),
+                        compiler,
+                        str(ROOT / source),
+                        variables={"isa_flags": " ".join(instruction_set_flags(source))},
+                    )[0]
                     for source in extension.sources
                 ]
                 ninja.build(str(Path(self.get_ext_fullpath(extension.name)).resolve()), linker, objects)

@@ -1,0 +1,128 @@
+// What attention.cpp and importance.cpp plan, and the kernels of one instruction set carry out: plain data and function
+// pointers, so that code compiled for AVX-512 shares nothing else with the portable code.
+
+#pragma once
+
+#include <cstdint>
+
+namespace stamp::cpu {
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+// [rows, heads, head_dim] with a contiguous last dimension; strides in elements.
+struct HeadRows {
+  void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// What forward, backward and centrality have in common. `compute type` is float, double where dtype is kFloat64.
+struct AttentionProblem {
+  DType dtype;  // of q, k, v, out and their gradients
+  int64_t head_dim;
+  int64_t num_heads;    // of q
+  int64_t num_heads_k;  // divides num_heads
+  int64_t total_q;
+  int64_t longest_q;  // lengths of the longest sequences, to size scratch memory by
+  int64_t longest_k;
+  HeadRows q;
+  HeadRows k;
+  HeadRows v;
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  double scale;
+  bool causal;
+
+  // Relative bias by the distance position_k - position_q, clamped to [-max_distance, max_distance].
+  const void* bias_of_distance;  // [num_heads, 2 * max_distance + 1] in the compute type; null: no bias
+  const int32_t* bucket_of_distance;  // [2 * max_distance + 1]
+  int64_t max_distance;
+  int64_t num_buckets;
+  const int32_t* positions_q;  // null: the index in the sequence, for keys too
+  const int32_t* positions_k;
+
+  // Dropout: the weight of (sequence, head, query, key) is dropped where its Philox word is below `drop_below`.
+  bool dropout;
+  uint32_t drop_below;
+  uint32_t seed_low;
+  uint32_t seed_high;
+  double kept_weight;  // 1 / (1 - p)
+};
+
+// A piece of work that one thread does: the sequences [first_sequence, end_sequence), whole and for one key head, or
+// a part of a single sequence, the rows [begin, end) of its queries (forward) or of its keys (backward, centrality).
+struct AttentionUnit {
+  int64_t first_sequence;
+  int64_t end_sequence;
+  int64_t head_k;
+  int64_t begin;
+  int64_t end;
+  int64_t part;  // backward: which of its sequence's parts this is
+  int64_t cost;
+};
+
+struct ForwardPass {
+  AttentionProblem problem;
+  HeadRows out;
+  void* lse;                   // [num_heads, total_q], compute type
+  void* centrality_by_head;    // [num_heads_k, total_k], compute type; null: not asked for
+  int64_t total_k;
+  const uint8_t* query_mask;   // [total_q]; null: every query votes
+};
+
+struct BackwardPass {
+  AttentionProblem problem;
+  HeadRows out;
+  HeadRows grad_out;
+  const void* lse;
+  HeadRows dq;  // data null: not needed
+  HeadRows dk;
+  HeadRows dv;
+  // Sequences with more keys than kKeysPerBlock gather dq part by part: [parts, queries of the sequence, num_heads,
+  // head_dim] in the compute type, from element dq_parts_offset[sequence] on.
+  void* dq_parts;
+  const int64_t* dq_parts_offset;
+  double* dbias_by_unit;  // [units, num_heads / num_heads_k, num_buckets]; null: not needed
+};
+
+struct CentralityPass {
+  AttentionProblem problem;
+  const void* lse;             // [num_heads, total_q]
+  const uint8_t* query_mask;   // [total_q]; null: every query votes
+  void* centrality;            // [total_k], compute type
+};
+
+// Blocks of a sequence. They are part of what the bits of a result depend on, so they are the same everywhere.
+constexpr int64_t kQueriesPerTile = 64;       // rows of a tile of scores
+constexpr int64_t kQueriesPerUnit = 512;      // forward: a longer sequence is divided
+constexpr int64_t kKeysPerForwardBlock = 512;  // columns of a tile of scores
+constexpr int64_t kKeysPerBlock = 256;        // the same, backward and centrality: more matrices share the cache
+
+// The forward pass sees whole rows of the softmax, and can add up the centrality, of sequences within these bounds.
+constexpr bool centrality_is_fused(int64_t num_queries, int64_t num_keys) {
+  return num_queries <= kQueriesPerUnit && num_keys <= kKeysPerForwardBlock;
+}
+
+struct AttentionKernels {
+  int64_t (*forward_scratch_bytes)(const ForwardPass&);
+  void (*forward)(const ForwardPass&, const AttentionUnit&, char* scratch);
+  int64_t (*backward_scratch_bytes)(const BackwardPass&);
+  void (*backward)(const BackwardPass&, const AttentionUnit&, int64_t unit_index, char* scratch);
+  int64_t (*centrality_scratch_bytes)(const CentralityPass&);
+  void (*centrality)(const CentralityPass&, const AttentionUnit&, char* scratch);
+};
+
+// Scratch memory begins at a multiple of this.
+constexpr int64_t kScratchAlignment = 64;
+
+extern const AttentionKernels kAttentionPortable;
+extern const AttentionKernels kAttentionPortableFloat64;
+#if defined(__x86_64__)
+extern const AttentionKernels kAttentionAvx2;
+extern const AttentionKernels kAttentionAvx512;
+#endif
+
+// The kernels for a dtype on this machine; STAMP_KERNELS_CPU_CAPABILITY=portable, avx2 or avx512 chooses less.
+const AttentionKernels& attention_kernels(DType dtype);
+
+}  // namespace stamp::cpu
