@@ -76,21 +76,17 @@ void sum_heads(const AttentionInputs& inputs, const Tensor& by_head, const Tenso
   });
 }
 
-// Centrality from the lse, for the sequences of which `wanted` holds.
-template <typename Wanted>
+// Centrality from the lse, of all sequences or of those that the forward pass has not served.
 void centrality_from_lse(
     const AttentionInputs& inputs, const Tensor& lse, const uint8_t* query_mask, const Tensor& centrality,
-    Wanted wanted) {
-  const CentralityPass pass = {inputs.problem, lse.const_data_ptr(), query_mask, centrality.mutable_data_ptr()};
-  std::vector<AttentionUnit> units =
+    bool without_fused) {
+  const CentralityPass pass = {
+      inputs.problem, lse.const_data_ptr(), query_mask, centrality.mutable_data_ptr(), without_fused};
+  const std::vector<AttentionUnit> units =
       plan_units(inputs, DividedBy::kKeysOfAllHeads, [](int64_t) { return stamp::cpu::kKeysPerBlock; });
-  units.erase(
-      std::remove_if(
-          units.begin(), units.end(), [&](const AttentionUnit& unit) { return !wanted(unit.first_sequence); }),
-      units.end());
   const AttentionKernels& kernels = attention_kernels(inputs.problem.dtype);
-  run_units(units, kernels.centrality_scratch_bytes(pass), lse, [&](int64_t unit, char* scratch) {
-    kernels.centrality(pass, units[unit], scratch);
+  run_units(units, kernels.centrality_scratch_bytes(pass), lse, [&](const AttentionUnit& unit, char* scratch) {
+    kernels.centrality(pass, unit, scratch);
   });
 }
 
@@ -133,8 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_forward(
   const std::vector<AttentionUnit> units =
       plan_units(inputs, DividedBy::kQueries, [](int64_t) { return stamp::cpu::kQueriesPerUnit; });
   const AttentionKernels& kernels = attention_kernels(problem.dtype);
-  run_units(units, kernels.forward_scratch_bytes(pass), q, [&](int64_t unit, char* scratch) {
-    kernels.forward(pass, units[unit], scratch);
+  run_units(units, kernels.forward_scratch_bytes(pass), q, [&](const AttentionUnit& unit, char* scratch) {
+    kernels.forward(pass, unit, scratch);
   });
   zero_tail(out, problem.cu_seqlens_q[inputs.batch]);
   zero_tail_of_rows_by_head(lse, problem.cu_seqlens_q[inputs.batch]);
@@ -145,8 +141,9 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_forward(
     } else {
       sum_heads<float>(inputs, by_head, centrality);
     }
-    centrality_from_lse(
-        inputs, lse, pass.query_mask, centrality, [&](int64_t sequence) { return !is_fused(problem, sequence); });
+    if (!stamp::cpu::centrality_is_fused(problem.longest_q, problem.longest_k)) {
+      centrality_from_lse(inputs, lse, pass.query_mask, centrality, true);
+    }
     zero_tail(centrality, problem.cu_seqlens_k[inputs.batch]);
   }
   return {out, lse, centrality};
@@ -162,7 +159,7 @@ Tensor attention_centrality(
       BiasArguments{bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k});
   const Tensor centrality = new_empty(lse, {inputs.total_k});
   const uint8_t* votes = votes_of(query_mask, inputs.held);
-  centrality_from_lse(inputs, torch::stable::contiguous(lse), votes, centrality, [](int64_t) { return true; });
+  centrality_from_lse(inputs, torch::stable::contiguous(lse), votes, centrality, false);
   zero_tail(centrality, inputs.problem.cu_seqlens_k[inputs.batch]);
   return centrality;
 }
@@ -208,9 +205,9 @@ Tensor sum_bias_gradients(
   const Tensor sums = torch::stable::new_zeros(by_unit, {problem.num_buckets, problem.num_heads});
   double* sum = sums.mutable_data_ptr<double>();
   for (const AttentionUnit& unit : units) {
-    for (int64_t h = 0; h < heads_per_key_head; ++h) {
+    for (int64_t head = unit.first_head_k * heads_per_key_head; head < unit.end_head_k * heads_per_key_head; ++head) {
       for (int64_t bucket = 0; bucket < problem.num_buckets; ++bucket) {
-        sum[bucket * problem.num_heads + unit.head_k * heads_per_key_head + h] += *of_unit++;
+        sum[bucket * problem.num_heads + head] += *of_unit++;
       }
     }
   }
@@ -265,17 +262,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_backward(
   pass.dq_parts = dq_parts.mutable_data_ptr();
   pass.dq_parts_offset = dq_parts_offset.data();
 
-  const int64_t heads_per_key_head = problem.num_heads / problem.num_heads_k;
-  const Tensor dbias_by_unit = new_empty(
-      lse, {need_dbias ? static_cast<int64_t>(units.size()) : 0, heads_per_key_head, problem.num_buckets},
-      ScalarType::Double);
+  int64_t heads_of_units = 0;
+  for (const AttentionUnit& unit : units) {
+    heads_of_units += (unit.end_head_k - unit.first_head_k) * (problem.num_heads / problem.num_heads_k);
+  }
+  const Tensor dbias_by_unit =
+      new_empty(lse, {need_dbias ? heads_of_units : 0, problem.num_buckets}, ScalarType::Double);
   if (need_dbias) {
     pass.dbias_by_unit = dbias_by_unit.mutable_data_ptr<double>();
   }
 
   const AttentionKernels& kernels = attention_kernels(problem.dtype);
-  run_units(units, kernels.backward_scratch_bytes(pass), q, [&](int64_t unit, char* scratch) {
-    kernels.backward(pass, units[unit], unit, scratch);
+  run_units(units, kernels.backward_scratch_bytes(pass), q, [&](const AttentionUnit& unit, char* scratch) {
+    kernels.backward(pass, unit, scratch);
   });
 
   if (need_dq) {

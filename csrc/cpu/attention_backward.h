@@ -188,48 +188,72 @@ void backward_tile(
   }
 }
 
-// Keys [first_key, end_key) of a sequence, against all its queries in all heads of the group.
+// Keys [first_key, end_key) of a sequence and a key head.
+struct BlockPlace {
+  Sequence sequence;
+  int64_t head_k;
+  int64_t first_key;
+  int64_t end_key;
+  int64_t part;
+  bool first_of_part;
+};
+
+// Asks for what the next key head's block will read.
+inline void prefetch_block(const BackwardPass& pass, const BlockPlace& block) {
+  const AttentionProblem& problem = pass.problem;
+  const int64_t heads_per_key_head = problem.num_heads / problem.num_heads_k;
+  const int64_t num_keys = block.end_key - block.first_key, first_row_k = block.sequence.first_k + block.first_key;
+  for (const HeadRows* rows : {&problem.k, &problem.v}) {
+    prefetch_rows(*rows, problem.dtype, first_row_k, num_keys, block.head_k + 1, problem.head_dim);
+  }
+  for (const HeadRows* rows : {&problem.q, &pass.out, &pass.grad_out}) {
+    prefetch_rows(
+        *rows, problem.dtype, block.sequence.first_q, smaller(block.sequence.num_q, kQueriesPerTile),
+        (block.head_k + 1) * heads_per_key_head, problem.head_dim);
+  }
+}
+
+// One block, against all queries of its sequence in all heads of the group.
 template <typename V>
 void backward_block(
-    const BackwardPass& pass, const Sequence& sequence, const AttentionUnit& unit, int64_t first_key, int64_t end_key,
-    double* dbias, const BackwardScratch<V>& scratch) {
+    const BackwardPass& pass, const BlockPlace& block, double* dbias, const BackwardScratch<V>& scratch) {
+  using scalar = typename V::scalar;
   const AttentionProblem& problem = pass.problem;
+  const Sequence& sequence = block.sequence;
   const int64_t head_dim = problem.head_dim;
   const int64_t row = matrix_row<V>(head_dim);
-  const int64_t num_keys = end_key - first_key;
-  const int64_t first_row = sequence.first_k + first_key;
+  const int64_t num_keys = block.end_key - block.first_key;
+  const int64_t first_row = sequence.first_k + block.first_key;
   if (needs_d_scores(pass)) {
-    load_rows<V>(scratch.rows, problem.v, problem.dtype, first_row, num_keys, unit.head_k, head_dim);
+    load_rows<V>(scratch.rows, problem.v, problem.dtype, first_row, num_keys, block.head_k, head_dim);
     pack_transposed<V>(scratch.values_transposed, scratch.rows, num_keys, head_dim);
   }
-  load_rows<V>(scratch.keys, problem.k, problem.dtype, first_row, num_keys, unit.head_k, head_dim);
+  load_rows<V>(scratch.keys, problem.k, problem.dtype, first_row, num_keys, block.head_k, head_dim);
   pack_transposed<V>(scratch.keys_transposed, scratch.keys, num_keys, head_dim);
-  __builtin_memset(scratch.dk, 0, num_keys * row * sizeof(typename V::scalar));
-  __builtin_memset(scratch.dv, 0, num_keys * row * sizeof(typename V::scalar));
+  __builtin_memset(scratch.dk, 0, num_keys * row * sizeof(scalar));
+  __builtin_memset(scratch.dv, 0, num_keys * row * sizeof(scalar));
 
   const int64_t heads_per_key_head = problem.num_heads / problem.num_heads_k;
   for (int64_t h = 0; h < heads_per_key_head; ++h) {
-    const int64_t head = unit.head_k * heads_per_key_head + h;
+    const int64_t head = block.head_k * heads_per_key_head + h;
+    double* dbias_of_head = dbias == nullptr ? nullptr : dbias + h * problem.num_buckets;
     for (int64_t query = 0; query < sequence.num_q; query += kQueriesPerTile) {
-      const TilePlace tile = without_hidden_keys(
-          problem, {sequence, head, query, smaller(query + kQueriesPerTile, sequence.num_q), first_key, end_key});
-      const bool first_block = first_key == unit.begin;
+      const int64_t end_query = smaller(query + kQueriesPerTile, sequence.num_q);
+      const TilePlace tile =
+          without_hidden_keys(problem, {sequence, head, query, end_query, block.first_key, block.end_key});
       if (tile.num_keys() > 0) {
-        double* dbias_of_head = dbias == nullptr ? nullptr : dbias + h * problem.num_buckets;
-        backward_tile<V>(pass, tile, unit.part, first_block, dbias_of_head, scratch);
-      } else if (pass.dq.data != nullptr && first_block) {
-        add_query_gradient<V>(pass, tile, unit.part, first_block, nullptr);
+        backward_tile<V>(pass, tile, block.part, block.first_of_part, dbias_of_head, scratch);
+      } else if (pass.dq.data != nullptr && block.first_of_part) {
+        add_query_gradient<V>(pass, tile, block.part, block.first_of_part, nullptr);
       }
     }
   }
   for (int64_t j = 0; j < num_keys; ++j) {
     if (pass.dk.data != nullptr) {
-      store_row<typename V::scalar>(
-          pass.dk, problem.dtype, first_row + j, unit.head_k, head_dim, scratch.dk + j * row, 1);
+      store_row<scalar>(pass.dk, problem.dtype, first_row + j, block.head_k, head_dim, scratch.dk + j * row, 1);
     }
     if (pass.dv.data != nullptr) {
-      store_row<typename V::scalar>(
-          pass.dv, problem.dtype, first_row + j, unit.head_k, head_dim, scratch.dv + j * row, 1);
+      store_row<scalar>(pass.dv, problem.dtype, first_row + j, block.head_k, head_dim, scratch.dv + j * row, 1);
     }
   }
 }
@@ -246,23 +270,32 @@ inline void zero_query_gradients(const BackwardPass& pass, const Sequence& seque
 }
 
 template <typename V>
-void backward(const BackwardPass& pass, const AttentionUnit& unit, int64_t unit_index, char* scratch_memory) {
+void backward(const BackwardPass& pass, const AttentionUnit& unit, char* scratch_memory) {
   const AttentionProblem& problem = pass.problem;
   const BackwardScratch<V> scratch(problem, scratch_memory);
+  const int64_t dbias_of_key_head = problem.num_heads / problem.num_heads_k * problem.num_buckets;
   double* dbias = nullptr;
   if (pass.dbias_by_unit != nullptr) {
-    const int64_t size = problem.num_heads / problem.num_heads_k * problem.num_buckets;
-    dbias = pass.dbias_by_unit + unit_index * size;
-    __builtin_memset(dbias, 0, size * sizeof(double));
+    dbias = pass.dbias_by_unit + unit.first_head * problem.num_buckets;
+    __builtin_memset(dbias, 0, (unit.end_head_k - unit.first_head_k) * dbias_of_key_head * sizeof(double));
   }
   for (int64_t s = unit.first_sequence; s < unit.end_sequence; ++s) {
     const Sequence sequence = sequence_at(problem, s);
     const int64_t end = smaller(unit.end, sequence.num_k);
-    if (sequence.num_k == 0 && pass.dq.data != nullptr) {
-      zero_query_gradients(pass, sequence, unit.head_k);
-    }
-    for (int64_t first_key = unit.begin; first_key < end; first_key += kKeysPerBlock) {
-      backward_block<V>(pass, sequence, unit, first_key, smaller(first_key + kKeysPerBlock, end), dbias, scratch);
+    for (int64_t head_k = unit.first_head_k; head_k < unit.end_head_k; ++head_k) {
+      if (sequence.num_k == 0 && pass.dq.data != nullptr) {
+        zero_query_gradients(pass, sequence, head_k);
+      }
+      double* dbias_of_head =
+          dbias == nullptr ? nullptr : dbias + (head_k - unit.first_head_k) * dbias_of_key_head;
+      for (int64_t first_key = unit.begin; first_key < end; first_key += kKeysPerBlock) {
+        const int64_t end_key = smaller(first_key + kKeysPerBlock, end);
+        const BlockPlace block = {sequence, head_k, first_key, end_key, unit.part, first_key == unit.begin};
+        if (head_k + 1 < unit.end_head_k) {
+          prefetch_block(pass, block);
+        }
+        backward_block<V>(pass, block, dbias_of_head, scratch);
+      }
     }
   }
 }

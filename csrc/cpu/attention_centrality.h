@@ -95,6 +95,9 @@ void centrality(const CentralityPass& pass, const AttentionUnit& unit, char* scr
   const CentralityScratch<V> scratch(pass.problem, scratch_memory);
   for (int64_t s = unit.first_sequence; s < unit.end_sequence; ++s) {
     const Sequence sequence = sequence_at(pass.problem, s);
+    if (pass.without_fused && centrality_is_fused(sequence.num_q, sequence.num_k)) {
+      continue;
+    }
     const int64_t end = smaller(unit.end, sequence.num_k);
     for (int64_t first_key = unit.begin; first_key < end; first_key += kKeysPerBlock) {
       centrality_block<V>(pass, sequence, first_key, smaller(first_key + kKeysPerBlock, end), scratch);

@@ -97,6 +97,9 @@ void forward_tile(const ForwardPass& pass, const TilePlace& tile, int64_t first_
   load_rows<V>(
       scratch.rows, problem.q, problem.dtype, tile.sequence.first_q + tile.first_query, tile.num_queries(), tile.head,
       head_dim, problem.scale);
+  prefetch_rows(
+      problem.q, problem.dtype, tile.sequence.first_q + tile.first_query, tile.num_queries(),
+      smaller(tile.head + 1, problem.num_heads - 1), head_dim);
   compute_scores<V>(problem, tile, scratch.rows, scratch.keys_transposed, scratch.scores, scratch.diagonals);
   typename V::scalar* sums = scratch.sums + first_row * row;
   for (int64_t i = 0; i < tile.num_queries(); ++i) {
@@ -148,7 +151,7 @@ void store_outputs(
 
 template <typename V>
 void forward_sequence(
-    const ForwardPass& pass, const Sequence& sequence, int64_t head_k, int64_t begin, int64_t end,
+    const ForwardPass& pass, const Sequence& sequence, int64_t head_k, bool is_last_head, int64_t begin, int64_t end,
     const ForwardScratch<V>& scratch) {
   using scalar = typename V::scalar;
   const AttentionProblem& problem = pass.problem;
@@ -172,6 +175,10 @@ void forward_sequence(
         load_rows<V>(scratch.rows, problem.k, problem.dtype, row, num_keys, head_k, problem.head_dim);
         pack_transposed<V>(scratch.keys_transposed, scratch.rows, num_keys, problem.head_dim);
         load_rows<V>(scratch.values, problem.v, problem.dtype, row, num_keys, head_k, problem.head_dim);
+        if (!is_last_head) {
+          prefetch_rows(problem.k, problem.dtype, row, num_keys, head_k + 1, problem.head_dim);
+          prefetch_rows(problem.v, problem.dtype, row, num_keys, head_k + 1, problem.head_dim);
+        }
       }
       for (int64_t query = begin; query < end; query += kQueriesPerTile) {
         const TilePlace tile = without_hidden_keys(
@@ -194,7 +201,10 @@ void forward(const ForwardPass& pass, const AttentionUnit& unit, char* scratch_m
   const ForwardScratch<V> scratch(pass.problem, scratch_memory);
   for (int64_t s = unit.first_sequence; s < unit.end_sequence; ++s) {
     const Sequence sequence = sequence_at(pass.problem, s);
-    forward_sequence<V>(pass, sequence, unit.head_k, unit.begin, smaller(unit.end, sequence.num_q), scratch);
+    for (int64_t head_k = unit.first_head_k; head_k < unit.end_head_k; ++head_k) {
+      const bool is_last = head_k + 1 == unit.end_head_k;
+      forward_sequence<V>(pass, sequence, head_k, is_last, unit.begin, smaller(unit.end, sequence.num_q), scratch);
+    }
   }
 }
 

@@ -49,15 +49,18 @@ struct AttentionProblem {
   double kept_weight;  // 1 / (1 - p)
 };
 
-// A piece of work that one thread does: the sequences [first_sequence, end_sequence), whole and for one key head, or
-// a part of a single sequence, the rows [begin, end) of its queries (forward) or of its keys (backward, centrality).
+// A piece of work that one thread does, for the key heads [first_head_k, end_head_k) and the query heads that share
+// them: the sequences [first_sequence, end_sequence), whole, or a part of a single one, the rows [begin, end) of its
+// queries (forward) or of its keys (backward, centrality).
 struct AttentionUnit {
   int64_t first_sequence;
   int64_t end_sequence;
-  int64_t head_k;
+  int64_t first_head_k;
+  int64_t end_head_k;
   int64_t begin;
   int64_t end;
-  int64_t part;  // backward: which of its sequence's parts this is
+  int64_t part;        // backward: which of its sequence's parts this is
+  int64_t first_head;  // backward: the units' query heads counted through, the first of this one
   int64_t cost;
 };
 
@@ -82,7 +85,7 @@ struct BackwardPass {
   // head_dim] in the compute type, from element dq_parts_offset[sequence] on.
   void* dq_parts;
   const int64_t* dq_parts_offset;
-  double* dbias_by_unit;  // [units, num_heads / num_heads_k, num_buckets]; null: not needed
+  double* dbias_by_unit;  // [query heads of all units, num_buckets]; null: not needed
 };
 
 struct CentralityPass {
@@ -90,6 +93,7 @@ struct CentralityPass {
   const void* lse;             // [num_heads, total_q]
   const uint8_t* query_mask;   // [total_q]; null: every query votes
   void* centrality;            // [total_k], compute type
+  bool without_fused;          // leave out the sequences that the forward pass has served
 };
 
 // Blocks of a sequence. They are part of what the bits of a result depend on, so they are the same everywhere.
@@ -107,7 +111,7 @@ struct AttentionKernels {
   int64_t (*forward_scratch_bytes)(const ForwardPass&);
   void (*forward)(const ForwardPass&, const AttentionUnit&, char* scratch);
   int64_t (*backward_scratch_bytes)(const BackwardPass&);
-  void (*backward)(const BackwardPass&, const AttentionUnit&, int64_t unit_index, char* scratch);
+  void (*backward)(const BackwardPass&, const AttentionUnit&, char* scratch);
   int64_t (*centrality_scratch_bytes)(const CentralityPass&);
   void (*centrality)(const CentralityPass&, const AttentionUnit&, char* scratch);
 };

@@ -17,9 +17,10 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// A unit of less than this many multiply-adds in one product is joined with its neighbours; a thread that would do
-// less than this many units' worth is not started.
+// In multiply-adds of one product: sequences are joined until they cost this much, and no thread is started for less;
 constexpr int64_t kCostPerUnit = 1 << 17;
+// a sequence of this cost in one head is a unit head by head.
+constexpr int64_t kCostOfOneHead = 1 << 20;
 
 void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen) {
   const int32_t* offsets = cu_seqlens.const_data_ptr<int32_t>();
@@ -282,39 +283,46 @@ std::vector<AttentionUnit> plan_units(
     const AttentionInputs& inputs, DividedBy divided_by,
     const std::function<int64_t(int64_t num_rows)>& rows_per_part) {
   const AttentionProblem& problem = inputs.problem;
-  const int64_t num_heads = divided_by == DividedBy::kKeysOfAllHeads ? 1 : problem.num_heads_k;
-  const int64_t heads_per_unit = problem.num_heads / num_heads;
-  const auto cost = [&](int64_t num_q, int64_t num_k) {
-    return heads_per_unit * problem.head_dim * (num_q * num_k + 4 * (num_q + num_k) + 32);
+  const int64_t num_heads_k = problem.num_heads_k, heads_per_key_head = problem.num_heads / num_heads_k;
+  const auto cost_per_key_head = [&](int64_t num_q, int64_t num_k) {
+    return heads_per_key_head * problem.head_dim * (num_q * num_k + 4 * (num_q + num_k) + 32);
   };
   std::vector<AttentionUnit> units;
-  for (int64_t head = 0; head < num_heads; ++head) {
-    bool is_open = false;  // the last unit takes another whole sequence
-    for (int64_t s = 0; s < inputs.batch; ++s) {
-      const int64_t num_q = problem.cu_seqlens_q[s + 1] - problem.cu_seqlens_q[s];
-      const int64_t num_k = problem.cu_seqlens_k[s + 1] - problem.cu_seqlens_k[s];
-      const int64_t num_rows = divided_by == DividedBy::kQueries ? num_q : num_k;
-      const int64_t step = rows_per_part(num_rows);
-      if (num_rows <= step) {
-        if (!is_open) {
-          units.push_back({s, s, head, 0, INT64_MAX, 0, 0});
-        }
-        units.back().end_sequence = s + 1;
-        units.back().cost += cost(num_q, num_k);
-        is_open = units.back().cost < kCostPerUnit;
-        continue;
+  bool is_open = false;  // the last unit takes another whole sequence
+  for (int64_t s = 0; s < inputs.batch; ++s) {
+    const int64_t num_q = problem.cu_seqlens_q[s + 1] - problem.cu_seqlens_q[s];
+    const int64_t num_k = problem.cu_seqlens_k[s + 1] - problem.cu_seqlens_k[s];
+    const int64_t num_rows = divided_by == DividedBy::kQueries ? num_q : num_k;
+    const int64_t step = rows_per_part(num_rows);
+    const int64_t cost = cost_per_key_head(num_q, num_k);
+    if (num_rows <= step && cost < kCostOfOneHead) {
+      // All heads at once: what the next head reads lies beside what this one reads.
+      if (!is_open) {
+        units.push_back({s, s, 0, num_heads_k, 0, INT64_MAX, 0, 0, 0});
       }
-      is_open = false;
-      for (int64_t part = 0; part * step < num_rows; ++part) {
+      units.back().end_sequence = s + 1;
+      units.back().cost += num_heads_k * cost;
+      is_open = units.back().cost < kCostPerUnit;
+      continue;
+    }
+    is_open = false;
+    const int64_t heads_at_once = divided_by == DividedBy::kKeysOfAllHeads ? num_heads_k : 1;
+    for (int64_t head_k = 0; head_k < num_heads_k; head_k += heads_at_once) {
+      for (int64_t part = 0; part == 0 || part * step < num_rows; ++part) {
         const int64_t begin = part * step, end = std::min(begin + step, num_rows);
-        const int64_t other = divided_by == DividedBy::kQueries ? num_k : num_q;
-        units.push_back({s, s + 1, head, begin, end, part, cost(end - begin, other)});
+        const int64_t part_cost = heads_at_once * cost * (end - begin) / std::max<int64_t>(num_rows, 1);
+        units.push_back({s, s + 1, head_k, head_k + heads_at_once, begin, end, part, 0, part_cost});
       }
     }
   }
   std::stable_sort(units.begin(), units.end(), [](const AttentionUnit& a, const AttentionUnit& b) {
     return a.cost > b.cost;
   });
+  int64_t first_head = 0;
+  for (AttentionUnit& unit : units) {
+    unit.first_head = first_head;
+    first_head += (unit.end_head_k - unit.first_head_k) * heads_per_key_head;
+  }
   return units;
 }
 
@@ -329,7 +337,7 @@ void zero_tail(const Tensor& x, int64_t first_tail_row) {
 
 void run_units(
     const std::vector<AttentionUnit>& units, int64_t scratch_bytes, const Tensor& like,
-    const std::function<void(int64_t, char*)>& run) {
+    const std::function<void(const AttentionUnit&, char*)>& run) {
   int64_t cost = 0;
   for (const AttentionUnit& unit : units) {
     cost += unit.cost;
@@ -343,7 +351,7 @@ void run_units(
   std::atomic<int64_t> next{0};  // units cost unlike much, so threads take them one by one
   torch::stable::parallel_for(0, num_threads, 1, [&](int64_t thread, int64_t) {
     for (int64_t unit = next++; unit < num_units; unit = next++) {
-      run(unit, memory + thread * stride);
+      run(units[unit], memory + thread * stride);
     }
   });
 }

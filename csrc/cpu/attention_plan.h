@@ -47,8 +47,8 @@ torch::headeronly::ScalarType compute_type(const AttentionProblem& problem);
 // Rows of a [rows, heads, head_dim] tensor, of a contiguous copy in `held` where the last dimension is not contiguous.
 HeadRows head_rows(const Tensor& x, std::vector<Tensor>& held);
 
-// What a unit is a part of: all queries of a sequence for each key head, all its keys for each key head, or all its
-// keys for all heads at once. `rows_per_part` says into how many rows a sequence of that many is divided.
+// Which rows long sequences are divided by. `rows_per_part` says into how many rows each a sequence of that many is
+// divided. Units with keys of all heads add up over the heads (centrality); others may have a single key head.
 enum class DividedBy { kQueries, kKeys, kKeysOfAllHeads };
 std::vector<AttentionUnit> plan_units(
     const AttentionInputs& inputs, DividedBy divided_by, const std::function<int64_t(int64_t num_rows)>& rows_per_part);
@@ -56,10 +56,10 @@ std::vector<AttentionUnit> plan_units(
 // Rows [cu_seqlens[-1], total) of a contiguous [total, ...] tensor := 0.
 void zero_tail(const Tensor& x, int64_t first_tail_row);
 
-// Calls run(unit index, scratch memory) for every unit, from as many threads as are worth it, each with memory of its
+// Calls run(unit, scratch memory) for every unit, from as many threads as are worth it, each with memory of its
 // own. The units should come longest first.
 void run_units(
     const std::vector<AttentionUnit>& units, int64_t scratch_bytes, const Tensor& like,
-    const std::function<void(int64_t, char*)>& run);
+    const std::function<void(const AttentionUnit&, char*)>& run);
 
 }  // namespace stamp::cpu

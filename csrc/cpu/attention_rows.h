@@ -118,14 +118,20 @@ void load_rows_of(
     typename V::scalar factor) {
   const T* row = static_cast<const T*>(from.data) + first_row * from.row_stride + head * from.head_stride;
   for (int64_t i = 0; i < num_rows; ++i, row += from.row_stride, to += matrix_row<V>(head_dim)) {
-    for (int64_t d = 0; d < head_dim; ++d) {
-      if constexpr (sizeof(T) == sizeof(double)) {
+    int64_t d = 0;
+    if constexpr (sizeof(T) == sizeof(typename V::scalar)) {
+      for (; d + V::width <= head_dim; d += V::width) {
+        V::store(to + d, factor * V::load(row + d));
+      }
+      for (; d < head_dim; ++d) {
         to[d] = factor * row[d];
-      } else {
+      }
+    } else {
+      for (; d < head_dim; ++d) {
         to[d] = factor * to_float(row[d]);
       }
     }
-    for (int64_t d = head_dim; d < round_up(head_dim, V::width); ++d) {
+    for (; d < round_up(head_dim, V::width); ++d) {
       to[d] = 0;
     }
   }
@@ -148,6 +154,22 @@ void load_rows(
   }
 }
 
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Asks for rows that will be loaded soon: those of another head lie apart, where no hardware sees them coming.
+inline void prefetch_rows(
+    const HeadRows& rows, DType dtype, int64_t first_row, int64_t num_rows, int64_t head, int64_t head_dim) {
+  const int64_t size = size_of(dtype);
+  const char* row = static_cast<const char*>(rows.data) + (first_row * rows.row_stride + head * rows.head_stride) * size;
+  for (int64_t i = 0; i < num_rows; ++i, row += rows.row_stride * size) {
+    for (int64_t byte = 0; byte < head_dim * size; byte += 64) {
+      __builtin_prefetch(row + byte, 0, 2);
+    }
+  }
+}
+
 template <typename T, typename scalar>
 void store_row_of(T* to, const scalar* from, int64_t head_dim, scalar factor) {
   for (int64_t d = 0; d < head_dim; ++d) {
@@ -165,7 +187,7 @@ void store_row(
     const HeadRows& to, DType dtype, int64_t row, int64_t head, int64_t head_dim, const scalar* from, scalar factor) {
   const int64_t offset = row * to.row_stride + head * to.head_stride;
   if (from == nullptr) {
-    const int64_t size = dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t size = size_of(dtype);
     __builtin_memset(static_cast<char*>(to.data) + offset * size, 0, head_dim * size);
   } else if constexpr (sizeof(scalar) == sizeof(double)) {
     store_row_of(static_cast<double*>(to.data) + offset, from, head_dim, factor);

@@ -51,6 +51,10 @@ struct Simd {
     return a > b ? a : b;
   }
 
+  static vector min(vector a, vector b) {
+    return a < b ? a : b;
+  }
+
   static vector exp(vector x);
   static scalar sum(vector v);
   static scalar max(vector v);
@@ -82,35 +86,33 @@ scalar Simd<scalar, kLanes>::max(vector v) {
   return combine_lanes<Simd, kLanes / 2>(v, [](vector a, vector b) { return max(a, b); })[0];
 }
 
-// e^x = 2^n e^r with n = round(x / ln 2): a polynomial for e^r, the exponent's bits for 2^n. Within 2 ulp; 0 for -inf,
-// NaN for NaN.
+// e^x = 2^n e^r with n = round(x / ln 2): a polynomial for e^r, the exponent's bits for 2^n. Within 2 ulp from -87 to 88;
+// 0 below, where the result would be subnormal, and NaN for NaN.
 template <int kLanes>
-typename Simd<float, kLanes>::vector exp_of_floats(typename Simd<float, kLanes>::vector x) {
+__attribute__((always_inline)) inline typename Simd<float, kLanes>::vector exp_of_floats(
+    typename Simd<float, kLanes>::vector x) {
   using V = Simd<float, kLanes>;
   using vector = typename V::vector;
   using integers = typename V::integers;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  x = x < -104.0f ? V::broadcast(-104.0f) : x;
-  x = x > 89.0f ? V::broadcast(89.0f) : x;
-  const vector n = (x * 1.44269504088896341f + kRound) - kRound;
-  const vector r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
+  constexpr float kSmallest = -87.0f, kLargest = 88.0f;
+  const vector bounded = V::min(V::broadcast(kLargest), x);
+  const vector n = (bounded * 1.44269504088896341f + kRound) - kRound;
+  const vector r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
   vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const integers exponent = __builtin_convertvector(n, integers);
-  const integers half = exponent >> 1;  // 2^n in two factors: its own bits could not hold a subnormal result
-  const integers bits = (half + 127) << 23, rest_bits = (exponent - half + 127) << 23;
-  vector factor, rest;
-  __builtin_memcpy(&factor, &bits, sizeof(factor));
-  __builtin_memcpy(&rest, &rest_bits, sizeof(rest));
-  return p * factor * rest;
+  const integers bits = (__builtin_convertvector(n, integers) + 127) << 23;
+  vector power;
+  __builtin_memcpy(&power, &bits, sizeof(power));
+  return x < kSmallest ? vector{} : p * power;
 }
 
 template <typename scalar, int kLanes>
-typename Simd<scalar, kLanes>::vector Simd<scalar, kLanes>::exp(vector x) {
+__attribute__((always_inline)) inline typename Simd<scalar, kLanes>::vector Simd<scalar, kLanes>::exp(vector x) {
   if constexpr (sizeof(scalar) == sizeof(float)) {
     return exp_of_floats<kLanes>(x);
   } else {
