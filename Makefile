@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: install test lint profile benchmark wheel gpu-check clean
+.PHONY: install test lint profile benchmark aot wheel gpu-check clean
 
 install: $(INSTALLED)
 
@@ -33,8 +33,15 @@ lint: install
 profile: install
 	$(BIN)/stamp-profile train $(if $(DATA),--data $(DATA)) --output $(OUTPUT)
 
+# Every op family against what a user would run instead; the table comes last.
 benchmark: install
-	$(BIN)/python -m pytest benchmarks/micro --benchmark-only --benchmark-columns=median,iqr,ops,rounds
+	mkdir -p build
+	$(BIN)/python -m pytest -q benchmarks/micro --benchmark-only --benchmark-quiet --benchmark-json=build/micro.json
+	$(BIN)/python benchmarks/table.py build/micro.json
+
+# Every Triton kernel and table entry, compiled for sm_80, sm_90 and sm_100 without a GPU.
+aot: install
+	$(BIN)/python -m stamp_kernels.triton_kernels.compile_ahead
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,10 +1,16 @@
 """Settings of the whole test session: poisoned uninitialised memory, hypothesis, the `gpu` marker."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
 
-from stamp_kernels._backend import use_backend
+# Without a GPU the Triton kernels run in its interpreter, which is chosen when they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from stamp_kernels._backend import use_backend  # noqa: E402
 
 hypothesis.settings.register_profile("stamp", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("stamp")

@@ -1,7 +1,7 @@
 """The `stamp` namespace of the dispatcher, and the only code that registers anything in it.
 
 An op gets its schema, its fake (shapes for torch.compile) and its kernels here. The compiled libraries bring kernels
-for the device they are named after; the reference serves a device that no compiled kernel serves.
+for the device they are named after, Triton serves CUDA otherwise, and the reference what is left.
 """
 
 import sys
@@ -69,6 +69,7 @@ def define_op(
     public_name: str,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> torch._ops.OpOverload:
     """Register one op of the `stamp` namespace.
@@ -77,6 +78,7 @@ def define_op(
         schema: name, arguments and returns, as torch.library takes them.
         public_name: the function of `stamp_kernels` that users call instead.
         reference: plain PyTorch kernel with the schema's arguments, for the devices without a compiled one.
+        triton: launcher of Triton kernels with the schema's arguments, which serves CUDA where no compiled kernel does.
         fake: the same arguments to outputs of the right shape, dtype and device, without contents.
         flops: FLOP formula with the schema's arguments and `out_val`, for torch.utils.flop_counter. None: no
             matrix product worth counting.
@@ -86,9 +88,9 @@ def define_op(
     op: torch._ops.OpOverload = getattr(torch.ops.stamp, name).default
     torch.library.register_fake(f"stamp::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, _guard_raw_call(op, public_name), "Autograd", with_keyset=True)
-    for key in ("CPU", "CUDA"):
+    for key, kernel in (("CPU", None), ("CUDA", triton)):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"stamp::{name}", key):
-            _LIBRARY.impl(name, _outside_autocast(reference), key)
+            _LIBRARY.impl(name, kernel or _outside_autocast(reference), key)
     if flops is not None:
         flops._get_raw = True  # the formula reads cu_seqlens, so it wants tensors where torch would pass shapes
         FLOP_FORMULAS[getattr(torch.ops.stamp, name)] = flops

@@ -82,10 +82,23 @@ def _backward_flops(
     return 2 * products * pairs * q.shape[1] * q.shape[2]
 
 
+def _forward_triton(*args):
+    from stamp_kernels.triton_kernels.attention_forward import packed_attention_forward  # imports Triton
+
+    return packed_attention_forward(*args)
+
+
+def _backward_triton(*args):
+    from stamp_kernels.triton_kernels.attention_backward import packed_attention_backward
+
+    return packed_attention_backward(*args)
+
+
 _forward = define_op(
     _FORWARD_SCHEMA,
     public_name="packed_attention",
     reference=reference.packed_attention_forward,
+    triton=_forward_triton,
     fake=_forward_fake,
     flops=_forward_flops,
 )
@@ -93,6 +106,7 @@ _backward = define_op(
     _BACKWARD_SCHEMA,
     public_name="packed_attention",
     reference=reference.packed_attention_backward,
+    triton=_backward_triton,
     fake=_backward_fake,
     flops=_backward_flops,
 )

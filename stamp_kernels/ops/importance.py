@@ -27,6 +27,12 @@ def _attention_centrality_flops(q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqle
     return 2 * pairs * q.shape[1] * q.shape[2]
 
 
+def _attention_centrality_triton(*args):
+    from stamp_kernels.triton_kernels.importance import attention_centrality  # imports Triton
+
+    return attention_centrality(*args)
+
+
 # cu_seqlens_k None stands for self-attention: keys have the offsets and positions of the queries.
 _attention_centrality = define_op(
     "attention_centrality(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -35,6 +41,7 @@ _attention_centrality = define_op(
     "Tensor? query_mask) -> Tensor",
     public_name="attention_centrality",
     reference=reference.attention_centrality,
+    triton=_attention_centrality_triton,
     fake=_attention_centrality_fake,
     flops=_attention_centrality_flops,
 )

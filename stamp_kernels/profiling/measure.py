@@ -12,18 +12,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch._C._profiler import _EventType, _ProfilerEvent
+from torch.utils.mkldnn import to_mkldnn
 
 import stamp_kernels
 
 __all__ = [
+    "Rates",
     "describe_device",
     "describe_versions",
     "interleaved_step_times",
     "keep_freed_memory",
+    "measured_rates",
     "peak_bytes",
     "resident_bytes",
     "summarize",
@@ -97,6 +101,40 @@ def summarize(times: Sequence[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile (linear between neighbours), in the unit of `times`, which is not empty."""
     p20, median, p80 = np.percentile(np.asarray(times, dtype=np.float64), [20, 50, 80]).tolist()
     return {"median": median, "p20": p20, "p80": p80}
+
+
+class Rates(NamedTuple):
+    """What a device reaches where nothing else holds it up; bytes are those read and those written."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def floor_seconds(self, flops: float, num_bytes: float) -> float:
+        """The least time for so much work, arithmetic and memory traffic overlapping entirely."""
+        return max(flops / self.flops_per_second, num_bytes / self.bytes_per_second)
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rate of a large matrix product in `dtype` and that of a copy much larger than the caches, the best of five.
+
+    On a CPU with the threads that torch uses, and in fp32 by whichever of torch's two libraries is faster: on an AMD
+    EPYC with AVX-512 the BLAS behind `torch.mm` (MKL) reaches half of what oneDNN does, and kernels have "beaten" it.
+    An H100 (SXM) has its figures here, so that runs on it have one floor.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_name(device) == "NVIDIA H100 80GB HBM3" and dtype.itemsize == 2:
+        return Rates(flops_per_second=798e12, bytes_per_second=3.0e12)
+    size, num_bytes = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    products = {"product": lambda i: torch.mm(left, right, out=product)}
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        linear, rows = to_mkldnn(torch.nn.Linear(size, size, bias=False).eval()), left.to_mkldnn()
+        products["oneDNN product"] = torch.no_grad()(lambda i: linear(rows))
+    steps = {**products, "copy": lambda i: target.copy_(source)}
+    times = interleaved_step_times(steps, num_steps=5, warmup=1, device=device)
+    seconds = {name: 1e-3 * min(milliseconds) for name, milliseconds in times.items()}
+    return Rates(2 * size**3 / min(seconds[name] for name in products), 2 * num_bytes / seconds["copy"])
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device, *, resident_bytes: int = 0) -> int:

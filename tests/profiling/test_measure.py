@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from stamp_kernels.ops.selection import gather_tokens, select_tokens
+from stamp_kernels.profiling import measure
 from stamp_kernels.profiling.measure import (
+    Rates,
     describe_device,
     describe_versions,
     interleaved_step_times,
+    measured_rates,
     peak_bytes,
     resident_bytes,
     summarize,
@@ -79,6 +82,43 @@ def test_step_counts_are_checked(num_steps: int, warmup: int, message: str):
 def test_summarize():
     assert summarize([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == pytest.approx({"median": 3.5, "p20": 2.0, "p80": 5.0})
     assert summarize([7.0]) == {"median": 7.0, "p20": 7.0, "p80": 7.0}
+
+
+# ---- rates ---------------------------------------------------------------------------------------------------------
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory_traffic():
+    rates = Rates(flops_per_second=100.0, bytes_per_second=10.0)
+    assert rates.floor_seconds(flops=200, num_bytes=10) == 2.0
+    assert rates.floor_seconds(flops=200, num_bytes=50) == 5.0
+
+
+def test_rates_of_the_device_at_hand():
+    rates = measured_rates(CPU, torch.float32)
+    assert 1e8 < rates.flops_per_second < 1e15
+    assert 1e8 < rates.bytes_per_second < 1e14
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_the_faster_product_makes_the_rate(monkeypatch):
+    """On some CPUs torch.mm is far from what the machine can do, and a floor of it would be beaten."""
+    times = {"product": [20.0, 10.0], "oneDNN product": [5.0, 8.0], "copy": [100.0]}  # milliseconds
+
+    def recorded_times(steps, **options):
+        assert list(steps) == list(times)
+        for step in steps.values():
+            step(0)
+        return times
+
+    monkeypatch.setattr(measure, "interleaved_step_times", recorded_times)
+    rates = measured_rates(CPU, torch.float32)
+    assert rates.flops_per_second == pytest.approx(2 * 2048**3 / 5e-3)
+    assert rates.bytes_per_second == pytest.approx(2 * 2**28 / 0.1)
+
+
+def test_rates_of_an_h100_are_known(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert measured_rates(torch.device("cuda"), torch.bfloat16) == Rates(798e12, 3.0e12)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
