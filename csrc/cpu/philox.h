@@ -7,7 +7,7 @@
 namespace stamp::cpu {
 namespace {
 
-constexpr int64_t kPhiloxLanes = 64;
+constexpr int64_t kPhiloxLanes = 16;
 
 // The words of the counters (first + i, c1, c2, c3), i < kPhiloxLanes, one array for each of the four. The loop over i
 // is what the compiler turns into vectors.

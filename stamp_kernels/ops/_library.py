@@ -63,6 +63,16 @@ def _outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _on_device_of_first_tensor(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    def run(*args: Any) -> Any:
+        with torch.cuda.device_of(args[0]):
+            return launcher(*args)
+
+    return run
+
+
 def define_op(
     schema: str,
     *,
@@ -88,9 +98,12 @@ def define_op(
     op: torch._ops.OpOverload = getattr(torch.ops.stamp, name).default
     torch.library.register_fake(f"stamp::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, _guard_raw_call(op, public_name), "Autograd", with_keyset=True)
-    for key, kernel in (("CPU", None), ("CUDA", triton)):
+    otherwise = {"CPU": _outside_autocast(reference), "CUDA": _outside_autocast(reference)}
+    if triton is not None:
+        otherwise["CUDA"] = _on_device_of_first_tensor(triton)
+    for key, kernel in otherwise.items():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"stamp::{name}", key):
-            _LIBRARY.impl(name, kernel or _outside_autocast(reference), key)
+            _LIBRARY.impl(name, kernel, key)
     if flops is not None:
         flops._get_raw = True  # the formula reads cu_seqlens, so it wants tensors where torch would pass shapes
         FLOP_FORMULAS[getattr(torch.ops.stamp, name)] = flops
