@@ -12,6 +12,7 @@
 #include "attention_kernels.h"
 #include "attention_plan.h"
 #include "attention_rows.h"
+#include "importance.h"
 
 namespace {
 
@@ -21,11 +22,11 @@ using stamp::cpu::AttentionProblem;
 using stamp::cpu::AttentionUnit;
 using stamp::cpu::BackwardPass;
 using stamp::cpu::BiasArguments;
-using stamp::cpu::CentralityPass;
 using stamp::cpu::DividedBy;
 using stamp::cpu::DType;
 using stamp::cpu::ForwardPass;
 using stamp::cpu::HeadRows;
+using stamp::cpu::votes_of;
 using stamp::cpu::zero_tail;
 using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
@@ -74,28 +75,6 @@ void sum_heads(const AttentionInputs& inputs, const Tensor& by_head, const Tenso
       }
     }
   });
-}
-
-// Centrality from the lse, of all sequences or of those that the forward pass has not served.
-void centrality_from_lse(
-    const AttentionInputs& inputs, const Tensor& lse, const uint8_t* query_mask, const Tensor& centrality,
-    bool without_fused) {
-  const CentralityPass pass = {
-      inputs.problem, lse.const_data_ptr(), query_mask, centrality.mutable_data_ptr(), without_fused};
-  const std::vector<AttentionUnit> units =
-      plan_units(inputs, DividedBy::kKeysOfAllHeads, [](int64_t) { return stamp::cpu::kKeysPerBlock; });
-  const AttentionKernels& kernels = attention_kernels(inputs.problem.dtype);
-  run_units(units, kernels.centrality_scratch_bytes(pass), lse, [&](const AttentionUnit& unit, char* scratch) {
-    kernels.centrality(pass, unit, scratch);
-  });
-}
-
-const uint8_t* votes_of(const OptionalTensor& query_mask, std::vector<Tensor>& held) {
-  if (!query_mask.has_value()) {
-    return nullptr;
-  }
-  held.push_back(torch::stable::contiguous(*query_mask));
-  return static_cast<const uint8_t*>(held.back().const_data_ptr());
 }
 
 void zero_tail_of_rows_by_head(const Tensor& x, int64_t first_tail_row) {
@@ -147,21 +126,6 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_forward(
     zero_tail(centrality, problem.cu_seqlens_k[inputs.batch]);
   }
   return {out, lse, centrality};
-}
-
-Tensor attention_centrality(
-    const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, double scale, const OptionalTensor& bias_table,
-    bool bias_bidirectional, int64_t bias_max_distance, const OptionalTensor& positions_q,
-    const OptionalTensor& positions_k, const OptionalTensor& query_mask) {
-  AttentionInputs inputs = attention_inputs(
-      q, k, nullptr, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale,
-      BiasArguments{bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k});
-  const Tensor centrality = new_empty(lse, {inputs.total_k});
-  const uint8_t* votes = votes_of(query_mask, inputs.held);
-  centrality_from_lse(inputs, torch::stable::contiguous(lse), votes, centrality, false);
-  zero_tail(centrality, inputs.problem.cu_seqlens_k[inputs.batch]);
-  return centrality;
 }
 
 // dQ of the sequences that have several blocks of keys: the sum of what their parts hold, in the parts' order.
@@ -301,5 +265,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_backward(
 STABLE_TORCH_LIBRARY_IMPL(stamp, CPU, m) {
   m.impl("packed_attention_forward", TORCH_BOX(&packed_attention_forward));
   m.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward));
-  m.impl("attention_centrality", TORCH_BOX(&attention_centrality));
 }

@@ -1,0 +1,21 @@
+// What attention's forward pass wants of the importance family.
+
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "attention_plan.h"
+
+namespace stamp::cpu {
+
+// Centrality from the lse, of all sequences or of those that the forward pass has not served.
+void centrality_from_lse(
+    const AttentionInputs& inputs, const Tensor& lse, const uint8_t* query_mask, const Tensor& centrality,
+    bool without_fused);
+
+// A mask of queries as kernels read it; null: every query votes.
+const uint8_t* votes_of(const std::optional<Tensor>& query_mask, std::vector<Tensor>& held);
+
+}  // namespace stamp::cpu
