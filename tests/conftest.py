@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from stamp_kernels._backend import use_backend  # noqa: E402
+from stamp_kernels._backend import use_backend
 
 hypothesis.settings.register_profile("stamp", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("stamp")
