@@ -39,41 +39,118 @@ def random_like_trained(*shape: int) -> Tensor:
     return x
 
 
-def attention_step(inputs: list[Tensor], cu_seqlens: Tensor, grad: Tensor) -> list[Tensor]:
-    """out, centrality and all gradients of one attention with bias, dropout and grouped heads."""
+# A batch for each way that kernels divide the work, by the longest sequence.
+ATTENTION_LENGTHS = {
+    "up to 16": (3, 0, 16, 1, 7, 16, 2, 5, 11),
+    "up to 32": (32, 5, 0, 17, 32),
+    "up to 128": (128, 0, 64, 1, 97, 5),
+    "up to 257": LENGTHS,
+    "up to 2100": (3, 2100, 700),
+}
+
+
+def attention_step(
+    inputs: list[Tensor], lengths: tuple[int, ...], grad: Tensor, max_seqlen: int | None = None, dropout_p: float = 0.1
+) -> list[Tensor]:
+    """out, lse, centrality twice and all gradients of one attention with bias, dropout and grouped heads."""
     q, k, v, table = (x.detach().requires_grad_() for x in inputs)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(q.device, torch.int32)
+    max_seqlen = max_seqlen or max(lengths)
+    options = dict(causal=True, relative_bias=RelativePositionBias(table))
     result = packed_attention(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        max(LENGTHS),
-        causal=True,
-        relative_bias=RelativePositionBias(table),
-        dropout_p=0.1,
-        dropout_seed=torch.tensor([7], device=q.device),
-        return_lse=True,
+        q, k, v, cu_seqlens, max_seqlen, **options, dropout_p=dropout_p,
+        dropout_seed=torch.tensor([7], device=q.device) if dropout_p > 0 else None, return_lse=True,
         return_centrality=True,
-    )
-    centrality = attention_centrality(
-        q, k, result.lse, cu_seqlens, max(LENGTHS), causal=True, relative_bias=RelativePositionBias(table)
-    )
-    return [result.out, result.centrality, centrality, *torch.autograd.grad(result.out, (q, k, v, table), grad)]
+    )  # fmt: skip
+    centrality = attention_centrality(q, k, result.lse, cu_seqlens, max_seqlen, **options)
+    gradients = torch.autograd.grad(result.out, (q, k, v, table), grad)
+    return [result.out, result.lse.t(), result.centrality, centrality, *gradients]
+
+
+def attention_inputs(lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """q, k, v, table and the gradient of out, in float64 but such as `dtype` can hold; tail rows are NaN."""
+    total = sum(lengths) + TAIL
+    rows = [torch.randn(total, heads, 64, dtype=torch.float64) for heads in (6, 2, 2)]
+    for x in rows:
+        x[sum(lengths) :] = torch.nan
+    inputs = [x.to(dtype).double() for x in (*rows, torch.randn(32, 6, dtype=torch.float64))]
+    return inputs, torch.randn(total, 6, 64).to(dtype).double()
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_attention(device, dtype):
-    total = sum(LENGTHS) + TAIL
-    inputs = [random_like_trained(total, heads, 64) for heads in (6, 2, 2)] + [torch.randn(32, 6).double()]
-    inputs = [x.to(dtype).double() for x in inputs]  # what the low precision can hold, so that both see the same
-    grad = torch.randn(total, 6, 64).to(dtype).double()
-    expected = attention_step(inputs, offsets(), grad)
-    cu_seqlens = offsets().to(device)
-    runs = [attention_step([x.to(device, dtype) for x in inputs], cu_seqlens, grad.to(device, dtype)) for _ in range(2)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", ATTENTION_LENGTHS.values(), ids=ATTENTION_LENGTHS)
+def test_attention(device, dtype, lengths):
+    inputs, grad = attention_inputs(lengths, dtype)
+    expected = attention_step(inputs, lengths, grad)
+    low, low_grad = [x.to(device, dtype) for x in inputs], grad.to(device, dtype)
+    runs = [attention_step(low, lengths, low_grad) for _ in range(2)]
     for out, again, ref in zip(*runs, expected, strict=True):
         assert torch.equal(out, again)
         assert_close(out.cpu(), ref, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", ATTENTION_LENGTHS.values(), ids=ATTENTION_LENGTHS)
+def test_attention_of_a_sequence_has_the_same_bits_alone_and_in_a_batch(device, dtype, lengths):
+    inputs, grad = attention_inputs(lengths, dtype)
+    *rows, table = (x.to(device, dtype) for x in inputs)
+    grad = grad.to(device, dtype)
+    together = attention_step([*rows, table], lengths, grad, dropout_p=0.0)
+    start = 0
+    for n in lengths:
+        of_sequence = slice(start, start + n)
+        start += n
+        alone = attention_step(
+            [*(x[of_sequence] for x in rows), table], (n,), grad[of_sequence], max(lengths), dropout_p=0.0
+        )
+        for got, want in zip(alone[:-1], together[:-1], strict=True):  # the table's gradient is the whole batch's
+            assert torch.equal(got, want[of_sequence])
+
+
+@pytest.mark.gpu
+def test_attention_on_a_device_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    inputs, grad = attention_inputs(LENGTHS, torch.float32)
+    results = [
+        attention_step([x.to(device, torch.float32) for x in inputs], LENGTHS, grad.to(device, torch.float32))
+        for device in ("cuda:0", "cuda:1")
+    ]
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first.cpu(), second.cpu())
+
+
+@pytest.mark.gpu
+def test_attention_in_a_cuda_graph():
+    """Captured once, forward and backward, replayed on other contents and other lengths."""
+    lengths, other_lengths = (33, 0, 1, 257, 64, 5, 5, 120), (5, 64, 257, 1, 0, 33, 120, 5)
+    inputs, _ = attention_inputs(lengths, torch.bfloat16)
+    q, k, v, table = (x.nan_to_num().to("cuda", torch.bfloat16).requires_grad_() for x in inputs)
+    grad = torch.randn_like(q)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
+
+    def step() -> list[Tensor]:
+        result = packed_attention(
+            q, k, v, cu_seqlens, 257, relative_bias=RelativePositionBias(table), return_lse=True, return_centrality=True
+        )
+        return [*result, *torch.autograd.grad(result.out, (q, k, v, table), grad)]
+
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
+        step()
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in (q, k, v, table):
+            x.normal_()
+    cu_seqlens.copy_(torch.tensor([0, *other_lengths]).cumsum(0))
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -104,7 +104,8 @@ def train(
                 tasks[stage] = progress.add_task(stage, total=total)
             progress.update(tasks[stage], completed=done)
 
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        # Files by their names: where they lie is this machine's affair, and reports are published.
+        command = shlex.join(Path(word).name if "/" in word else word for word in sys.argv)
         report = profile_training(training_data, settings, command=command, on_progress=show_progress)
 
     console = Console()

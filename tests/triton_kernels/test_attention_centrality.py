@@ -1,4 +1,4 @@
-"""The key-major centrality kernel, interpreted, against the float64 oracle."""
+"""The key-major centrality kernel, interpreted where there is no GPU, against the float64 oracle."""
 
 import pytest
 import torch
@@ -18,12 +18,13 @@ pytest.importorskip("triton")
 
 from stamp_kernels.triton_kernels.importance import attention_centrality
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def run(inputs, lse):
     inputs = detached(inputs)
-    return attention_centrality(
-        inputs["q"], inputs["k"], lse, *shared_op_arguments(inputs), inputs.get("query_mask")
-    )  # fmt: skip
+    arguments = (inputs["q"], inputs["k"], lse, *shared_op_arguments(inputs), inputs.get("query_mask"))
+    return attention_centrality(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)).cpu()
 
 
 def lse_and_centrality(inputs):

@@ -1,4 +1,4 @@
-"""The forward kernels of packed attention, interpreted, against the float64 oracle."""
+"""The forward kernels of packed attention, interpreted where there is no GPU, against the float64 oracle."""
 
 import bisect
 
@@ -36,6 +36,8 @@ from stamp_kernels.triton_kernels.attention_tiles import (
     sequence_rows,
 )
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 # A bound of max_seqlen that selects each kernel, whatever the lengths below it.
 KERNELS = {"slots of 16": 0, "slots of 32": 32, "short": 100, "general": 300}
 
@@ -44,10 +46,12 @@ def run(inputs, max_seqlen=0, return_centrality=True):
     """The launcher's results by name; `max_seqlen` raises the bounds in `inputs`."""
     inputs = detached(inputs)
     cu_q, cu_k, max_q, max_k, *rest = shared_op_arguments(inputs)
-    out, lse, centrality = packed_attention_forward(
+    arguments = (
         *(inputs[name] for name in ("q", "k", "v")), cu_q, cu_k, max(max_q, max_seqlen), max(max_k, max_seqlen), *rest,
         inputs.get("query_mask"), inputs.get("dropout_p", 0.0), inputs.get("dropout_seed"), return_centrality,
     )  # fmt: skip
+    arguments = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+    out, lse, centrality = (x.cpu() for x in packed_attention_forward(*arguments))
     return dict(out=out, lse=lse, centrality=centrality)
 
 
@@ -205,9 +209,9 @@ def _locate(located_ptr, tiles_ptr, cu_seqlens_ptr, num_sequences, total, BLOCK:
 
 def _located(batch, tiles):
     """(sequence, block, first, length) of each of the tiles of 4 rows."""
-    located = torch.empty(len(tiles), 4, dtype=torch.int32)
-    tiles = torch.tensor(tiles, dtype=torch.int32)
-    _locate[(len(tiles),)](located, tiles, batch.cu_seqlens, batch.batch, batch.total, BLOCK=4)
+    located = torch.empty(len(tiles), 4, dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    _locate[(len(tiles),)](located, tiles, batch.cu_seqlens.to(DEVICE), batch.batch, batch.total, BLOCK=4)
     return located.tolist()
 
 
@@ -244,11 +248,11 @@ def _keep(kept_ptr, seed_ptr, threshold, first_key, num_keys, M: tl.constexpr, N
 
 @pytest.mark.parametrize("p", [1e-3, 0.3, 0.75])
 def test_dropout_mask_is_the_contracts(p):
-    seed = torch.tensor([DROPOUT_SEED])
-    kept = torch.empty(3, 2, 16, 64, dtype=torch.int8)
+    seed = torch.tensor([DROPOUT_SEED], device=DEVICE)
+    kept = torch.empty(3, 2, 16, 64, dtype=torch.int8, device=DEVICE)
     for first_key in (0, 32):
         _keep[(2, 3)](kept, seed, dropout_threshold(p), first_key, 64, M=16, N=32)
-    assert torch.equal(kept.bool(), attention_keep_mask(p, seed, torch.arange(3), 2, 16, 64))
+    assert torch.equal(kept.cpu().bool(), attention_keep_mask(p, seed.cpu(), torch.arange(3), 2, 16, 64))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
