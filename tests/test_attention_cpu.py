@@ -146,11 +146,16 @@ def test_buckets_are_those_of_the_formula(num_buckets, max_distance, bidirection
     assert torch.equal(result.lse[0], want.float())
 
 
+def test_positions_too_far_apart():
+    inputs = detached(AttentionCase(bias="bidirectional", positions=True).inputs(torch.float32))
+    inputs["positions_q"][0] = 2**30
+    with pytest.raises(
+        RuntimeError, match=r"positions_q and positions_k must lie at most 1073741823 apart, got .* 1073"
+    ):
+        packed_attention(**inputs)
+
+
 # Bits
-
-
-def results_of(case, dtype=torch.float32):
-    return forward_and_backward(packed_attention, case.inputs(dtype))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

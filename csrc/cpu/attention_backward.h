@@ -31,8 +31,7 @@ struct BackwardScratch {
   scalar* delta;              // [queries of a tile]
   ScoreTile<V> weights;       // S, then P, then P D
   ScoreTile<V> d_scores;      // dP, then dS
-  scalar* diagonals;
-  scalar* bucket_lanes;
+  BiasScratch<V> bias;
   scalar* dropout;            // [keys of the block]
   int64_t bytes;
 
@@ -53,8 +52,7 @@ struct BackwardScratch {
     weights.row = d_scores.row = matrix_row<V>(num_keys);
     weights.data = scratch.take<scalar>(num_queries * weights.row);
     d_scores.data = scratch.take<scalar>(num_queries * d_scores.row);
-    diagonals = scratch.take<scalar>(num_queries + num_keys + V::width);
-    bucket_lanes = scratch.take<scalar>(4 * problem.num_buckets);
+    bias = BiasScratch<V>::take(scratch, problem, num_queries, num_keys);
     dropout = scratch.take<scalar>(round_up(num_keys, kKeysPerPhiloxCall));
     bytes = scratch.size();
   }
@@ -150,7 +148,7 @@ void backward_tile(
   load_rows<V>(
       scratch.queries, problem.q, problem.dtype, tile.sequence.first_q + tile.first_query, tile.num_queries(),
       tile.head, head_dim, problem.scale);
-  compute_scores<V>(problem, tile, scratch.queries, scratch.keys_transposed, scratch.weights, scratch.diagonals);
+  compute_scores<V>(problem, tile, scratch.queries, scratch.keys_transposed, scratch.weights, scratch.bias);
   if (with_d_scores) {
     product<V>(
         tile.num_queries(), tile.num_keys(), head_dim, {scratch.grad_out, row, 1},
@@ -178,7 +176,7 @@ void backward_tile(
         row_major<V>(scratch.queries, head_dim), {scratch.dk, row}, true);
   }
   if (dbias != nullptr) {
-    add_bias_gradient<V>(problem, tile, scratch.d_scores, scratch.diagonals, scratch.bucket_lanes, dbias);
+    add_bias_gradient<V>(problem, tile, scratch.d_scores, scratch.bias, dbias);
   }
   if (pass.dq.data != nullptr) {
     product<V>(

@@ -20,7 +20,7 @@ struct CentralityScratch {
   scalar* keys_transposed;
   scalar* rows;         // [larger of a tile's queries and a block's keys, matrix_row]: queries, or keys to transpose
   ScoreTile<V> scores;  // S, then P
-  scalar* diagonals;
+  BiasScratch<V> bias;
   scalar* votes;        // [queries of a tile]: 1 or 0
   scalar* sums;         // [keys of the block]
   int64_t bytes;
@@ -33,7 +33,7 @@ struct CentralityScratch {
     rows = scratch.take<scalar>(larger(num_queries, num_keys) * matrix_row<V>(problem.head_dim));
     scores.row = matrix_row<V>(num_keys);
     scores.data = scratch.take<scalar>(num_queries * scores.row);
-    diagonals = scratch.take<scalar>(num_queries + num_keys + V::width);
+    bias = BiasScratch<V>::take(scratch, problem, num_queries, num_keys);
     votes = scratch.take<scalar>(num_queries);
     sums = scratch.take<scalar>(num_keys);
     bytes = scratch.size();
@@ -49,7 +49,7 @@ void centrality_tile(const CentralityPass& pass, const TilePlace& tile, const Ce
   load_rows<V>(
       scratch.rows, problem.q, problem.dtype, first_row, tile.num_queries(), tile.head, problem.head_dim,
       problem.scale);
-  compute_scores<V>(problem, tile, scratch.rows, scratch.keys_transposed, scratch.scores, scratch.diagonals);
+  compute_scores<V>(problem, tile, scratch.rows, scratch.keys_transposed, scratch.scores, scratch.bias);
   for (int64_t i = 0; i < tile.num_queries(); ++i) {
     scalar* row = scratch.scores[i];
     const bool sees_a_key = lse[i] != -__builtin_inf();

@@ -25,7 +25,7 @@ struct ForwardScratch {
   scalar* maximum;          // [queries of the unit]: m
   scalar* normalizer;       // [queries of the unit]: l
   ScoreTile<V> scores;
-  scalar* diagonals;
+  BiasScratch<V> bias;
   scalar* row_weights;      // [kQueriesPerTile]
   scalar* centrality;       // [keys of the block]
   scalar* dropout;          // [keys of the block]
@@ -45,7 +45,7 @@ struct ForwardScratch {
     normalizer = scratch.take<scalar>(queries);
     scores.row = matrix_row<V>(keys);
     scores.data = scratch.take<scalar>(tile * scores.row);
-    diagonals = scratch.take<scalar>(tile + keys + V::width);
+    bias = BiasScratch<V>::take(scratch, problem, tile, keys);
     row_weights = scratch.take<scalar>(kQueriesPerTile);
     centrality = scratch.take<scalar>(keys + V::width);
     dropout = scratch.take<scalar>(round_up(keys, kKeysPerPhiloxCall));
@@ -100,7 +100,7 @@ void forward_tile(const ForwardPass& pass, const TilePlace& tile, int64_t first_
   prefetch_rows(
       problem.q, problem.dtype, tile.sequence.first_q + tile.first_query, tile.num_queries(),
       smaller(tile.head + 1, problem.num_heads - 1), head_dim);
-  compute_scores<V>(problem, tile, scratch.rows, scratch.keys_transposed, scratch.scores, scratch.diagonals);
+  compute_scores<V>(problem, tile, scratch.rows, scratch.keys_transposed, scratch.scores, scratch.bias);
   typename V::scalar* sums = scratch.sums + first_row * row;
   for (int64_t i = 0; i < tile.num_queries(); ++i) {
     softmax_row<V>(

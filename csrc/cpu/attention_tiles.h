@@ -70,102 +70,125 @@ struct ScoreTile {
   }
 };
 
-inline int64_t clamped_distance(const AttentionProblem& problem, int64_t distance) {
+// Where the bias and the bucket of a distance stand in their tables.
+inline int64_t entry_of_distance(const AttentionProblem& problem, int64_t distance) {
   return larger(-problem.max_distance, smaller(distance, problem.max_distance)) + problem.max_distance;
 }
 
-// Original positions of the tile's query i and key j.
-inline int64_t query_position(const AttentionProblem& problem, const TilePlace& tile, int64_t i) {
-  const int64_t query = tile.first_query + i;
-  return problem.positions_q == nullptr ? query : problem.positions_q[tile.sequence.first_q + query];
-}
-
-inline int64_t key_position(const AttentionProblem& problem, const TilePlace& tile, int64_t j) {
-  const int64_t key = tile.first_key + j;
-  return problem.positions_k == nullptr ? key : problem.positions_k[tile.sequence.first_k + key];
-}
-
+// Where positions are indices, the distances of a tile are those of its diagonals: diagonal x is that of query i and
+// key j with x = j - i + num_queries - 1, so a row of the tile meets consecutive ones.
 inline bool positions_are_indices(const AttentionProblem& problem) {
   return problem.positions_q == nullptr && problem.positions_k == nullptr;
 }
 
-// Distances of a tile whose positions are indices: entry x is that of query i and key j with
-// x = j - i + num_queries - 1, so that a row of the tile reads or writes consecutive entries.
 inline int64_t num_diagonals(const TilePlace& tile) {
   return tile.num_queries() + tile.num_keys() - 1;
 }
 
-inline int64_t distance_of_diagonal(const TilePlace& tile, int64_t x) {
-  return x + tile.first_key - (tile.end_query - 1);
+inline int64_t entry_of_diagonal(const AttentionProblem& problem, const TilePlace& tile, int64_t x) {
+  return entry_of_distance(problem, x + tile.first_key - (tile.end_query - 1));
 }
 
-// S += bias. `diagonals` has room for num_diagonals and a vector.
+// Where they are not, row i of the tile has an entry for each key. The distances of a batch fit 32 bits.
+inline void entries_of_row(const AttentionProblem& problem, const TilePlace& tile, int64_t i, int32_t* entries) {
+  const int32_t max_distance = static_cast<int32_t>(problem.max_distance);
+  const int32_t query = static_cast<int32_t>(tile.first_query + i);
+  const int32_t position_q =
+      problem.positions_q == nullptr ? query : problem.positions_q[tile.sequence.first_q + query];
+  if (problem.positions_k == nullptr) {
+    for (int32_t j = 0; j < tile.num_keys(); ++j) {
+      entries[j] = static_cast<int32_t>(entry_of_distance(problem, tile.first_key + j - position_q));
+    }
+    return;
+  }
+  const int32_t* positions_k = problem.positions_k + tile.sequence.first_k + tile.first_key;
+  for (int64_t j = 0; j < tile.num_keys(); ++j) {
+    const int32_t distance = positions_k[j] - position_q;
+    entries[j] = larger(-max_distance, smaller(distance, max_distance)) + max_distance;
+  }
+}
+
+// Room for what a tile's bias needs.
+template <typename V>
+struct BiasScratch {
+  typename V::scalar* diagonals;  // and a vector more
+  typename V::scalar* lanes;      // [4, num_buckets]
+  int32_t* entries;               // [keys of the block]
+
+  static BiasScratch take(Scratch& scratch, const AttentionProblem& problem, int64_t num_queries, int64_t num_keys) {
+    using scalar = typename V::scalar;
+    return {
+        scratch.take<scalar>(num_queries + num_keys + V::width), scratch.take<scalar>(4 * problem.num_buckets),
+        scratch.take<int32_t>(num_keys)};
+  }
+};
+
+// S += bias.
 template <typename V>
 void add_bias(
-    const AttentionProblem& problem, const TilePlace& tile, ScoreTile<V> scores, typename V::scalar* diagonals) {
+    const AttentionProblem& problem, const TilePlace& tile, ScoreTile<V> scores, const BiasScratch<V>& scratch) {
   using scalar = typename V::scalar;
   const scalar* bias =
       static_cast<const scalar*>(problem.bias_of_distance) + tile.head * (2 * problem.max_distance + 1);
-  if (positions_are_indices(problem)) {
-    for (int64_t x = 0; x < num_diagonals(tile); ++x) {
-      diagonals[x] = bias[clamped_distance(problem, distance_of_diagonal(tile, x))];
-    }
-    for (int64_t x = num_diagonals(tile); x < num_diagonals(tile) + V::width; ++x) {
-      diagonals[x] = 0;  // read with the last vector of a row, for keys that are not there
-    }
+  if (!positions_are_indices(problem)) {
     for (int64_t i = 0; i < tile.num_queries(); ++i) {
-      const scalar* row_bias = diagonals + tile.num_queries() - 1 - i;
-      for (int64_t j = 0; j < tile.num_keys(); j += V::width) {
-        V::store(scores[i] + j, V::load(scores[i] + j) + V::load(row_bias + j));
+      entries_of_row(problem, tile, i, scratch.entries);
+      scalar* row = scores[i];
+      for (int64_t j = 0; j < tile.num_keys(); ++j) {
+        row[j] += bias[scratch.entries[j]];
       }
     }
     return;
   }
+  for (int64_t x = 0; x < num_diagonals(tile); ++x) {
+    scratch.diagonals[x] = bias[entry_of_diagonal(problem, tile, x)];
+  }
+  for (int64_t x = num_diagonals(tile); x < num_diagonals(tile) + V::width; ++x) {
+    scratch.diagonals[x] = 0;  // read with the last vector of a row, for keys that are not there
+  }
   for (int64_t i = 0; i < tile.num_queries(); ++i) {
-    const int64_t position_q = query_position(problem, tile, i);
-    for (int64_t j = 0; j < tile.num_keys(); ++j) {
-      const int64_t position_k = key_position(problem, tile, j);
-      scores[i][j] += bias[clamped_distance(problem, position_k - position_q)];
+    const scalar* diagonals = scratch.diagonals + tile.num_queries() - 1 - i;
+    for (int64_t j = 0; j < tile.num_keys(); j += V::width) {
+      V::store(scores[i] + j, V::load(scores[i] + j) + V::load(diagonals + j));
     }
   }
 }
 
 // dbias[bucket] += sum of dS over the tile's pairs in it. The pairs of a tile are added in the compute type, tiles in
-// double. `diagonals` as in add_bias; `lanes` has room for 4 * num_buckets.
+// double.
 template <typename V>
 void add_bias_gradient(
-    const AttentionProblem& problem, const TilePlace& tile, ScoreTile<V> d_scores, typename V::scalar* diagonals,
-    typename V::scalar* lanes, double* dbias) {
+    const AttentionProblem& problem, const TilePlace& tile, ScoreTile<V> d_scores, const BiasScratch<V>& scratch,
+    double* dbias) {
   using scalar = typename V::scalar;
-  if (positions_are_indices(problem)) {
-    for (int64_t x = 0; x < num_diagonals(tile) + V::width; ++x) {
-      diagonals[x] = 0;
+  if (!positions_are_indices(problem)) {
+    // Neighbouring keys often share a bucket: four sums for each, so that an addition need not wait for the last one.
+    scalar* lanes = scratch.lanes;
+    for (int64_t b = 0; b < 4 * problem.num_buckets; ++b) {
+      lanes[b] = 0;
     }
     for (int64_t i = 0; i < tile.num_queries(); ++i) {
-      scalar* row = diagonals + tile.num_queries() - 1 - i;
-      for (int64_t j = 0; j < tile.num_keys(); j += V::width) {
-        V::store(row + j, V::load(row + j) + V::load(d_scores[i] + j));
+      entries_of_row(problem, tile, i, scratch.entries);
+      for (int64_t j = 0; j < tile.num_keys(); ++j) {
+        lanes[4 * problem.bucket_of_distance[scratch.entries[j]] + j % 4] += d_scores[i][j];
       }
     }
-    for (int64_t x = 0; x < num_diagonals(tile); ++x) {
-      dbias[problem.bucket_of_distance[clamped_distance(problem, distance_of_diagonal(tile, x))]] += diagonals[x];
+    for (int64_t b = 0; b < problem.num_buckets; ++b) {
+      dbias[b] += (static_cast<double>(lanes[4 * b]) + lanes[4 * b + 1]) + (lanes[4 * b + 2] + lanes[4 * b + 3]);
     }
     return;
   }
-  // Neighbouring keys often share a bucket: four sums for each, so that an addition need not wait for the last one.
-  for (int64_t b = 0; b < 4 * problem.num_buckets; ++b) {
-    lanes[b] = 0;
+  for (int64_t x = 0; x < num_diagonals(tile) + V::width; ++x) {
+    scratch.diagonals[x] = 0;
   }
   for (int64_t i = 0; i < tile.num_queries(); ++i) {
-    const int64_t position_q = query_position(problem, tile, i);
-    for (int64_t j = 0; j < tile.num_keys(); ++j) {
-      const int64_t position_k = key_position(problem, tile, j);
-      const int64_t bucket = problem.bucket_of_distance[clamped_distance(problem, position_k - position_q)];
-      lanes[4 * bucket + j % 4] += d_scores[i][j];
+    scalar* diagonals = scratch.diagonals + tile.num_queries() - 1 - i;
+    for (int64_t j = 0; j < tile.num_keys(); j += V::width) {
+      V::store(diagonals + j, V::load(diagonals + j) + V::load(d_scores[i] + j));
     }
   }
-  for (int64_t b = 0; b < problem.num_buckets; ++b) {
-    dbias[b] += (static_cast<double>(lanes[4 * b]) + lanes[4 * b + 1]) + (lanes[4 * b + 2] + lanes[4 * b + 3]);
+  for (int64_t x = 0; x < num_diagonals(tile); ++x) {
+    dbias[problem.bucket_of_distance[entry_of_diagonal(problem, tile, x)]] += scratch.diagonals[x];
   }
 }
 
@@ -173,13 +196,13 @@ void add_bias_gradient(
 template <typename V>
 void compute_scores(
     const AttentionProblem& problem, const TilePlace& tile, const typename V::scalar* queries,
-    const typename V::scalar* keys_transposed, ScoreTile<V> scores, typename V::scalar* diagonals) {
+    const typename V::scalar* keys_transposed, ScoreTile<V> scores, const BiasScratch<V>& bias_scratch) {
   const int64_t head_dim = problem.head_dim;
   product<V>(
       tile.num_queries(), tile.num_keys(), head_dim, {queries, matrix_row<V>(head_dim), 1},
       transposed<V>(keys_transposed, head_dim), {scores.data, scores.row}, false);
   if (problem.bias_of_distance != nullptr) {
-    add_bias<V>(problem, tile, scores, diagonals);
+    add_bias<V>(problem, tile, scores, bias_scratch);
   }
 }
 

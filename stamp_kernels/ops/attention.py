@@ -275,7 +275,7 @@ def packed_attention(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T, or a sequence is longer than its
-            max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1).
+            max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1); positions lie 2^30 or more apart (on the CPU).
     """
     q, k, v = cast_for_autocast(q=q, k=k, v=v)
     check_attention_inputs(
