@@ -1,8 +1,9 @@
-// Attention backward, for a block of keys of one sequence and the heads that share a key head. With P = exp(S - lse) and
-// the dropout mask D over 1 - p:
+// Attention backward, for a block of keys of one sequence and the heads that share a key head. With P = exp(S - lse)
+// and the dropout mask D over 1 - p:
 //
 //     dP = dO V^T      delta_i = dO_i . O_i      dS = P (D dP - delta)
-//     dV = (P D)^T dO  dK = scale dS^T Q         dQ = scale dS K         dbias[b] = sum of dS over the pairs in bucket b
+//     dV = (P D)^T dO  dK = scale dS^T Q         dQ = scale dS K
+//     dbias[b] = sum of dS over the pairs in bucket b
 //
 // The block's matrices stay in the cache while the queries pass by: five products, each score computed once. A sequence
 // with one block has its dQ at once; a longer one adds up what its blocks give, part by part.

@@ -1,6 +1,7 @@
 // Attention forward, for the queries of one sequence and the heads that share a key head:
 //
-//     lse_i = log sum_j exp(S_ij)      O_i = sum_j exp(S_ij - lse_i) D_ij v_j      centrality_j = sum_i exp(S_ij - lse_i)
+//     lse_i = log sum_j exp(S_ij)      O_i = sum_j exp(S_ij - lse_i) D_ij v_j
+//     centrality_j = sum over voting queries i of exp(S_ij - lse_i)
 //
 // The keys are taken in blocks whose K^T and V stay in the cache; the softmax is carried from block to block by the
 // running maximum m and sum l of each query (online softmax). D is the dropout mask over 1 - p.
@@ -20,7 +21,7 @@ struct ForwardScratch {
 
   scalar* keys_transposed;  // of the block
   scalar* values;           // [keys of the block, matrix_row]
-  scalar* rows;             // [larger of a tile's queries and a block's keys, matrix_row]: queries, or keys to transpose
+  scalar* rows;             // [the larger of tile and block, matrix_row]: queries, or keys to transpose
   scalar* sums;             // [queries of the unit, matrix_row]: the numerator of O
   scalar* maximum;          // [queries of the unit]: m
   scalar* normalizer;       // [queries of the unit]: l

@@ -117,8 +117,8 @@ void set_bias(AttentionInputs& inputs, const BiasArguments& arguments) {
   const int64_t valid_q = problem.cu_seqlens_q[inputs.batch], valid_k = problem.cu_seqlens_k[inputs.batch];
   const int64_t largest = largest_distance(problem, valid_q, valid_k);
   STD_TORCH_CHECK(
-      largest <= INT32_MAX / 2, "positions_q and positions_k must lie at most ", INT32_MAX / 2, " apart, got a distance of ",
-      largest);
+      largest <= INT32_MAX / 2, "positions_q and positions_k must lie at most ", INT32_MAX / 2,
+      " apart, got a distance of ", largest);
   // From max_distance on all distances have the last bucket, and none is larger than the batch's largest.
   problem.max_distance = std::min(arguments.max_distance, largest);
   const int64_t num_distances = 2 * problem.max_distance + 1;

@@ -162,7 +162,8 @@ inline int64_t size_of(DType dtype) {
 inline void prefetch_rows(
     const HeadRows& rows, DType dtype, int64_t first_row, int64_t num_rows, int64_t head, int64_t head_dim) {
   const int64_t size = size_of(dtype);
-  const char* row = static_cast<const char*>(rows.data) + (first_row * rows.row_stride + head * rows.head_stride) * size;
+  const int64_t offset = first_row * rows.row_stride + head * rows.head_stride;
+  const char* row = static_cast<const char*>(rows.data) + offset * size;
   for (int64_t i = 0; i < num_rows; ++i, row += rows.row_stride * size) {
     for (int64_t byte = 0; byte < head_dim * size; byte += 64) {
       __builtin_prefetch(row + byte, 0, 2);

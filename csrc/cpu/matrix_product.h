@@ -40,8 +40,8 @@ constexpr int kTileVectors = 2;
 template <typename V>
 constexpr int kPanelWidth = kTileVectors * V::width;
 
-// One register tile: `rows` x `vectors * width` of C over `depth` steps. Each element of C is one chain of multiply-adds
-// in the order of k, so its bits do not depend on the tile it falls into.
+// One register tile: `rows` x `vectors * width` of C over `depth` steps. Each element of C is one chain of
+// multiply-adds in the order of k, so its bits do not depend on the tile it falls into.
 template <typename V, int rows, int vectors>
 void product_tile(
     int64_t depth, LeftMatrix<typename V::scalar> a, const typename V::scalar* b, int64_t b_row,
@@ -105,8 +105,8 @@ void product_panel(
   }
 }
 
-// C [num_rows, num_columns] = (or +=) A [num_rows, depth] B [depth, num_columns]. Columns are computed in whole vectors:
-// B and C must have memory for them.
+// C [num_rows, num_columns] = (or +=) A [num_rows, depth] B [depth, num_columns]. Columns are computed in whole
+// vectors: B and C must have memory for them.
 template <typename V>
 void product(
     int64_t num_rows, int64_t num_columns, int64_t depth, LeftMatrix<typename V::scalar> a,

@@ -1,5 +1,5 @@
-// A vector of `width` numbers, on the compiler's vector extensions: the same source becomes AVX-512, AVX2 or whatever the
-// portable build allows, by the flags of the unit that includes it.
+// A vector of `width` numbers, on the compiler's vector extensions: the same source becomes AVX-512, AVX2 or whatever
+// the portable build allows, by the flags of the unit that includes it.
 //
 // Everything here has internal linkage and no std template with code of its own is used: the linker merges equal names,
 // and could otherwise put a function compiled for AVX-512 into the portable path.
@@ -86,8 +86,8 @@ scalar Simd<scalar, kLanes>::max(vector v) {
   return combine_lanes<Simd, kLanes / 2>(v, [](vector a, vector b) { return max(a, b); })[0];
 }
 
-// e^x = 2^n e^r with n = round(x / ln 2): a polynomial for e^r, the exponent's bits for 2^n. Within 2 ulp from -87 to 88;
-// 0 below, where the result would be subnormal, and NaN for NaN.
+// e^x = 2^n e^r with n = round(x / ln 2): a polynomial for e^r, the exponent's bits for 2^n. Within 2 ulp from -87 to
+// 88; 0 below, where the result would be subnormal, and NaN for NaN.
 template <int kLanes>
 __attribute__((always_inline)) inline typename Simd<float, kLanes>::vector exp_of_floats(
     typename Simd<float, kLanes>::vector x) {
