@@ -146,6 +146,15 @@ def test_buckets_are_those_of_the_formula(num_buckets, max_distance, bidirection
     assert torch.equal(result.lse[0], want.float())
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.125])
+def test_centrality_of_equal_weights_keeps_its_digits(capability, scale):
+    batch = RaggedBatch((439, 900), tail=0)
+    inputs = AttentionCase(batch, heads=(4, 2), scale=scale).inputs(torch.float32)
+    want = dense_attention(**detached(in_float64(inputs))).centrality
+    got = packed_attention(**detached(inputs), return_centrality=True).centrality
+    assert_results_close({"centrality": got}, {"centrality": want})
+
+
 def test_positions_too_far_apart():
     inputs = detached(AttentionCase(bias="bidirectional", positions=True).inputs(torch.float32))
     inputs["positions_q"][0] = 2**31 - 1

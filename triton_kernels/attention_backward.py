@@ -10,6 +10,7 @@ of a sequence do not depend on the batch around it. That costs seven matrix prod
 being made by queries and again by keys, but no atomics, no fp32 dQ in memory, no second pass over it.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from stamp_kernels.triton_kernels.attention_tiles import (
     LOG2_E,
     bias_tile,
     bucket_tile,
+    contiguous,
     distance_buckets,
     dropout_threshold,
     is_one_bucket,
@@ -48,6 +50,30 @@ _VARYING = ["num_sequences", "total_q", "total_k", "dropout_threshold"]
 _SUM_TILES = 128
 _SUM_BUCKETS = 8  # 32 bytes, one sector of memory
 
+# The bias gradient of a tile is added up by strips of 16 rows, which a warp has in its registers after a product.
+_STRIP = tl.constexpr(16)
+
+# Farther than any two tokens.
+_FAR = tl.constexpr(2**30)
+
+
+@functools.lru_cache(maxsize=64)
+def distance_ranges(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
+    """int32 `[2, num_buckets]`: the first and the last distance of each bucket, +-2^30 where it has no end.
+
+    Buckets are ranges: each distance between has the same bucket. A bucket without distances, as bidirectional biases
+    have one, ends before it begins. Like `distance_buckets`, not to be called first while a CUDA graph is captured.
+    """
+    buckets = distance_buckets(num_buckets, max_distance, bidirectional, torch.device("cpu")).long()
+    distances = torch.arange(-max_distance, max_distance + 1)
+    first = torch.ones(num_buckets, dtype=torch.int64)
+    first.scatter_reduce_(0, buckets, distances, "amin", include_self=False)
+    last = torch.zeros(num_buckets, dtype=torch.int64)
+    last.scatter_reduce_(0, buckets, distances, "amax", include_self=False)
+    first[first == -max_distance] = -_FAR.value
+    last[last == max_distance] = _FAR.value
+    return torch.stack([first, last]).to(torch.int32).to(device)
+
 
 # Parts of a tile
 
@@ -63,17 +89,58 @@ def load_lse(lse_ptr, row, exists):
 
 
 @triton.jit
-def sums_by_bucket(d_scores, bucket, BLOCK_BUCKETS: tl.constexpr):
-    """fp32 `[BLOCK_BUCKETS]`: the sum of `d_scores` over the tile's pairs of each bucket.
+def add_to_bucket(bucket_sums, bucket, x):
+    """`bucket_sums` [STRIPS, BLOCK_BUCKETS] with the sum of x [BLOCK_M, BLOCK_N] added in column `bucket`, by strips.
 
-    One pass over the registers for each bucket between the tile's lowest and highest: many near the diagonal, few away
-    from it.
+    A warp has the 16 rows of a strip in its registers, so that no thread waits for another warp's part.
     """
-    every_bucket = tl.arange(0, BLOCK_BUCKETS)
-    sums = tl.zeros([BLOCK_BUCKETS], tl.float32)
-    for b in range(tl.min(bucket), tl.max(bucket) + 1):
-        sums += tl.where(every_bucket == b, tl.sum(tl.where(bucket == b, d_scores, 0.0)), 0.0)
-    return sums
+    strips = tl.reshape(x, (bucket_sums.shape[0], x.shape[0] // bucket_sums.shape[0] * x.shape[1]))
+    every_bucket = tl.arange(0, bucket_sums.shape[1])
+    return bucket_sums + tl.where(every_bucket[None, :] == bucket, tl.sum(strips, axis=1)[:, None], 0.0)
+
+
+@triton.jit
+def sums_by_distance(x):
+    """Sums of x `[BLOCK_M, BLOCK_N]` over the diagonals of each strip s of 16 rows, two times fp32 [STRIPS, BLOCK_N]:
+
+        sums[s, c] = sum over r, j with j - r = c of x[16 s + r, j]
+        wrapped[s, c] = sum over r, j with j - r = c - BLOCK_N of x[16 s + r, j]
+
+    Row r turned left by r columns has in column c what stood in column (c + r) mod BLOCK_N, so that diagonals stand
+    upright; below them those that the turn has carried around the edge.
+    """
+    BLOCK_M: tl.constexpr = x.shape[0]
+    BLOCK_N: tl.constexpr = x.shape[1]
+    column = tl.arange(0, BLOCK_N)
+    came_from = tl.arange(0, BLOCK_M)[:, None] % _STRIP + column[None, :]  # [BLOCK_M, BLOCK_N]
+    turned = tl.reshape(tl.gather(x, came_from % BLOCK_N, axis=1), (BLOCK_M // _STRIP, _STRIP, BLOCK_N))
+    in_place = (tl.arange(0, _STRIP)[:, None] + column[None, :] < BLOCK_N)[None, :, :]
+    sums = tl.sum(tl.where(in_place, turned, 0.0), axis=1)
+    wrapped = tl.sum(tl.where(in_place, 0.0, turned), axis=1)
+    return sums, wrapped
+
+
+@triton.jit
+def sums_over_ranges(sums, lowest, first, last):
+    """fp32 `[STRIPS, BLOCK_BUCKETS]`: the sum of sums[s, c] over the c with first[b] <= lowest[s] + c <= last[b].
+
+    A bucket is a range of distances, so its sum is the difference of two prefix sums.
+
+    Args:
+        sums: fp32 [STRIPS, BLOCK_N], by distance.
+        lowest: int32 [STRIPS], the distance of c = 0.
+        first, last: int32 [BLOCK_BUCKETS], `distance_ranges`.
+    """
+    prefix = tl.cumsum(sums, axis=1)
+    up_to_last = prefix_at(prefix, last[None, :] - lowest[:, None])
+    return up_to_last - prefix_at(prefix, first[None, :] - 1 - lowest[:, None])
+
+
+@triton.jit
+def prefix_at(prefix, c):
+    """`[STRIPS, BLOCK_BUCKETS]`: prefix[s, c[s, b]], 0 before the first column and the whole sum after the last."""
+    inside = tl.minimum(tl.maximum(c, 0), prefix.shape[1] - 1)
+    return tl.where(c < 0, 0.0, tl.gather(prefix, inside, axis=1))
 
 
 @triton.jit
@@ -102,8 +169,8 @@ def keep_tile_by_keys(seed_ptr, threshold, sequence, head, query, key):
 @triton.jit(do_not_specialize=_VARYING)
 def attention_backward_query_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, bucket_sums_ptr,
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, positions_q_ptr, positions_k_ptr, buckets_ptr, table_ptr, seed_ptr,
-    num_sequences, total_q, num_heads,
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, positions_q_ptr, positions_k_ptr, buckets_ptr, ranges_ptr, table_ptr,
+    seed_ptr, num_sequences, total_q, num_heads,
     stride_grad_out_row, stride_grad_out_head, stride_q_row, stride_q_head, stride_k_row, stride_k_head,
     stride_v_row, stride_v_head, stride_out_row, stride_out_head, stride_dq_row, stride_dq_head,
     stride_table_bucket, stride_table_head,
@@ -128,10 +195,10 @@ def attention_backward_query_kernel(
         k_ptr, v_ptr: [Tk, Hq / GROUP_SIZE, HEAD_DIM].
         lse_ptr, delta_ptr: fp32 [Hq, Tq].
         bucket_sums_ptr: fp32 [num_tiles, Hq, NUM_BUCKETS], one row a program, written by idle programs too.
-        buckets_ptr: `distance_buckets`; table_ptr: [NUM_BUCKETS, Hq].
+        buckets_ptr: `distance_buckets`; ranges_ptr: `distance_ranges`; table_ptr: [NUM_BUCKETS, Hq].
     """
     program = tl.program_id(0)
-    head = program % num_heads
+    head = (program % num_heads).to(tl.int64)
     tile = program // num_heads
     if CAUSAL:  # the last tiles of a sequence see the most keys: they start first
         tile = tl.num_programs(0) // num_heads - 1 - tile
@@ -141,7 +208,6 @@ def attention_backward_query_kernel(
     query = start_q + tl.arange(0, BLOCK_M)
 
     every_bucket = tl.arange(0, BLOCK_BUCKETS)
-    bucket_sums = tl.zeros([BLOCK_BUCKETS], tl.float32)
     if bucket_sums_ptr is not None:
         bucket_sums_ptrs = bucket_sums_ptr + program.to(tl.int64) * NUM_BUCKETS + every_bucket
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -152,7 +218,7 @@ def attention_backward_query_kernel(
                 dq_ptr + head * stride_dq_head, dq, first_q, query, stride_dq_row, num_queries, HEAD_DIM, BLOCK_D
             )
         if bucket_sums_ptr is not None:
-            tl.store(bucket_sums_ptrs, bucket_sums, mask=every_bucket < NUM_BUCKETS)
+            tl.store(bucket_sums_ptrs, tl.zeros([BLOCK_BUCKETS], tl.float32), mask=every_bucket < NUM_BUCKETS)
         return
 
     grad_out = load_rows(  # [BLOCK_M, BLOCK_D]
@@ -163,7 +229,7 @@ def attention_backward_query_kernel(
         out_ptr + head * stride_out_head, first_q, query, stride_out_row, num_queries, HEAD_DIM, BLOCK_D, BOUNDED=True
     )
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)  # [BLOCK_M]
-    row_of_head = head.to(tl.int64) * total_q + first_q + query
+    row_of_head = head * total_q + first_q + query
     if delta_ptr is not None:
         tl.store(delta_ptr + row_of_head, delta, mask=query < num_queries)
 
@@ -178,6 +244,11 @@ def attention_backward_query_kernel(
             position_q, lowest_q, highest_q = tile_positions(
                 positions_q_ptr, first_q, start_q, num_queries, BLOCK_M, positions_q_ptr is not None
             )
+        bucket_sums = tl.zeros([BLOCK_M // _STRIP, BLOCK_BUCKETS], tl.float32)
+        if bucket_sums_ptr is not None:
+            exists = every_bucket < NUM_BUCKETS
+            first_distance = tl.load(ranges_ptr + every_bucket, mask=exists, other=_FAR)
+            last_distance = tl.load(ranges_ptr + NUM_BUCKETS + every_bucket, mask=exists, other=-_FAR)
         k_head_ptr = k_ptr + head // GROUP_SIZE * stride_k_head
         v_head_ptr = v_ptr + head // GROUP_SIZE * stride_v_head
         last_query = tl.minimum(start_q + BLOCK_M, num_queries) - 1
@@ -206,10 +277,19 @@ def attention_backward_query_kernel(
             if bucket_sums_ptr is not None:
                 if is_one_bucket(lowest_q, highest_q, lowest_k, highest_k, max_distance):
                     bucket = the_one_bucket(highest_q, lowest_k, buckets_ptr, max_distance)
-                    bucket_sums += tl.where(every_bucket == bucket, tl.sum(d_scores), 0.0)
+                    bucket_sums = add_to_bucket(bucket_sums, bucket, d_scores)
+                elif positions_q_ptr is None and positions_k_ptr is None:
+                    sums, wrapped = sums_by_distance(d_scores)
+                    lowest = start_k - start_q - tl.arange(0, BLOCK_M // _STRIP) * _STRIP
+                    bucket_sums += sums_over_ranges(sums, lowest, first_distance, last_distance)
+                    bucket_sums += sums_over_ranges(wrapped, lowest - BLOCK_N, first_distance, last_distance)
                 else:
                     buckets = bucket_tile(position_q, position_k, buckets_ptr, max_distance)
-                    bucket_sums += sums_by_bucket(d_scores, buckets, BLOCK_BUCKETS)
+                    possible = (first_distance <= highest_k - lowest_q) & (last_distance >= lowest_k - highest_q)
+                    lowest_bucket = tl.min(tl.where(possible, every_bucket, BLOCK_BUCKETS), axis=0)
+                    highest_bucket = tl.max(tl.where(possible, every_bucket, -1), axis=0)
+                    for bucket in range(lowest_bucket, highest_bucket + 1):
+                        bucket_sums = add_to_bucket(bucket_sums, bucket, tl.where(buckets == bucket, d_scores, 0.0))
 
         if dq_ptr is not None:
             dq *= scale
@@ -217,7 +297,7 @@ def attention_backward_query_kernel(
                 dq_ptr + head * stride_dq_head, dq, first_q, query, stride_dq_row, num_queries, HEAD_DIM, BLOCK_D
             )
         if bucket_sums_ptr is not None:
-            tl.store(bucket_sums_ptrs, bucket_sums, mask=every_bucket < NUM_BUCKETS)
+            tl.store(bucket_sums_ptrs, tl.sum(bucket_sums, axis=0), mask=every_bucket < NUM_BUCKETS)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -249,7 +329,7 @@ def attention_backward_key_kernel(
         lse_ptr, delta_ptr: fp32 [Hkv * GROUP_SIZE, Tq].
         buckets_ptr: `distance_buckets`; table_ptr: [num_buckets, Hkv * GROUP_SIZE].
     """
-    key_head = tl.program_id(0) % num_key_heads
+    key_head = (tl.program_id(0) % num_key_heads).to(tl.int64)
     tile = tl.program_id(0) // num_key_heads
     sequence, block = locate_tile(tile, cu_seqlens_k_ptr, num_sequences, BLOCK_N)
     first_k, num_keys = sequence_rows(sequence, cu_seqlens_k_ptr, num_sequences, total_k)
@@ -282,7 +362,7 @@ def attention_backward_key_kernel(
             head = key_head * GROUP_SIZE + head_in_group
             q_head_ptr = q_ptr + head * stride_q_head
             grad_out_head_ptr = grad_out_ptr + head * stride_grad_out_head
-            first_row_of_head = head.to(tl.int64) * total_q + first_q
+            first_row_of_head = head * total_q + first_q
             for start_q in range(first_query, query_end, BLOCK_M):
                 query = start_q + tl.arange(0, BLOCK_M)
                 q = load_rows(q_head_ptr, first_q, query, stride_q_row, num_queries, HEAD_DIM, BLOCK_D, BOUNDED=True)
@@ -445,6 +525,9 @@ def packed_attention_backward(
     total_q, num_heads, head_dim = q.shape
     total_k, num_heads_k, _ = k.shape
     num_sequences = cu_seqlens_q.shape[0] - 1
+    cu_seqlens_q, cu_seqlens_k, positions_q, positions_k = contiguous(
+        cu_seqlens_q, cu_seqlens_k, positions_q, positions_k
+    )
     if cu_seqlens_k is None:
         cu_seqlens_k, positions_k = cu_seqlens_q, positions_q if positions_k is None else positions_k
     grad_out, q, k, v, out = (rows_with_vector_strides(x) for x in (grad_out, q, k, v, out))
@@ -459,14 +542,15 @@ def packed_attention_backward(
     for_queries, for_keys = backward_config(
         _capability(q.device), head_dim, q.dtype, max_seqlen_q, max_seqlen_k, bias_table is not None, dropout_p > 0
     )
-    num_buckets, buckets = 1, None
+    num_buckets, buckets, ranges = 1, None, None
     if bias_table is not None:
         num_buckets = bias_table.shape[0]
         buckets = distance_buckets(num_buckets, bias_max_distance, bias_bidirectional, q.device)
+        ranges = distance_ranges(num_buckets, bias_max_distance, bias_bidirectional, q.device)
     query_tiles = num_tiles(total_q, num_sequences, for_queries.block_m)
     bucket_sums = lse.new_empty(query_tiles, num_heads, num_buckets) if need_dbias else None
     sequences = (cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
-    bias_and_dropout = (buckets, bias_table, dropout_seed if dropout_p > 0 else None)
+    dropout_seed = dropout_seed if dropout_p > 0 else None
     table_strides = (0, 0) if bias_table is None else bias_table.stride()
     scalars = (scale, bias_max_distance, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
     constants = dict(
@@ -478,8 +562,8 @@ def packed_attention_backward(
 
     if need_dq or need_dk or need_dbias:
         attention_backward_query_kernel[(query_tiles * num_heads,)](
-            grad_out, q, k, v, out, lse, dq if need_dq else None, delta, bucket_sums, *sequences, *bias_and_dropout,
-            num_sequences, total_q, num_heads,
+            grad_out, q, k, v, out, lse, dq if need_dq else None, delta, bucket_sums, *sequences,
+            buckets, ranges, bias_table, dropout_seed, num_sequences, total_q, num_heads,
             *row_strides(grad_out, q, k, v, out), *(row_strides(dq) if need_dq else (0, 0)), *table_strides, *scalars,
             **constants, NUM_BUCKETS=num_buckets, BLOCK_BUCKETS=triton.next_power_of_2(num_buckets),
             BLOCK_M=for_queries.block_m, BLOCK_N=for_queries.block_n,
@@ -493,7 +577,7 @@ def packed_attention_backward(
     if need_dk or need_dv:
         attention_backward_key_kernel[(num_tiles(total_k, num_sequences, for_keys.block_n) * num_heads_k,)](
             grad_out, q, k, v, lse, delta, dk if need_dk else None, dv if need_dv else None,
-            *sequences, *bias_and_dropout, num_sequences, total_q, total_k, num_heads_k,
+            *sequences, buckets, bias_table, dropout_seed, num_sequences, total_q, total_k, num_heads_k,
             *row_strides(grad_out, q, k, v),
             *(row_strides(dk) if need_dk else (0, 0)), *(row_strides(dv) if need_dv else (0, 0)),
             *table_strides, *scalars, **constants, BLOCK_M=for_keys.block_m, BLOCK_N=for_keys.block_n,
@@ -511,7 +595,8 @@ def _signature(kernel: triton.runtime.JITFunction, constexprs: dict[str, Any], d
         "lse_ptr": "*fp32", "delta_ptr": "*fp32", "bucket_sums_ptr": "*fp32", "table_ptr": "*fp32",
         "dtable_ptr": "*fp32", "seed_ptr": "*i64", "scale": "fp32", "kept_scale": "fp32",
     } | {
-        f"{name}_ptr": "*i32" for name in ("cu_seqlens_q", "cu_seqlens_k", "positions_q", "positions_k", "buckets")
+        f"{name}_ptr": "*i32"
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "positions_q", "positions_k", "buckets", "ranges")
     }  # fmt: skip
     return {
         name: special.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
@@ -521,7 +606,9 @@ def _signature(kernel: triton.runtime.JITFunction, constexprs: dict[str, Any], d
 
 
 _TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_NO_BIAS = dict(table_ptr=None, buckets_ptr=None, bucket_sums_ptr=None, positions_q_ptr=None, positions_k_ptr=None)
+_NO_BIAS = dict(
+    table_ptr=None, buckets_ptr=None, ranges_ptr=None, bucket_sums_ptr=None, positions_q_ptr=None, positions_k_ptr=None
+)
 _NO_DROPOUT = dict(seed_ptr=None)
 _BIAS_BY_INDEX = dict(positions_q_ptr=None, positions_k_ptr=None)
 

@@ -30,6 +30,7 @@ from stamp_kernels.triton_kernels.attention_tiles import (
     LN_2,
     LOG2_E,
     bias_tile,
+    contiguous,
     distance_buckets,
     dropout_threshold,
     keep_fours,
@@ -68,7 +69,7 @@ def _attend_keys(
     The state after some keys, in units of log 2: row_max [BLOCK_M] = max_j S_ij, row_sum [BLOCK_M] =
     sum_j 2^(S_ij - row_max_i), acc [BLOCK_M, BLOCK_D] = sum_j 2^(S_ij - row_max_i) keep_ij v_j.
 
-    MASKED False promises that every query sees every key, so there is no comparison and no -inf.
+    MASKED False promises that every query sees every key, so there is no comparison.
     """
     BLOCK_M: tl.constexpr = q.shape[0]
     query = start_q + tl.arange(0, BLOCK_M)
@@ -93,8 +94,8 @@ def _attend_keys(
         if MASKED:
             scores = tl.where(visible_tile(query, key, num_queries, num_keys, CAUSAL), scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        # A row that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
-        pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+        # A row that has seen no key yet, or a bias of -inf alone, has the maximum -inf, and -inf - -inf is NaN.
+        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(scores - pivot[:, None])
         rescale = tl.exp2(row_max - pivot)
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
@@ -136,7 +137,7 @@ def general_kernel(
     of keys that every query of the tile sees is not masked; the blocks on the diagonal and at the end are, in a
     second loop. Keys that no query sees are never touched.
     """
-    head = tl.program_id(0) % num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     tile = tl.program_id(0) // num_heads
     if CAUSAL:  # the last tiles of a sequence see the most keys: they start first
         tile = tl.num_programs(0) // num_heads - 1 - tile
@@ -173,7 +174,7 @@ def general_kernel(
         )  # fmt: skip
 
     lse = tl.where(is_tail, 0.0, (row_max + tl.log2(row_sum)) * LN_2)
-    tl.store(lse_ptr + head.to(tl.int64) * total_q + first_q + query, lse, mask=query < num_queries)
+    tl.store(lse_ptr + head * total_q + first_q + query, lse, mask=query < num_queries)
     out = acc * tl.where(row_sum == 0.0, 0.0, kept_scale / row_sum)[:, None]
     store_rows(out_ptr + head * stride_out_head, out, first_q, query, stride_out_row, num_queries, HEAD_DIM, BLOCK_D)
 
@@ -200,7 +201,8 @@ def _column_votes(weights, inverse, query_mask_ptr, row, exists):
     """[BLOCK_N]: the sum of P over the voting queries of a tile, whose packed rows are `row` where they exist."""
     if query_mask_ptr is not None:
         inverse = tl.where(tl.load(query_mask_ptr + row, mask=exists, other=0) != 0, inverse, 0.0)
-    return tl.sum(weights * inverse[:, None], axis=0)
+    # In a tile of several sequences a NaN's row has 0 for its neighbours' keys, and 0 * NaN is NaN.
+    return tl.sum(tl.where(weights == 0.0, 0.0, weights * inverse[:, None]), axis=0)
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _zero_tail(
         store_rows(
             out_ptr + head * stride_out_head, zeros, start, row, stride_out_row, total_q - start, HEAD_DIM, BLOCK_D
         )
-        tl.store(lse_ptr + head.to(tl.int64) * total_q + start + row, 0.0, mask=row < total_q - start)
+        tl.store(lse_ptr + head * total_q + start + row, 0.0, mask=row < total_q - start)
 
 
 @triton.jit
@@ -256,7 +258,7 @@ def _attend_whole_rows(
             )
         scores = tl.where(visible_tile(query, key, num_queries, num_keys, CAUSAL), scores, float("-inf"))
         weights, inverse, lse = _softmax(scores)
-        tl.store(lse_ptr + head.to(tl.int64) * total_q + first_q + query, lse, mask=exists)
+        tl.store(lse_ptr + head * total_q + first_q + query, lse, mask=exists)
         if votes_ptr is not None:
             votes += _column_votes(weights, inverse, query_mask_ptr, first_q + query, exists)
         if dropout_seed_ptr is not None:
@@ -267,7 +269,7 @@ def _attend_whole_rows(
             out_ptr + head * stride_out_head, out, first_q, query, stride_out_row, num_queries, HEAD_DIM, BLOCK_D
         )
     if votes_ptr is not None:
-        tl.store(votes_ptr + head.to(tl.int64) * total_k + first_k + key, votes, mask=key < num_keys)
+        tl.store(votes_ptr + head * total_k + first_k + key, votes, mask=key < num_keys)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -301,7 +303,7 @@ def short_kernel(
     BLOCK_N, BLOCK_N / 2 or BLOCK_N / 4 keys, that holds its sequence: by its own length, so with the same bits in any
     batch.
     """
-    head = tl.program_id(0) % num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     sequence = tl.program_id(0) // num_heads
     _zero_tail(
         out_ptr, lse_ptr, stride_out_row, stride_out_head, cu_seqlens_q_ptr, num_sequences, total_q, head, sequence,
@@ -356,7 +358,7 @@ def slots_kernel(
     visible. A slot starts at a multiple of 16, so sums over a row meet the same terms in the same order, and zeros,
     whichever slot it is: the same bits.
     """
-    head = tl.program_id(0) % num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     head_k = head // num_heads_per_key_head
     group = tl.program_id(0) // num_heads
     _zero_tail(
@@ -394,10 +396,11 @@ def slots_kernel(
     # The lengths are those of the row's own sequence: within a slot they are the pair's.
     visible = visible_tile(index, index, num_queries, num_keys, CAUSAL) & (slot[:, None] == slot[None, :])
     weights, inverse, lse = _softmax(tl.where(visible, scores, float("-inf")))
-    tl.store(lse_ptr + head.to(tl.int64) * total_q + first_q + index, lse, mask=query_exists)
+    weights = tl.where(visible, weights, 0.0)  # a NaN of one sequence makes whole rows NaN, its neighbours' part too
+    tl.store(lse_ptr + head * total_q + first_q + index, lse, mask=query_exists)
     if votes_ptr is not None:
         votes = _column_votes(weights, inverse, query_mask_ptr, first_q + index, query_exists)
-        tl.store(votes_ptr + head.to(tl.int64) * total_k + first_k + index, votes, mask=key_exists)
+        tl.store(votes_ptr + head * total_k + first_k + index, votes, mask=key_exists)
     if dropout_seed_ptr is not None:
         four_keys = tl.arange(0, BLOCK // 4) % (SLOT // 4)
         keep = keep_fours(dropout_seed_ptr, dropout_threshold, sequence[:, None], head, index, four_keys)
@@ -517,6 +520,9 @@ def packed_attention_forward(
     No host sync: lengths stay on the device, grids come from shapes and max_seqlen.
     """
     q, k, v = rows_with_vector_strides(q), rows_with_vector_strides(k), rows_with_vector_strides(v)
+    cu_seqlens_q, cu_seqlens_k, positions_q, positions_k, query_mask = contiguous(
+        cu_seqlens_q, cu_seqlens_k, positions_q, positions_k, query_mask
+    )
     total_q, num_heads, head_dim = q.shape
     total_k, num_heads_k = k.shape[0], k.shape[1]
     num_sequences = cu_seqlens_q.shape[0] - 1

@@ -7,7 +7,7 @@ what the tile's bias, dropout mask and visible pairs are. Conventions of all of 
   its sequence. `index` may run past the sequence: such rows are masked on load, never read;
 - strides are in elements and multiples of 8 (`rows_with_vector_strides` sees to it), the last dimension is contiguous;
 - a head of HEAD_DIM features stands in BLOCK_D columns, a power of two of at least 16; the columns past HEAD_DIM are 0;
-- products of a row with a stride are 64-bit, so that a tensor may have more than 2^31 elements;
+- rows and heads are 64-bit where they meet a stride, so that a tensor may have more than 2^31 elements;
 - scores are in units of log 2: kernels take `scale * log2(e)` and a table times log2(e), and use exp2.
 """
 
@@ -35,6 +35,11 @@ def rows_with_vector_strides(x: Tensor) -> Tensor:
     Multiples of 8 keep every row on a 16-byte boundary, which kernels need for wide loads.
     """
     return x if x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 else x.contiguous()
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Offsets, positions and masks as kernels read them, None where None."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def padded_head_dim(head_dim: int) -> int:

@@ -18,6 +18,7 @@ from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
 from stamp_kernels.triton_kernels.attention_tiles import (
     LOG2_E,
     bias_tile,
+    contiguous,
     distance_buckets,
     load_rows,
     locate_tile,
@@ -52,7 +53,7 @@ def _collect_votes(
         exists = query < num_queries
         # [BLOCK_M, BLOCK_D]
         q = load_rows(q_ptr + head * stride_q_head, first_q, query, stride_q_row, num_queries, HEAD_DIM, BLOCK_D, True)
-        lse = tl.load(lse_ptr + head.to(tl.int64) * total_q + first_q + query, mask=exists, other=float("inf"))
+        lse = tl.load(lse_ptr + head * total_q + first_q + query, mask=exists, other=float("inf"))
         # A query with lse +inf votes nothing: one past the end, one that sees no key, one that the mask excludes.
         lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
         if query_mask_ptr is not None:
@@ -115,7 +116,7 @@ def centrality_kernel(
         first_seeing_all = tl.cdiv(tl.maximum(start_k + BLOCK_N - 1 + shift, 0), BLOCK_M) * BLOCK_M
     votes = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for head in range(num_heads):
-        head = tl.cast(head, tl.int32)
+        head = tl.cast(head, tl.int64)
         head_k_ptr = k_ptr + head // num_heads_per_key_head * stride_k_head
         # [BLOCK_N, BLOCK_D]; nothing is read of the tail
         k = load_rows(
@@ -171,6 +172,9 @@ def attention_centrality(
 ) -> Tensor:
     """The op `stamp::attention_centrality`: fp32 `[Tk]`, 0 on tail rows. No host sync."""
     q, k, lse = rows_with_vector_strides(q), rows_with_vector_strides(k), lse.contiguous()
+    cu_seqlens_q, cu_seqlens_k, positions_q, positions_k, query_mask = contiguous(
+        cu_seqlens_q, cu_seqlens_k, positions_q, positions_k, query_mask
+    )
     total_q, num_heads, head_dim = q.shape
     total_k, num_heads_k, _ = k.shape
     num_sequences = cu_seqlens_q.shape[0] - 1

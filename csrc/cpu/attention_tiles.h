@@ -214,16 +214,17 @@ void fill_rest(typename V::scalar* row, int64_t begin, int64_t num_keys, typenam
   }
 }
 
-// sums_j += sum_i weight_i P_ij over the rows of a tile, in their order.
+// sums_j += sum_i weight_i P_ij over the rows of a tile, added up by themselves first: equal weights would otherwise
+// round the same way a thousand times.
 template <typename V>
 void add_weighted_columns(
     const TilePlace& tile, ScoreTile<V> weights, const typename V::scalar* row_weights, typename V::scalar* sums) {
   for (int64_t j = 0; j < tile.num_keys(); j += V::width) {
-    typename V::vector sum = V::load(sums + j);
+    typename V::vector sum = {};
     for (int64_t i = 0; i < tile.num_queries(); ++i) {
       sum += row_weights[i] * V::load(weights[i] + j);
     }
-    V::store(sums + j, sum);
+    V::store(sums + j, V::load(sums + j) + sum);
   }
 }
 

@@ -133,6 +133,42 @@ def test_only_rows_off_the_grid_of_eight_are_copied():
         assert copy.stride(2) == 1 and copy.stride(0) % 8 == 0 and copy.stride(1) % 8 == 0
 
 
+def every_other(x):
+    return torch.stack([x, torch.zeros_like(x)], dim=1)[:, 0]
+
+
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_strided_offsets_positions_and_mask(max_seqlen):
+    inputs = AttentionCase(bias="bidirectional", positions=True, query_mask=True).inputs(torch.float32)
+    views = inputs | {name: every_other(inputs[name]) for name in ("cu_seqlens_q", "positions_q", "query_mask")}
+    assert_results_close(run(views, max_seqlen), oracle(inputs), torch.float32)
+
+
+@pytest.mark.parametrize("max_seqlen", [200, 300], ids=["general", "longer"])
+def test_bucket_that_hides_its_keys(max_seqlen):
+    """A bias of -inf: whole tiles of scores are -inf before a query sees its first key."""
+    inputs = AttentionCase(RaggedBatch((150,), tail=1), heads=(1, 1), bias="bidirectional").inputs(torch.float32)
+    with torch.no_grad():
+        inputs["relative_bias"].table[[3, 7]] = -torch.inf  # all that is far before and after
+    assert_results_close(run(inputs, max_seqlen), oracle(inputs), torch.float32)
+
+
+@pytest.mark.parametrize("poisoned", ["q", "k"])
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_nan_stays_in_its_sequence(poisoned, max_seqlen):
+    case = AttentionCase(RaggedBatch((5, 7, 4), tail=1))
+    inputs = detached(case.inputs(torch.float32))
+    want = run(inputs, max_seqlen)
+    inputs[poisoned] = inputs[poisoned].clone()
+    inputs[poisoned][6] = torch.nan
+    got = run(inputs, max_seqlen)
+    assert got["out"][5:12].isnan().any()
+    for rows in (slice(0, 5), slice(12, 17)):
+        assert torch.equal(got["out"][rows], want["out"][rows])
+        assert torch.equal(got["lse"][:, rows], want["lse"][:, rows])
+        assert torch.equal(got["centrality"][rows], want["centrality"][rows])
+
+
 @pytest.mark.parametrize("table_dtype", [torch.float16, torch.float32], ids=str)
 def test_table_of_another_dtype_and_stride(table_dtype):
     inputs = CASES["bias"].inputs(torch.float16)
