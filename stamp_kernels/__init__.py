@@ -10,6 +10,7 @@ from stamp_kernels.modules.pruning import PrunedSequence, SemanticAdaptivePrunin
 from stamp_kernels.ops.attention import AttentionOutput, packed_attention
 from stamp_kernels.ops.cross_entropy import MultiTokenLoss, multi_token_cross_entropy, shift_targets
 from stamp_kernels.ops.importance import attention_centrality, token_importance
+from stamp_kernels.ops.pruning import PrunedTokens, prune
 from stamp_kernels.ops.selection import TokenSelection, gather_tokens, select_tokens
 from stamp_kernels.packed import PackedSequence
 from stamp_kernels.relative_position import RelativePositionBias
@@ -23,6 +24,7 @@ __all__ = [
     "MultiTokenLoss",
     "PackedSequence",
     "PrunedSequence",
+    "PrunedTokens",
     "RelativePositionBias",
     "SemanticAdaptivePruning",
     "TokenSelection",
@@ -30,6 +32,7 @@ __all__ = [
     "gather_tokens",
     "multi_token_cross_entropy",
     "packed_attention",
+    "prune",
     "select_tokens",
     "shift_targets",
     "token_importance",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ragged import BATCHES, RaggedBatch, ragged_batches
 from torch import Tensor
 
-import stamp_kernels.ops.selection as selection_ops
+import stamp_kernels.ops._budget as budget_ops
 from stamp_kernels.ops.selection import gather_tokens, select_tokens
 from stamp_kernels.reference.selection import TokenSelection, ceil_of_ratio, keep_ratio_to_q32
 
@@ -185,7 +185,7 @@ def test_importance_gets_no_gradient():
 @pytest.fixture
 def only_the_device_knows(monkeypatch):
     """What a cu_seqlens on a GPU means: the host cannot compute the kept lengths."""
-    monkeypatch.setattr(selection_ops, "_kept_lengths_on_host", lambda *args: None)
+    monkeypatch.setattr(budget_ops, "kept_lengths_on_host", lambda *args: None)
 
 
 RAGGED = BATCHES["ragged"]
@@ -234,7 +234,7 @@ def test_capacity_always_suffices(scored, ratio, min_keep):
     arguments = {"keep_ratio": ratio, "min_keep": min_keep, "protect": protect, "num_protected": num_protected}
     exact = select_tokens(importance, batch.cu_seqlens, batch.max_seqlen, **arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection_ops, "_kept_lengths_on_host", lambda *args: None)
+        patch.setattr(budget_ops, "kept_lengths_on_host", lambda *args: None)
         roomy = select_tokens(importance, batch.cu_seqlens, batch.max_seqlen, **arguments)
     rows = exact.indices.shape[0]
     assert roomy.indices[:rows].tolist() == exact.indices.tolist()
@@ -455,7 +455,7 @@ def test_opcheck(name):
     for ratio_q32, count, keep_counts in ((2**31, None, None), (None, 3, None), (None, None, counts)):
         torch.library.opcheck(
             ops.select_tokens.default,
-            (importance, batch.cu_seqlens, batch.max_seqlen, ratio_q32, count, keep_counts, 1, protect, batch.total),
+            (importance, batch.cu_seqlens, batch.max_seqlen, ratio_q32, count, keep_counts, 1, protect, 1, batch.total),
         )
     selection = selection_of(batch)
     x = [torch.randn(batch.total, 3), torch.arange(batch.total)]

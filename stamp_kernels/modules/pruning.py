@@ -3,15 +3,12 @@
 import dataclasses
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from stamp_kernels.ops._checks import check_choice, check_range, check_tensor
-from stamp_kernels.ops.importance import token_importance
-from stamp_kernels.ops.selection import gather_tokens, select_tokens
+from stamp_kernels.ops._checks import check_choice, check_range
+from stamp_kernels.ops.pruning import prune
 from stamp_kernels.packed import PackedSequence
-from stamp_kernels.reference._contents import contents_are_checked
-from stamp_kernels.reference.selection import TokenSelection, keep_ratio_to_q32, kept_lengths
+from stamp_kernels.reference.selection import TokenSelection
 
 
 class PrunedSequence(NamedTuple):
@@ -51,6 +48,8 @@ class SemanticAdaptivePruning(nn.Module):
         unit: `"token"`; or `"item"` to keep or drop the tokens of an item together. An item then scores the sum of its
             tokens, it is protected where one of its tokens is, and keep_ratio and min_keep count items.
         item_length: tokens per item, for unit="item". Every sequence must be whole items.
+        budget: `"sequence"` takes keep_ratio of each sequence's own length; `"max_seqlen"` of the batch's max_seqlen,
+            as padded implementations do, so that published settings can be reproduced.
 
     Raises:
         ValueError: an argument has a value that is not allowed.
@@ -67,6 +66,7 @@ class SemanticAdaptivePruning(nn.Module):
         min_keep: int = 1,
         unit: str = "token",
         item_length: int | None = None,
+        budget: str = "sequence",
     ) -> None:
         super().__init__()
         check_range("keep_ratio", keep_ratio, 0.0, 1.0)
@@ -75,6 +75,7 @@ class SemanticAdaptivePruning(nn.Module):
         check_choice("normalize", normalize, ("none", "visible_queries"))
         check_range("min_keep", min_keep, 0)
         check_choice("unit", unit, ("token", "item"))
+        check_choice("budget", budget, ("sequence", "max_seqlen"))
         if (unit == "item") != (item_length is not None):
             raise ValueError(f'item_length goes with unit="item", got unit={unit!r} and item_length={item_length}')
         if item_length is not None:
@@ -87,6 +88,7 @@ class SemanticAdaptivePruning(nn.Module):
         self.min_keep = min_keep
         self.unit = unit
         self.item_length = item_length
+        self.budget = budget
 
     @property
     def is_active(self) -> bool:
@@ -120,116 +122,35 @@ class SemanticAdaptivePruning(nn.Module):
         """
         if not self.is_active:
             return PrunedSequence(packed, None)
-        importance = token_importance(
-            packed.values, centrality, packed.cu_seqlens, norm=self.norm, normalize=self.normalize
+        kept = prune(
+            packed.values,
+            centrality,
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            positions=packed.positions,
+            norm=self.norm,
+            normalize=self.normalize,
+            keep_ratio=self.keep_ratio,
+            min_keep=self.min_keep,
+            protect=protect,
+            lengths_cpu=packed.lengths_cpu,
+            num_protected=num_protected,
+            budget=self.budget,
+            item_length=1 if self.item_length is None else self.item_length,
         )
-        budget = {
-            "keep_ratio": self.keep_ratio,
-            "min_keep": self.min_keep,
-            "protect": protect,
-            "num_protected": num_protected,
-            "lengths_cpu": packed.lengths_cpu,
-        }
-        if self.unit == "item":
-            selection = select_items(importance, packed.cu_seqlens, packed.max_seqlen, self.item_length, **budget)
-        else:
-            selection = select_tokens(importance, packed.cu_seqlens, packed.max_seqlen, **budget)
-        if self.positions == "original":
-            values, positions = gather_tokens([packed.values, packed.materialized_positions()], selection)
-        else:
-            values, positions = gather_tokens(packed.values, selection), None
         pruned = dataclasses.replace(
             packed,
-            values=values,
-            cu_seqlens=selection.cu_seqlens,
-            max_seqlen=selection.max_seqlen,
-            positions=positions,
-            lengths_cpu=self._kept_lengths_on_host(packed, selection, protect, num_protected),
+            values=kept.x,
+            cu_seqlens=kept.selection.cu_seqlens,
+            max_seqlen=kept.selection.max_seqlen,
+            positions=kept.positions if self.positions == "original" else None,
+            lengths_cpu=kept.lengths_cpu,
         )
-        return PrunedSequence(pruned, selection)
-
-    def _kept_lengths_on_host(
-        self,
-        packed: PackedSequence,
-        selection: TokenSelection,
-        protect: Tensor | None,
-        num_protected: int | Tensor | None,
-    ) -> Tensor | None:
-        if torch.compiler.is_compiling():  # sizes cannot depend on them there
-            return None
-        if packed.lengths_cpu is not None and (protect is None or isinstance(num_protected, Tensor)):
-            item_length = 1 if self.item_length is None else self.item_length
-            kept_items = kept_lengths(
-                packed.lengths_cpu.to(torch.int64) // item_length,
-                0 if num_protected is None else num_protected,
-                ratio_q32=keep_ratio_to_q32(self.keep_ratio),
-                keep_count=None,
-                keep_counts=None,
-                min_keep=self.min_keep,
-            )
-            return kept_items * item_length
-        return selection.cu_seqlens.diff() if selection.cu_seqlens.device.type == "cpu" else None
+        return PrunedSequence(pruned, kept.selection)
 
     def extra_repr(self) -> str:
         unit = self.unit if self.item_length is None else f"{self.unit}, item_length={self.item_length}"
         return (
             f"keep_ratio={self.keep_ratio}, norm={self.norm}, positions={self.positions}, normalize={self.normalize}, "
-            f"prune_in_eval={self.prune_in_eval}, min_keep={self.min_keep}, unit={unit}"
+            f"prune_in_eval={self.prune_in_eval}, min_keep={self.min_keep}, unit={unit}, budget={self.budget}"
         )
-
-
-def select_items(
-    importance: Tensor,  # [T] floating
-    cu_seqlens: Tensor,  # [B + 1] int32
-    max_seqlen: int,
-    item_length: int,
-    *,
-    protect: Tensor | None = None,  # [T] bool
-    lengths_cpu: Tensor | None = None,  # [B] integers on the CPU
-    **budget: float | int | Tensor | None,
-) -> TokenSelection:
-    """`select_tokens` of whole items: arguments and result are of tokens, except `budget`, which counts items.
-
-    An item scores the sum of its tokens and is protected where one of them is. `budget` is keep_ratio, min_keep,
-    num_protected and so on.
-    """
-    total = importance.shape[0]
-    if protect is not None:
-        check_tensor("protect", protect, shape=[total], dtypes=[torch.bool], device=importance.device)
-    _check_whole_items(cu_seqlens, item_length)
-    num_items = total // item_length  # what is left over is less than an item, so tail rows
-    shape, left_over = (num_items, item_length), total - num_items * item_length
-    in_items = slice(0, num_items * item_length)
-    items = select_tokens(
-        importance[in_items].unflatten(0, shape).sum(1),
-        cu_seqlens // item_length,
-        max_seqlen // item_length,
-        protect=None if protect is None else protect[in_items].unflatten(0, shape).any(1),
-        lengths_cpu=None if lengths_cpu is None else lengths_cpu // item_length,
-        **budget,
-    )
-    return TokenSelection(
-        indices=_rows_of_items(items.indices, item_length),
-        cu_seqlens=items.cu_seqlens * item_length,
-        max_seqlen=items.max_seqlen * item_length,
-        inverse=nn.functional.pad(_rows_of_items(items.inverse, item_length), (0, left_over), value=-1),
-        total_source=total,
-    )
-
-
-def _rows_of_items(item_map: Tensor, item_length: int) -> Tensor:
-    """Item numbers (or -1) `[N]` to the numbers of their tokens (or -1) `[N * item_length]`."""
-    item = item_map.unsqueeze(1)
-    token = item * item_length + torch.arange(item_length, device=item_map.device, dtype=item_map.dtype)
-    return torch.where(item < 0, -1, token).flatten()
-
-
-def _check_whole_items(cu_seqlens: Tensor, item_length: int) -> None:
-    if contents_are_checked(cu_seqlens.device):
-        lengths = cu_seqlens.diff()
-        broken = lengths[lengths % item_length != 0]
-        if broken.numel() > 0:
-            raise RuntimeError(
-                f'unit="item": every sequence must be whole items of item_length {item_length} tokens, got a sequence '
-                f"of {int(broken[0])}"
-            )

@@ -67,7 +67,8 @@ def _on_device_of_first_tensor(launcher: Callable[..., Any]) -> Callable[..., An
     """Triton launches on the current device, which need not be that of the tensors."""
 
     def run(*args: Any) -> Any:
-        with torch.cuda.device_of(args[0]):
+        first = args[0][0] if isinstance(args[0], list) else args[0]
+        with torch.cuda.device_of(first):
             return launcher(*args)
 
     return run

@@ -120,7 +120,7 @@ def attention_centrality(
             return reference.attention_centrality(*arguments)
 
 
-_NORM_ORDERS = {"l1": 1, "l2": 2}
+NORM_ORDERS = {"l1": 1, "l2": 2}
 
 
 def _token_importance_fake(hidden, centrality, cu_seqlens, norm_order, per_visible_query):
@@ -169,16 +169,22 @@ def token_importance(
         RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T (on the CPU, or under
             STAMP_KERNELS_CHECK=1).
     """
-    check_tensor("hidden", hidden, shape=["total", "width"], dtypes=FLOATING_DTYPES)
-    device = hidden.device
-    check_tensor(
-        "centrality", centrality, shape=[hidden.shape[0]], dtypes=[torch.float32, torch.float64], device=device
-    )
+    check_scoring(hidden, centrality, cu_seqlens, norm, normalize)
+    score = reference.token_importance if reference_is_forced() else _token_importance
+    return score(hidden.detach(), centrality.detach(), cu_seqlens, NORM_ORDERS[norm], normalize == "visible_queries")
+
+
+def check_scoring(
+    hidden: Tensor, centrality: Tensor, cu_seqlens: Tensor | None, norm: str, normalize: str, name: str = "hidden"
+) -> int:
+    """The arguments of `token_importance`; T. `name` is that of the hidden states."""
+    check_tensor(name, hidden, shape=["total", "width"], dtypes=FLOATING_DTYPES)
+    total, device = hidden.shape[0], hidden.device
+    check_tensor("centrality", centrality, shape=[total], dtypes=[torch.float32, torch.float64], device=device)
     if cu_seqlens is not None:
         check_cu_seqlens("cu_seqlens", cu_seqlens, device)
-    check_choice("norm", norm, tuple(_NORM_ORDERS))
+    check_choice("norm", norm, tuple(NORM_ORDERS))
     check_choice("normalize", normalize, ("none", "visible_queries"))
     if normalize == "visible_queries" and cu_seqlens is None:
         raise ValueError('normalize="visible_queries" counts the queries of each sequence: cu_seqlens must be given')
-    score = reference.token_importance if reference_is_forced() else _token_importance
-    return score(hidden.detach(), centrality.detach(), cu_seqlens, _NORM_ORDERS[norm], normalize == "visible_queries")
+    return total

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels.reference._contents import check_cu_seqlens_contents, contents_are_checked
+from stamp_kernels.reference._precision import compute_dtype
 
 
 class TokenSelection(NamedTuple):
@@ -39,8 +40,8 @@ def ceil_of_ratio(ratio_q32: int, n: int | Tensor) -> int | Tensor:
     return (ratio_q32 * n - n + (2**32 - 1)) >> 32
 
 
-def kept_lengths(
-    lengths: Tensor,
+def kept_items(
+    num_items: Tensor,
     num_protected: Tensor | int,
     *,
     ratio_q32: int | None,
@@ -48,15 +49,15 @@ def kept_lengths(
     keep_counts: Tensor | None,
     min_keep: int,
 ) -> Tensor:
-    """Tokens that each sequence keeps: p + min(n, max(min_keep, budget)), n of its tokens being unprotected.
+    """Items that each sequence keeps: p + min(n, max(min_keep, budget)), n of its items being unprotected.
 
     Args:
-        lengths: int64 `[B]`, tokens of each sequence, the protected ones included.
+        num_items: int64 `[B]`, items of each sequence, the protected ones included (a token is an item of length 1).
         num_protected: int64 `[B]` (or 0), p.
         ratio_q32, keep_count, keep_counts: the budget, exactly one of them given: ceil(ratio * n), a number for all
             sequences, or a number for each `[B]`.
     """
-    unprotected = lengths - num_protected
+    unprotected = num_items - num_protected
     if ratio_q32 is not None:
         budget = ceil_of_ratio(ratio_q32, unprotected)
     elif keep_counts is not None:
@@ -72,6 +73,19 @@ def sequence_of_row(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
 
 
+def check_whole_items(cu_seqlens: Tensor, item_length: int) -> None:
+    """Every sequence is a multiple of `item_length` tokens (RuntimeError), where contents are checked."""
+    if item_length == 1 or not contents_are_checked(cu_seqlens.device):
+        return
+    lengths = cu_seqlens.diff()
+    broken = lengths[lengths % item_length != 0]
+    if broken.numel() > 0:
+        raise RuntimeError(
+            f"every sequence must be whole items of item_length {item_length} tokens, got a sequence of "
+            f"{int(broken[0])}"
+        )
+
+
 def select_tokens(
     importance: Tensor,
     cu_seqlens: Tensor,
@@ -81,23 +95,43 @@ def select_tokens(
     keep_counts: Tensor | None,
     min_keep: int,
     protect: Tensor | None,
+    item_length: int,
     total_kept: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens."""
+    """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens.
+
+    An item, `item_length` tokens from the start of its sequence on, scores the sum of its tokens, added up from the
+    first to the last in the compute type, and is protected where one of them is.
+    """
     total = importance.shape[0]
     device = importance.device
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
+    check_whole_items(cu_seqlens, item_length)
     if keep_counts is not None and contents_are_checked(device) and bool((keep_counts < 0).any()):
         raise RuntimeError(f"keep_count must not be negative, got {int(keep_counts.min())}")
 
     batch = cu_seqlens.shape[0] - 1
     sequence = sequence_of_row(cu_seqlens, total)
-    protected = torch.zeros(total, dtype=torch.bool, device=device) if protect is None else protect
-    protected_per_sequence = torch.zeros(batch + 1, dtype=torch.int64, device=device)
-    protected_per_sequence = protected_per_sequence.index_add(0, sequence, protected.to(torch.int64))[:batch]
-    kept = kept_lengths(
-        cu_seqlens.diff().to(torch.int64),
-        protected_per_sequence,
+    first_row = cu_seqlens.to(torch.int64)[sequence]  # of the row's sequence; for tail rows, of the tail
+    item_rows = first_row + (torch.arange(total, device=device) - first_row) // item_length * item_length
+    item_rows = (item_rows[:, None] + torch.arange(item_length, device=device)).clamp(max=total - 1)  # [T, length]
+
+    score = importance.new_zeros(total, dtype=compute_dtype(importance.dtype))
+    protected = torch.zeros(total, dtype=torch.bool, device=device)
+    for row in item_rows.unbind(1):  # one by one: the order of a sum decides its bits
+        score = score + importance[row]
+        if protect is not None:
+            protected = protected | protect[row]
+    num_items = cu_seqlens.diff().to(torch.int64) // item_length
+    # Tokens after the last whole item (there are none where contents are checked) and tail rows never stay.
+    is_in_item = item_rows[:, 0] - first_row < torch.cat([item_length * num_items, num_items.new_zeros(1)])[sequence]
+    protected = protected & is_in_item
+    begins_item = item_rows[:, 0] == torch.arange(total, device=device)
+    protected_items = torch.zeros(batch + 1, dtype=torch.int64, device=device)
+    protected_items = protected_items.index_add(0, sequence, (protected & begins_item).to(torch.int64))[:batch]
+    kept = item_length * kept_items(
+        num_items,
+        protected_items,
         ratio_q32=ratio_q32,
         keep_count=keep_count,
         keep_counts=keep_counts,
@@ -106,15 +140,15 @@ def select_tokens(
     if contents_are_checked(device) and int(kept.sum()) > total_kept:
         raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
 
-    # Within a sequence: protected tokens, then the others by falling importance, then NaN; ties by rising index.
-    is_nan = importance.isnan()
-    by_importance = torch.sort(importance.masked_fill(is_nan, -torch.inf) + 0.0, descending=True, stable=True).indices
-    group = sequence * 3 + torch.where(protected, 0, torch.where(is_nan, 2, 1))
-    order = by_importance[torch.sort(group[by_importance], stable=True).indices]
+    # Within a sequence: protected tokens, then the others by falling importance, then NaN; ties by rising index, so
+    # that the tokens of an item, which score alike, stay together.
+    is_nan = score.isnan()
+    by_score = torch.sort(score.masked_fill(is_nan, -torch.inf) + 0.0, descending=True, stable=True).indices
+    group = sequence * 4 + torch.where(protected, 0, torch.where(~is_in_item, 3, torch.where(is_nan, 2, 1)))
+    order = by_score[torch.sort(group[by_score], stable=True).indices]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(total, device=device)
-    rank_in_sequence = rank - cu_seqlens.to(torch.int64)[sequence]
-    stays = rank_in_sequence < torch.cat([kept, kept.new_zeros(1)])[sequence]
+    stays = rank - first_row < torch.cat([kept, kept.new_zeros(1)])[sequence]
 
     kept_row = stays.cumsum(0) - 1
     # Where contents are not checked a total_kept that is too small cuts the last tokens off, rather than memory.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ragged import BATCHES, RaggedBatch, ragged_batches
 from torch import Tensor
 
-import stamp_kernels.ops.selection as selection_ops
+import stamp_kernels.ops._budget as budget_ops
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
 from stamp_kernels.ops.selection import gather_tokens
 from stamp_kernels.packed import PackedSequence
@@ -212,7 +212,7 @@ def test_values_and_positions_take_one_gather():
     with torch.profiler.profile() as profile:
         SemanticAdaptivePruning(THIRD)(packed, centrality)
     names = [event.name for event in profile.events()]
-    assert names.count("stamp::gather_tokens_forward") == 1
+    assert names.count("stamp::prune") == 1
 
 
 # Where only the device knows the lengths
@@ -220,7 +220,7 @@ def test_values_and_positions_take_one_gather():
 
 @pytest.mark.parametrize("item_length", [None, 4])
 def test_capacity_where_only_the_device_knows_the_lengths(monkeypatch, item_length):
-    monkeypatch.setattr(selection_ops, "_kept_lengths_on_host", lambda *args: None)
+    monkeypatch.setattr(budget_ops, "kept_lengths_on_host", lambda *args: None)
     batch = RaggedBatch((12, 0, 4, 28), tail=6)
     packed, centrality = packed_of(batch), torch.rand(batch.total)
     unit = {} if item_length is None else {"unit": "item", "item_length": item_length}
@@ -329,5 +329,5 @@ def test_names_the_bad_input():
 def test_repr_names_the_settings():
     assert repr(SemanticAdaptivePruning(0.5, unit="item", item_length=4)) == (
         "SemanticAdaptivePruning(keep_ratio=0.5, norm=l1, positions=original, normalize=none, prune_in_eval=True, "
-        "min_keep=1, unit=item, item_length=4)"
+        "min_keep=1, unit=item, item_length=4, budget=sequence)"
     )

@@ -1,0 +1,217 @@
+"""How much of every sequence stays: checks of what the caller says, and what of it is known on the host."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.reference import selection as reference
+from stamp_kernels.reference._contents import check_cu_seqlens_contents, contents_are_checked
+
+
+class Budget(NamedTuple):
+    """The arguments of the ops that select, in their order, but for the last two.
+
+    Attributes:
+        ratio_q32, keep_count, keep_counts: one of them is given, see `reference.selection.kept_items`.
+        min_keep, protect, item_length: as the user gave them.
+        total_kept: T', rows of the result.
+        max_kept: upper bound of the kept lengths, in tokens.
+        lengths_cpu: int64 `[B]` kept lengths in tokens where the host knows them.
+    """
+
+    ratio_q32: int | None
+    keep_count: int | None
+    keep_counts: Tensor | None
+    min_keep: int
+    protect: Tensor | None
+    item_length: int
+    total_kept: int
+    max_kept: int
+    lengths_cpu: Tensor | None
+
+    @property
+    def op_arguments(self) -> tuple[object, ...]:
+        return self[:7]
+
+
+def resolve_budget(
+    device: torch.device,
+    total: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    keep_ratio: float | None,
+    keep_count: int | Tensor | None,
+    min_keep: int,
+    protect: Tensor | None,
+    item_length: int,
+    total_kept: int | None,
+    lengths_cpu: Tensor | None,
+    num_protected: int | Tensor | None,
+    budget: str,
+) -> Budget:
+    """Check the arguments of `select_tokens` other than importance, and size its result without a sync.
+
+    Raises:
+        ValueError, RuntimeError: as `select_tokens` says.
+    """
+    check_cu_seqlens("cu_seqlens", cu_seqlens, device)
+    check_count("max_seqlen", max_seqlen)
+    batch = cu_seqlens.shape[0] - 1
+    check_choice("budget", budget, ("sequence", "max_seqlen"))
+    if (keep_ratio is None) == (keep_count is None):
+        raise ValueError(f"exactly one of keep_ratio and keep_count must be given, got {keep_ratio} and {keep_count}")
+    if keep_ratio is not None:
+        check_range("keep_ratio", keep_ratio, 0.0, 1.0)
+        # torch.compile(dynamic=True) makes floats symbolic, and such a symbol cannot be part of a size: hashing it
+        # guards on its value.
+        hash(keep_ratio)
+    elif isinstance(keep_count, Tensor):
+        check_tensor("keep_count", keep_count, shape=[batch], dtypes=[torch.int32, torch.int64], device=device)
+    else:
+        check_count("keep_count", keep_count)
+    if budget == "max_seqlen" and keep_ratio is None:
+        raise ValueError('budget="max_seqlen" goes with keep_ratio, got keep_count')
+    check_count("min_keep", min_keep)
+    check_count("item_length", item_length, minimum=1)
+    if protect is not None:
+        check_tensor("protect", protect, shape=[total], dtypes=[torch.bool], device=device)
+    host = torch.device("cpu")
+    if lengths_cpu is not None:
+        check_tensor("lengths_cpu", lengths_cpu, shape=[batch], dtypes=[torch.int32, torch.int64], device=host)
+    if isinstance(num_protected, Tensor):
+        check_tensor("num_protected", num_protected, shape=[batch], dtypes=[torch.int32, torch.int64], device=host)
+    elif num_protected is not None:
+        check_count("num_protected", num_protected)
+    if num_protected is not None and protect is None:
+        raise ValueError("num_protected goes with protect, which is None")
+    if total_kept is not None:
+        check_count("total_kept", total_kept)
+
+    keep_counts = keep_count if isinstance(keep_count, Tensor) else None
+    count = None if isinstance(keep_count, Tensor) else keep_count
+    ratio_q32 = None if keep_ratio is None else reference.keep_ratio_to_q32(keep_ratio)
+    max_items = max_seqlen // item_length
+    if budget == "max_seqlen":
+        ratio_q32, count = None, reference.ceil_of_ratio(ratio_q32, max_items)
+
+    kept = kept_lengths_on_host(
+        total, cu_seqlens, max_seqlen, ratio_q32, count, keep_counts, min_keep, protect, item_length, lengths_cpu,
+        num_protected,
+    )  # fmt: skip
+    if kept is not None:
+        max_kept = int(kept.max()) if batch > 0 else 0
+        if total_kept is None:
+            total_kept = int(kept.sum())
+    else:
+        protected = _total_protected(protect, num_protected)
+        max_kept = item_length * _max_kept_items(max_items, ratio_q32, count, min_keep, protected)
+        if total_kept is None:
+            num_items = total // item_length
+            total_kept = item_length * _capacity(num_items, batch, keep_ratio, count, min_keep, protected)
+    return Budget(ratio_q32, count, keep_counts, min_keep, protect, item_length, total_kept, max_kept, kept)
+
+
+def kept_lengths_on_host(
+    total: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    ratio_q32: int | None,
+    keep_count: int | None,
+    keep_counts: Tensor | None,
+    min_keep: int,
+    protect: Tensor | None,
+    item_length: int,
+    lengths_cpu: Tensor | None,
+    num_protected: int | Tensor | None,
+) -> Tensor | None:
+    """int64 `[B]` kept lengths in tokens, where everything that decides them is on the host; None elsewhere.
+
+    torch.compile cannot turn tensor contents into sizes, so compiled code gets None.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if keep_counts is not None and keep_counts.device.type != "cpu":
+        return None
+    if contents_are_checked(cu_seqlens.device):
+        lengths, protected = _lengths_and_protected(total, cu_seqlens, max_seqlen, protect, item_length)
+        if lengths_cpu is not None and not torch.equal(lengths_cpu.to(torch.int64), lengths):
+            raise RuntimeError("lengths_cpu must be the lengths that cu_seqlens gives, and is not")
+        if num_protected is not None and not _agrees(num_protected, protected):
+            what = "tokens" if item_length == 1 else "items"
+            raise RuntimeError(f"num_protected must be the {what} that protect marks in the sequences, and is not")
+    if cu_seqlens.device.type != "cpu":
+        if lengths_cpu is None or not (protect is None or isinstance(num_protected, Tensor)):
+            return None
+        lengths = lengths_cpu.to(torch.int64)
+        protected = 0 if num_protected is None else num_protected.to(torch.int64)
+    return item_length * reference.kept_items(
+        lengths // item_length,
+        protected,
+        ratio_q32=ratio_q32,
+        keep_count=keep_count,
+        keep_counts=keep_counts,
+        min_keep=min_keep,
+    )
+
+
+def _lengths_and_protected(
+    total: int, cu_seqlens: Tensor, max_seqlen: int, protect: Tensor | None, item_length: int
+) -> tuple[Tensor, Tensor | int]:
+    """int64 `[B]` lengths of the sequences in tokens, and their protected items, on the host."""
+    check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
+    reference.check_whole_items(cu_seqlens, item_length)
+    offsets = cu_seqlens.cpu().to(torch.int64)
+    if protect is None:
+        return offsets.diff(), 0
+    num_items = total // item_length  # every sequence begins at a multiple of item_length
+    items = protect[: num_items * item_length].cpu().unflatten(0, (num_items, item_length)).any(1)
+    protected_before = torch.nn.functional.pad(items.cumsum(0), (1, 0))
+    return offsets.diff(), protected_before[offsets // item_length].diff()
+
+
+def _agrees(num_protected: int | Tensor, protected: Tensor) -> bool:
+    """A total may be too high, which costs tail rows; what gives each sequence its size must be exact."""
+    if isinstance(num_protected, Tensor):
+        return torch.equal(num_protected.to(torch.int64), protected)
+    return num_protected >= int(protected.sum())
+
+
+def _total_protected(protect: Tensor | None, num_protected: int | Tensor | None) -> int | None:
+    """Protected items of the whole batch, None where the host does not know."""
+    if protect is None:
+        return 0
+    if isinstance(num_protected, Tensor):
+        return None if torch.compiler.is_compiling() else int(num_protected.sum())
+    return num_protected
+
+
+def _capacity(
+    num_items: int,
+    batch: int,
+    keep_ratio: float | None,
+    keep_count: int | None,
+    min_keep: int,
+    num_protected: int | None,
+) -> int:
+    """An upper bound of the kept items that depends on nothing the device alone knows."""
+    if num_protected is None:
+        return num_items
+    if keep_count is not None:
+        return torch.sym_min(num_items, batch * torch.sym_max(min_keep, keep_count) + num_protected)
+    if keep_ratio is not None:
+        return math.floor(keep_ratio * num_items) + batch * max(1, min_keep) + num_protected
+    return num_items
+
+
+def _max_kept_items(
+    max_items: int, ratio_q32: int | None, keep_count: int | None, min_keep: int, num_protected: int | None
+) -> int:
+    """An upper bound of the kept items of any sequence."""
+    if num_protected is None or (ratio_q32 is None and keep_count is None):
+        return max_items
+    budget = keep_count if ratio_q32 is None else reference.ceil_of_ratio(ratio_q32, max_items)
+    return torch.sym_min(max_items, torch.sym_max(min_keep, budget) + num_protected)
