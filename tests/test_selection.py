@@ -185,7 +185,7 @@ def test_importance_gets_no_gradient():
 @pytest.fixture
 def only_the_device_knows(monkeypatch):
     """What a cu_seqlens on a GPU means: the host cannot compute the kept lengths."""
-    monkeypatch.setattr(budget_ops, "kept_lengths_on_host", lambda *args: None)
+    monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
 
 
 RAGGED = BATCHES["ragged"]
@@ -234,7 +234,7 @@ def test_capacity_always_suffices(scored, ratio, min_keep):
     arguments = {"keep_ratio": ratio, "min_keep": min_keep, "protect": protect, "num_protected": num_protected}
     exact = select_tokens(importance, batch.cu_seqlens, batch.max_seqlen, **arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget_ops, "kept_lengths_on_host", lambda *args: None)
+        patch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
         roomy = select_tokens(importance, batch.cu_seqlens, batch.max_seqlen, **arguments)
     rows = exact.indices.shape[0]
     assert roomy.indices[:rows].tolist() == exact.indices.tolist()

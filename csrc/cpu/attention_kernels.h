@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace stamp::cpu {
+#include "numbers.h"
 
-enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
+namespace stamp::cpu {
 
 // [rows, heads, head_dim] with a contiguous last dimension; strides in elements.
 struct HeadRows {

@@ -4,12 +4,13 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <string>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include "arguments.h"
+#include "capability.h"
 
 namespace stamp::cpu {
 
@@ -21,37 +22,6 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kCostPerUnit = 1 << 17;
 // a sequence of this cost in one head is a unit head by head.
 constexpr int64_t kCostOfOneHead = 1 << 20;
-
-void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen) {
-  const int32_t* offsets = cu_seqlens.const_data_ptr<int32_t>();
-  const int64_t batch = cu_seqlens.size(0) - 1;
-  STD_TORCH_CHECK(offsets[0] == 0, name, "[0] must be 0, got ", offsets[0]);
-  for (int64_t i = 0; i < batch; ++i) {
-    STD_TORCH_CHECK(
-        offsets[i] <= offsets[i + 1], name, " must never decrease, got ", offsets[i], " then ", offsets[i + 1],
-        " at index ", i);
-  }
-  for (int64_t i = 0; i < batch; ++i) {
-    STD_TORCH_CHECK(
-        offsets[i + 1] - offsets[i] <= max_seqlen, name, ": sequence ", i, " has length ", offsets[i + 1] - offsets[i],
-        ", more than the given max_seqlen ", max_seqlen);
-  }
-  STD_TORCH_CHECK(
-      offsets[batch] <= total, name, "[-1] must be at most the number of rows ", total, ", got ", offsets[batch]);
-}
-
-int64_t longest(const int32_t* offsets, int64_t batch) {
-  int64_t length = 0;
-  for (int64_t i = 0; i < batch; ++i) {
-    length = std::max<int64_t>(length, offsets[i + 1] - offsets[i]);
-  }
-  return length;
-}
-
-Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held) {
-  held.push_back(torch::stable::contiguous(x));
-  return held.back();
-}
 
 // log, as torch computes it: the rounding decides which bucket a distance falls into.
 Tensor log_of(const Tensor& x) {
@@ -148,56 +118,6 @@ void set_bias(AttentionInputs& inputs, const BiasArguments& arguments) {
   problem.bias_of_distance = bias.const_data_ptr();
 }
 
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "attention wants float32, float16, bfloat16 or float64");
-  }
-}
-
-enum class Capability { kPortable, kAvx2, kAvx512 };
-
-Capability machine_capability() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return Capability::kAvx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return Capability::kAvx2;
-  }
-#endif
-  return Capability::kPortable;
-}
-
-// What this machine can do, or less where the environment asks for it. Read anew each time, so that a process can
-// compare them.
-Capability chosen_capability() {
-  static const Capability best = machine_capability();
-  const char* wanted = std::getenv("STAMP_KERNELS_CPU_CAPABILITY");
-  if (wanted == nullptr) {
-    return best;
-  }
-  const std::string name = wanted;
-  STD_TORCH_CHECK(
-      name == "portable" || name == "avx2" || name == "avx512",
-      "the environment variable STAMP_KERNELS_CPU_CAPABILITY must be portable, avx2 or avx512, got ", name);
-  const Capability capability = name == "portable" ? Capability::kPortable
-      : name == "avx2"                             ? Capability::kAvx2
-                                                   : Capability::kAvx512;
-  STD_TORCH_CHECK(
-      capability <= best, "STAMP_KERNELS_CPU_CAPABILITY is ", name, ", which this machine does not have");
-  return capability;
-}
-
 }  // namespace
 
 const AttentionKernels& attention_kernels(DType dtype) {
@@ -237,7 +157,7 @@ AttentionInputs attention_inputs(
   inputs.batch = cu_seqlens_q.size(0) - 1;
   inputs.total_k = k.size(0);
   AttentionProblem& problem = inputs.problem;
-  problem.dtype = dtype_of(q);
+  problem.dtype = dtype_of("q", q);
   problem.head_dim = q.size(2);
   problem.num_heads = q.size(1);
   problem.num_heads_k = k.size(1);

@@ -7,20 +7,11 @@
 
 #include "attention_kernels.h"
 #include "matrix_product.h"
+#include "numbers.h"
 #include "simd.h"
 
 namespace stamp::cpu {
 namespace {
-
-template <typename T>
-constexpr T smaller(T a, T b) {
-  return b < a ? b : a;
-}
-
-template <typename T>
-constexpr T larger(T a, T b) {
-  return a < b ? b : a;
-}
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -46,64 +37,6 @@ class Scratch {
   char* base_;
   int64_t size_ = 0;
 };
-
-template <typename To, typename From>
-To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-struct Half {
-  uint16_t bits;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float to_float(BFloat16 x) {
-  return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
-}
-
-inline float to_float(Half x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  // Exponent and fraction moved into place, the exponent rebased by a product, which makes subnormals normal too.
-  const float finite = bits_as<float>(magnitude << 13) * 0x1p112f;
-  const uint32_t special = 0x7f800000u | (magnitude << 13);  // infinity or NaN
-  return bits_as<float>(sign | (magnitude >= 0x7c00u ? special : bits_as<uint32_t>(finite)));
-}
-
-// Round to nearest, ties to even; NaN stays NaN.
-inline void from_float(float x, BFloat16& to) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40u);
-}
-
-inline void from_float(float x, Half& to) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // Adding 2^(e + 13) to a number with exponent e leaves the ten bits of its fraction, rounded by the hardware; the
-  // exponent is at least that of the smallest normal number, so subnormals get fewer bits.
-  const uint32_t exponent = larger<uint32_t>(magnitude & 0x7f800000u, 113u << 23);
-  const float anchor = bits_as<float>(exponent + (13u << 23));
-  const uint32_t fraction = bits_as<uint32_t>(bits_as<float>(magnitude) + anchor) - bits_as<uint32_t>(anchor);
-  const uint32_t finite = (((exponent >> 23) - 113u) << 10) + fraction;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  to.bits = static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? special : smaller<uint32_t>(finite, 0x7c00u)));
-}
-
-inline float to_float(float x) {
-  return x;
-}
-
-inline void from_float(float x, float& to) {
-  to = x;
-}
 
 // Head matrices are stored with rows of this many numbers: whole vectors, and one more so that columns do not all fall
 // into the same sets of the cache.

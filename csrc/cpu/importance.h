@@ -1,4 +1,4 @@
-// What attention's forward pass wants of the importance family.
+// What attention's forward pass and pruning want of the importance family.
 
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention_plan.h"
+#include "pruning_kernels.h"
 
 namespace stamp::cpu {
 
@@ -17,5 +18,10 @@ void centrality_from_lse(
 
 // A mask of queries as kernels read it; null: every query votes.
 const uint8_t* votes_of(const std::optional<Tensor>& query_mask, std::vector<Tensor>& held);
+
+// The scoring arguments of an op, as kernels read them.
+Scoring scoring_of(
+    const Tensor& hidden, const Tensor& centrality, int64_t norm_order, bool per_visible_query,
+    std::vector<Tensor>& held);
 
 }  // namespace stamp::cpu

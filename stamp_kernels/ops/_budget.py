@@ -12,14 +12,14 @@ from stamp_kernels.reference._contents import check_cu_seqlens_contents, content
 
 
 class Budget(NamedTuple):
-    """The arguments of the ops that select, in their order, but for the last two.
+    """The arguments of the ops that select, in their order, and what the host knows of their result.
 
     Attributes:
         ratio_q32, keep_count, keep_counts: one of them is given, see `reference.selection.kept_items`.
         min_keep, protect, item_length: as the user gave them.
-        total_kept: T', rows of the result.
-        max_kept: upper bound of the kept lengths, in tokens.
-        lengths_cpu: int64 `[B]` kept lengths in tokens where the host knows them.
+        total_kept: T', rows of the result; None where the op, which runs on the CPU, is to find out.
+        max_kept: upper bound of the kept lengths in tokens, where total_kept is not None.
+        lengths_cpu: int64 `[B]` kept lengths in tokens, where the host knows them before the op runs.
     """
 
     ratio_q32: int | None
@@ -28,13 +28,25 @@ class Budget(NamedTuple):
     min_keep: int
     protect: Tensor | None
     item_length: int
-    total_kept: int
-    max_kept: int
-    lengths_cpu: Tensor | None
+    total_kept: int | None
+    max_kept: int | None = None
+    lengths_cpu: Tensor | None = None
 
     @property
     def op_arguments(self) -> tuple[object, ...]:
         return self[:7]
+
+    def kept_lengths(self, cu_seqlens_kept: Tensor) -> tuple[int, Tensor | None]:
+        """(max_seqlen of the kept sequences, their lengths int64 `[B]` where they are known on the host)."""
+        if self.max_kept is not None:
+            return self.max_kept, self.lengths_cpu
+        lengths = cu_seqlens_kept.diff().to(torch.int64)
+        return (int(lengths.max()) if lengths.numel() > 0 else 0), lengths
+
+
+def sizes_are_on_host(cu_seqlens: Tensor) -> bool:
+    """Whether an op can size its result by the lengths; torch.compile cannot turn contents into sizes."""
+    return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def resolve_budget(
@@ -98,11 +110,21 @@ def resolve_budget(
     if budget == "max_seqlen":
         ratio_q32, count = None, reference.ceil_of_ratio(ratio_q32, max_items)
 
-    kept = kept_lengths_on_host(
-        total, cu_seqlens, max_seqlen, ratio_q32, count, keep_counts, min_keep, protect, item_length, lengths_cpu,
-        num_protected,
-    )  # fmt: skip
-    if kept is not None:
+    _check_what_the_host_claims(total, cu_seqlens, max_seqlen, protect, item_length, lengths_cpu, num_protected)
+    arguments = (ratio_q32, count, keep_counts, min_keep, protect, item_length)
+    if sizes_are_on_host(cu_seqlens):
+        return Budget(*arguments, total_kept)
+    protected_is_known = protect is None or isinstance(num_protected, Tensor)
+    kept = None
+    if lengths_cpu is not None and keep_counts is None and protected_is_known and not torch.compiler.is_compiling():
+        kept = item_length * reference.kept_items(
+            lengths_cpu.to(torch.int64) // item_length,
+            0 if protect is None else num_protected.to(torch.int64),
+            ratio_q32=ratio_q32,
+            keep_count=count,
+            keep_counts=None,
+            min_keep=min_keep,
+        )
         max_kept = int(kept.max()) if batch > 0 else 0
         if total_kept is None:
             total_kept = int(kept.sum())
@@ -112,72 +134,40 @@ def resolve_budget(
         if total_kept is None:
             num_items = total // item_length
             total_kept = item_length * _capacity(num_items, batch, keep_ratio, count, min_keep, protected)
-    return Budget(ratio_q32, count, keep_counts, min_keep, protect, item_length, total_kept, max_kept, kept)
+    return Budget(*arguments, total_kept, max_kept, kept)
 
 
-def kept_lengths_on_host(
+def _check_what_the_host_claims(
     total: int,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    ratio_q32: int | None,
-    keep_count: int | None,
-    keep_counts: Tensor | None,
-    min_keep: int,
     protect: Tensor | None,
     item_length: int,
     lengths_cpu: Tensor | None,
     num_protected: int | Tensor | None,
-) -> Tensor | None:
-    """int64 `[B]` kept lengths in tokens, where everything that decides them is on the host; None elsewhere.
-
-    torch.compile cannot turn tensor contents into sizes, so compiled code gets None.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    if keep_counts is not None and keep_counts.device.type != "cpu":
-        return None
-    if contents_are_checked(cu_seqlens.device):
-        lengths, protected = _lengths_and_protected(total, cu_seqlens, max_seqlen, protect, item_length)
-        if lengths_cpu is not None and not torch.equal(lengths_cpu.to(torch.int64), lengths):
-            raise RuntimeError("lengths_cpu must be the lengths that cu_seqlens gives, and is not")
-        if num_protected is not None and not _agrees(num_protected, protected):
-            what = "tokens" if item_length == 1 else "items"
-            raise RuntimeError(f"num_protected must be the {what} that protect marks in the sequences, and is not")
-    if cu_seqlens.device.type != "cpu":
-        if lengths_cpu is None or not (protect is None or isinstance(num_protected, Tensor)):
-            return None
-        lengths = lengths_cpu.to(torch.int64)
-        protected = 0 if num_protected is None else num_protected.to(torch.int64)
-    return item_length * reference.kept_items(
-        lengths // item_length,
-        protected,
-        ratio_q32=ratio_q32,
-        keep_count=keep_count,
-        keep_counts=keep_counts,
-        min_keep=min_keep,
-    )
-
-
-def _lengths_and_protected(
-    total: int, cu_seqlens: Tensor, max_seqlen: int, protect: Tensor | None, item_length: int
-) -> tuple[Tensor, Tensor | int]:
-    """int64 `[B]` lengths of the sequences in tokens, and their protected items, on the host."""
+) -> None:
+    """lengths_cpu and num_protected are what the tensors say (RuntimeError), where contents are checked."""
+    if (lengths_cpu is None and num_protected is None) or not contents_are_checked(cu_seqlens.device):
+        return
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
-    reference.check_whole_items(cu_seqlens, item_length)
     offsets = cu_seqlens.cpu().to(torch.int64)
-    if protect is None:
-        return offsets.diff(), 0
+    if lengths_cpu is not None and not torch.equal(lengths_cpu.to(torch.int64), offsets.diff()):
+        raise RuntimeError("lengths_cpu must be the lengths that cu_seqlens gives, and is not")
+    if num_protected is None:
+        return
+    reference.check_whole_items(cu_seqlens, item_length)
     num_items = total // item_length  # every sequence begins at a multiple of item_length
     items = protect[: num_items * item_length].cpu().unflatten(0, (num_items, item_length)).any(1)
     protected_before = torch.nn.functional.pad(items.cumsum(0), (1, 0))
-    return offsets.diff(), protected_before[offsets // item_length].diff()
-
-
-def _agrees(num_protected: int | Tensor, protected: Tensor) -> bool:
-    """A total may be too high, which costs tail rows; what gives each sequence its size must be exact."""
+    protected = protected_before[offsets // item_length].diff()
+    # A total may be too high, which costs tail rows; what gives each sequence its size must be exact.
     if isinstance(num_protected, Tensor):
-        return torch.equal(num_protected.to(torch.int64), protected)
-    return num_protected >= int(protected.sum())
+        agrees = torch.equal(num_protected.to(torch.int64), protected)
+    else:
+        agrees = num_protected >= int(protected.sum())
+    if not agrees:
+        what = "tokens" if item_length == 1 else "items"
+        raise RuntimeError(f"num_protected must be the {what} that protect marks in the sequences, and is not")
 
 
 def _total_protected(protect: Tensor | None, num_protected: int | Tensor | None) -> int | None:

@@ -16,6 +16,7 @@ from stamp_kernels.ops.selection import (
     gradients_of_gathered,
     list_of_tensors,
     mark_outputs_without_grad,
+    rows_of_result,
 )
 from stamp_kernels.reference import pruning as reference
 from stamp_kernels.reference.selection import TokenSelection
@@ -38,7 +39,7 @@ class PrunedTokens(NamedTuple):
 
 
 def _prune_fake(x, centrality, positions, cu_seqlens, *rest):
-    total_kept = rest[-1]
+    total_kept = rows_of_result(rest[-1])
     return (
         [tensor.new_empty(total_kept, *tensor.shape[1:]) for tensor in x],
         cu_seqlens.new_empty(total_kept),
@@ -51,7 +52,7 @@ def _prune_fake(x, centrality, positions, cu_seqlens, *rest):
 _prune = define_op(
     "prune(Tensor[] x, Tensor centrality, Tensor? positions, Tensor cu_seqlens, SymInt max_seqlen, int norm_order, "
     "bool per_visible_query, int? ratio_q32, SymInt? keep_count, Tensor? keep_counts, SymInt min_keep, "
-    "Tensor? protect, int item_length, SymInt total_kept) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? protect, int item_length, SymInt? total_kept) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
     public_name="prune",
     reference=reference.prune,
     fake=_prune_fake,
@@ -158,6 +159,7 @@ def prune(
         outputs = _Prune.apply(*arguments, *without_repeats(*tensors))
         rows, selected = outputs[: len(tensors)], outputs[len(tensors) :]
     kept_positions, indices, cu_seqlens_kept, inverse = selected
-    selection = TokenSelection(indices, cu_seqlens_kept, resolved.max_kept, inverse, total)
+    max_kept, kept_lengths = resolved.kept_lengths(cu_seqlens_kept)
+    selection = TokenSelection(indices, cu_seqlens_kept, max_kept, inverse, total)
     kept = rows[0] if isinstance(x, Tensor) else list(rows)
-    return PrunedTokens(kept, kept_positions, selection, resolved.lengths_cpu)
+    return PrunedTokens(kept, kept_positions, selection, kept_lengths)

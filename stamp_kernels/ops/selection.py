@@ -12,11 +12,17 @@ from stamp_kernels.reference import selection as reference
 from stamp_kernels.reference.selection import TokenSelection
 
 
+def rows_of_result(total_kept: int | None) -> int:
+    """For a fake kernel: None, the number that the op is to find out, is a symbol."""
+    return torch.library.get_ctx().new_dynamic_size() if total_kept is None else total_kept
+
+
 def _select_tokens_fake(
     importance, cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, item_length, total_kept
 ):
+    rows = rows_of_result(total_kept)
     return (
-        importance.new_empty(total_kept, dtype=torch.int64),
+        importance.new_empty(rows, dtype=torch.int64),
         cu_seqlens.new_empty(cu_seqlens.shape[0]),
         importance.new_empty(importance.shape[0], dtype=torch.int32),
     )
@@ -24,7 +30,7 @@ def _select_tokens_fake(
 
 _select_tokens = define_op(
     "select_tokens(Tensor importance, Tensor cu_seqlens, SymInt max_seqlen, int? ratio_q32, SymInt? keep_count, "
-    "Tensor? keep_counts, SymInt min_keep, Tensor? protect, int item_length, SymInt total_kept) "
+    "Tensor? keep_counts, SymInt min_keep, Tensor? protect, int item_length, SymInt? total_kept) "
     "-> (Tensor, Tensor, Tensor)",
     public_name="select_tokens",
     reference=reference.select_tokens,
@@ -108,7 +114,8 @@ def select_tokens(
     )
     select = reference.select_tokens if reference_is_forced() else _select_tokens
     indices, cu_seqlens_kept, inverse = select(importance.detach(), cu_seqlens, max_seqlen, *resolved.op_arguments)
-    return TokenSelection(indices, cu_seqlens_kept, resolved.max_kept, inverse, total)
+    max_kept, _ = resolved.kept_lengths(cu_seqlens_kept)
+    return TokenSelection(indices, cu_seqlens_kept, max_kept, inverse, total)
 
 
 def _gather_rows_fake(x, indices):

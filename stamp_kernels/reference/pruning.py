@@ -21,7 +21,7 @@ def prune(
     min_keep: int,
     protect: Tensor | None,
     item_length: int,
-    total_kept: int,
+    total_kept: int | None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """The op `stamp::prune`: (rows of x, their positions, indices, cu_seqlens, inverse). Differentiable in x.
 

@@ -96,9 +96,11 @@ def select_tokens(
     min_keep: int,
     protect: Tensor | None,
     item_length: int,
-    total_kept: int,
+    total_kept: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens.
+
+    total_kept None, for the CPU alone: as many as the sequences keep.
 
     An item, `item_length` tokens from the start of its sequence on, scores the sum of its tokens, added up from the
     first to the last in the compute type, and is protected where one of them is.
@@ -137,7 +139,9 @@ def select_tokens(
         keep_counts=keep_counts,
         min_keep=min_keep,
     )
-    if contents_are_checked(device) and int(kept.sum()) > total_kept:
+    if total_kept is None:
+        total_kept = int(kept.sum())
+    elif contents_are_checked(device) and int(kept.sum()) > total_kept:
         raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
 
     # Within a sequence: protected tokens, then the others by falling importance, then NaN; ties by rising index, so

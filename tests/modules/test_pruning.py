@@ -220,7 +220,7 @@ def test_values_and_positions_take_one_gather():
 
 @pytest.mark.parametrize("item_length", [None, 4])
 def test_capacity_where_only_the_device_knows_the_lengths(monkeypatch, item_length):
-    monkeypatch.setattr(budget_ops, "kept_lengths_on_host", lambda *args: None)
+    monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
     batch = RaggedBatch((12, 0, 4, 28), tail=6)
     packed, centrality = packed_of(batch), torch.rand(batch.total)
     unit = {} if item_length is None else {"unit": "item", "item_length": item_length}
