@@ -9,16 +9,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "row_layout.h"
+
 namespace stamp {
 
 using torch::stable::Tensor;
-
-struct Rows {
-  const char* source;
-  char* destination;
-  int64_t source_stride;  // bytes from one source row to the next
-  int64_t row_bytes;
-};
 
 // A row is copied as one piece, so the trailing dimensions must be contiguous; the rows themselves may be apart.
 inline bool rows_are_contiguous(const Tensor& x) {

@@ -1,6 +1,6 @@
 """The compiled scoring, selection and gather of the CPU: every instruction set, long sequences, large outputs.
 
-What these ops are, test_importance.py, test_selection.py and test_pruning.py check; here is what only the compiled
+What these ops are, test_importance.py, test_selection.py and test_prune.py check; here is what only the compiled
 kernels could get wrong.
 """
 

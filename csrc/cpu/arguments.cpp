@@ -5,26 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "../contents.h"
+
 namespace stamp::cpu {
 
 using torch::headeronly::ScalarType;
 
 void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen) {
-  const int32_t* offsets = cu_seqlens.const_data_ptr<int32_t>();
-  const int64_t batch = cu_seqlens.size(0) - 1;
-  STD_TORCH_CHECK(offsets[0] == 0, name, "[0] must be 0, got ", offsets[0]);
-  for (int64_t i = 0; i < batch; ++i) {
-    STD_TORCH_CHECK(
-        offsets[i] <= offsets[i + 1], name, " must never decrease, got ", offsets[i], " then ", offsets[i + 1],
-        " at index ", i);
-  }
-  for (int64_t i = 0; i < batch; ++i) {
-    STD_TORCH_CHECK(
-        offsets[i + 1] - offsets[i] <= max_seqlen, name, ": sequence ", i, " has length ", offsets[i + 1] - offsets[i],
-        ", more than the given max_seqlen ", max_seqlen);
-  }
-  STD_TORCH_CHECK(
-      offsets[batch] <= total, name, "[-1] must be at most the number of rows ", total, ", got ", offsets[batch]);
+  stamp::check_cu_seqlens(name, cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.size(0) - 1, total, max_seqlen);
 }
 
 int64_t longest(const int32_t* offsets, int64_t batch) {

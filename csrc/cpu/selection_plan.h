@@ -7,25 +7,14 @@
 
 #include <cstdint>
 #include <functional>
-#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "../budget_arguments.h"
 #include "arguments.h"
 
 namespace stamp::cpu {
-
-// The budget arguments of an op.
-struct BudgetArguments {
-  std::optional<int64_t> ratio_q32;
-  std::optional<int64_t> keep_count;
-  std::optional<Tensor> keep_counts;  // [batch] int32 or int64
-  int64_t min_keep;
-  std::optional<Tensor> protect;  // [total] bool
-  int64_t item_length;
-  std::optional<int64_t> total_kept;  // none: as many as the sequences keep
-};
 
 struct SelectionPlan {
   int64_t batch;
