@@ -17,9 +17,11 @@ from stamp_kernels import (
     gather_tokens,
     multi_token_cross_entropy,
     packed_attention,
+    prune,
     select_tokens,
     shift_targets,
     token_importance,
+    use_backend,
 )
 from stamp_kernels.integrations.transformers_t5 import encode_packed, use_packed_attention
 
@@ -174,6 +176,34 @@ def test_importance_selection_and_gather(device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("lengths", [(8,) * 600, (2000, 8, 0, 12), (40_000, 4, 12_000)], ids=["many", "long", "huge"])
+def test_prune(device, dtype, lengths):
+    """Short and long sequences together; scores without near ties, so that every device keeps the same rows."""
+    total = sum(lengths) + TAIL
+    scores = torch.randperm(total).double() + 1  # whole numbers, exact in float32
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    protect, labels = torch.rand(total) < 0.05, torch.arange(total)
+    # The norm of a row is 1 where one number is 1 and the others 0, in every dtype.
+    hidden = torch.nn.functional.one_hot(labels % 16, 16).to(dtype)
+
+    def run(device: str) -> list[Tensor]:
+        kept = prune(
+            [x.to(device) for x in (hidden, labels)], scores.to(device), cu_seqlens.to(device), max(lengths),
+            keep_ratio=1 / 3, protect=protect.to(device), item_length=4,
+        )  # fmt: skip
+        return [kept.selection.cu_seqlens, kept.selection.inverse, *kept.x, kept.positions, kept.selection.indices]
+
+    with use_backend("reference"):
+        expected = run("cpu")
+    got = run(device)
+    for out, ref in zip(got[:2], expected[:2], strict=True):
+        assert torch.equal(out.cpu(), ref)
+    for out, ref in zip(got[2:], expected[2:], strict=True):  # a GPU has rows to spare
+        assert torch.equal(out[: len(ref)].cpu(), ref)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy(device, dtype):
     labels = torch.randint(0, 1000, (sum(LENGTHS) + TAIL,))
@@ -209,27 +239,41 @@ def test_pruned_t5_trunk(device):
 
 
 @pytest.mark.gpu
-def test_selection_and_gather_in_a_cuda_graph():
-    """Captured once, replayed on other contents: no host sync, and sizes that depend on no contents."""
-    total = sum(LENGTHS) + TAIL
-    hidden, centrality = torch.randn(total, 64, device="cuda"), torch.rand(total, device="cuda")
-    cu_seqlens = offsets().cuda()
+@pytest.mark.parametrize("item_length", [1, 4])
+def test_pruning_in_a_cuda_graph(item_length):
+    """From attention to the kept rows and back, captured once, replayed on other contents and other lengths."""
+    lengths, other_lengths = (32, 0, 4, 260, 64, 8, 8, 120), (8, 64, 260, 4, 0, 32, 120, 8)
+    total = sum(lengths) + TAIL
+    q, k, v = (torch.randn(total, 2, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    hidden = torch.randn(total, 64, device="cuda", requires_grad=True)
+    labels, protect = torch.randint(0, 99, (total,), device="cuda"), torch.rand(total, device="cuda") < 0.1
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
 
-    def prune() -> tuple[Tensor, Tensor]:
-        importance = token_importance(hidden, centrality, cu_seqlens)
-        selection = select_tokens(importance, cu_seqlens, max(LENGTHS), keep_ratio=1 / 3)
-        return gather_tokens(hidden, selection), selection.cu_seqlens
+    def step() -> list[Tensor]:
+        centrality = packed_attention(q, k, v, cu_seqlens, 260, return_centrality=True).centrality
+        kept = prune(
+            [hidden, labels], centrality, cu_seqlens, 260, keep_ratio=1 / 3, protect=protect, num_protected=total,
+            item_length=item_length,
+        )  # fmt: skip
+        importance = token_importance(hidden, centrality, cu_seqlens, norm="l2", normalize="visible_queries")
+        selection = select_tokens(importance, cu_seqlens, 260, keep_count=5 * cu_seqlens.diff() // 9)
+        rows = gather_tokens(hidden, selection)
+        (gradient,) = torch.autograd.grad(kept.x[0].square().sum() + rows.sum(), hidden)
+        tensors = [x for x in (*kept.selection, *selection) if isinstance(x, Tensor)]
+        return [*kept.x, kept.positions, *tensors, rows, gradient]
 
     side_stream = torch.cuda.Stream()
     with torch.cuda.stream(side_stream):
-        prune()
+        step()
     torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        rows, cu_seqlens_kept = prune()
-    hidden.normal_()
-    centrality.uniform_()
+        captured = step()
+    with torch.no_grad():
+        for x in (q, k, v, hidden):
+            x.normal_()
+    protect.copy_(torch.rand(total) < 0.2)
+    cu_seqlens.copy_(torch.tensor([0, *other_lengths]).cumsum(0))
     graph.replay()
-    expected_rows, expected_offsets = prune()
-    assert torch.equal(rows, expected_rows)
-    assert torch.equal(cu_seqlens_kept, expected_offsets)
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
