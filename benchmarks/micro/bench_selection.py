@@ -1,70 +1,161 @@
-"""Selection family: gather of kept rows, forward and backward, against index_select.
+"""Selection family: the choice of tokens and the gather of their rows, forward and backward.
 
-pytest benchmarks/micro/bench_selection.py --benchmark-only
+    pytest benchmarks/micro/bench_selection.py --benchmark-only --benchmark-json=selection.json
+    python benchmarks/table.py selection.json
+
+A third of the tokens is kept, as in the paper's setting. Peers of the selection get what they need on the host, and
+scores padded and ready where they want them padded: that is not in their time.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from kernel_work import KernelWork
-from lengths import lognormal_lengths
+from lengths import fixed_lengths, lognormal_lengths, long_tail_lengths
+from torch import Tensor
 
-import stamp_kernels
+from stamp_kernels import TokenSelection, gather_tokens, select_tokens
+from stamp_kernels.profiling.selection_peers import num_kept, padded_topk, sort_within_sequences, topk_per_sequence
 
-# (sequences, mean length, row width): the TIGER trunk's states, and a wide model's.
-SHAPES = [(512, 94, 128), (512, 94, 1024)]
+RATIO = 1 / 3
+LENGTHS = {
+    "512 lognormal": lognormal_lengths(512),
+    "4096 lognormal": lognormal_lengths(4096),
+    "512 long tail": long_tail_lengths(512),
+    "8 of 16384": fixed_lengths(8, 16_384),
+}
+TOKENS = LENGTHS["512 lognormal"]
 
 
-def ragged_batch(num_sequences: int, mean_length: int, width: int, device: torch.device):
-    """A third of the tokens kept, as in the paper's setting."""
-    lengths = lognormal_lengths(num_sequences, mean_length)
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32).to(device)
-    total = int(lengths.sum())
-    generator = torch.Generator().manual_seed(0)
-    selection = stamp_kernels.select_tokens(
-        torch.randn(total, generator=generator).to(device),
-        cu_seqlens,
-        int(lengths.max()),
-        keep_ratio=1 / 3,
-        lengths_cpu=lengths,
+def offsets_of(lengths: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device, torch.int32)
+
+
+def make_selection(lengths: Tensor, device: torch.device) -> TokenSelection:
+    importance = torch.randn(int(lengths.sum()), generator=torch.Generator().manual_seed(0)).to(device)
+    return select_tokens(
+        importance, offsets_of(lengths, device), int(lengths.max()), keep_ratio=RATIO, lengths_cpu=lengths
     )
-    x = torch.randn(total, width, generator=generator).to(device).requires_grad_()
-    return x, selection
 
 
-def index_select(x, selection):
+# Selection
+
+
+def selections(lengths: Tensor, device: torch.device) -> dict[str, Callable[[], object]]:
+    importance = torch.rand(int(lengths.sum()), generator=torch.Generator().manual_seed(0)).to(device)
+    cu_seqlens, longest = offsets_of(lengths, device), int(lengths.max())
+    on_host = lengths.tolist()
+    padded = torch.full((len(on_host), longest), -torch.inf, device=device)
+    padded[torch.arange(longest, device=device) < lengths.to(device)[:, None]] = importance
+    kept = torch.tensor([num_kept(n, RATIO) for n in on_host])
+    sequence = torch.arange(len(on_host)).repeat_interleave(lengths).to(device)
+    select = partial(select_tokens, importance, cu_seqlens, longest, keep_ratio=RATIO)
+    return {
+        "select_tokens": select,
+        "select_tokens, lengths_cpu": partial(select, lengths_cpu=lengths),
+        "padded topk + sort": partial(padded_topk, padded, int(kept.max())),
+        "two stable sorts": partial(
+            sort_within_sequences, importance, sequence, cu_seqlens.long(), kept.to(device), int(kept.sum())
+        ),
+        "topk per sequence": partial(topk_per_sequence, importance, on_host, RATIO),
+    }
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    ["select_tokens", "select_tokens, lengths_cpu", "padded topk + sort", "two stable sorts", "topk per sequence"],
+)
+@pytest.mark.parametrize("distribution", LENGTHS)
+def test_selection(measured, device, distribution, implementation):
+    lengths = LENGTHS[distribution]
+    tokens = int(lengths.sum())
+    kept = sum(num_kept(n, RATIO) for n in lengths.tolist())
+    measured(
+        selections(lengths, device)[implementation],
+        case=f"selection, {distribution}",
+        implementation=implementation,
+        kernels=[KernelWork(0, 4 * tokens + 8 * kept + 4 * tokens + 8 * len(lengths))],
+        tokens=tokens,
+        is_baseline=implementation == "select_tokens",
+    )
+
+
+# Gather
+
+
+def index_select(x: Tensor, selection: TokenSelection) -> Tensor:
     return x.index_select(0, selection.indices)
 
 
-@pytest.mark.parametrize("gather", [stamp_kernels.gather_tokens, index_select], ids=["gather_tokens", "index_select"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-class TestGather:
-    def test_forward(self, measured, device, shape, gather):
-        x, selection = ragged_batch(*shape, device)
-        kept_bytes = len(selection.indices) * x[0].nbytes
+def boolean_mask(x: Tensor, selection: TokenSelection) -> Tensor:
+    return x[selection.inverse >= 0]
 
-        @torch.no_grad()
-        def step():
-            gather(x, selection)
 
-        self.record(measured, step, "forward", shape, gather, [KernelWork(0, 2 * kept_bytes)], len(x))
+GATHERS = {"gather_tokens": gather_tokens, "index_select": index_select, "x[mask]": boolean_mask}
+# Bytes of a row: a mask, a position, the states of TIGER's trunk and of wider models.
+ROW_BYTES = [1, 4, 512, 4096, 16_384]
 
-    def test_forward_backward(self, measured, device, shape, gather):
-        x, selection = ragged_batch(*shape, device)
-        grad = torch.randn(len(selection.indices), shape[2], device=device)
-        kernels = [KernelWork(0, 2 * grad.nbytes), KernelWork(0, grad.nbytes + x.nbytes)]
 
-        def step():
-            torch.autograd.grad(gather(x, selection), x, grad)
+def rows_of(row_bytes: int, tokens: int, device: torch.device) -> Tensor:
+    if row_bytes < 4:
+        return torch.randint(0, 2, (tokens, row_bytes), dtype=torch.uint8, device=device)
+    return torch.randn(tokens, row_bytes // 4, device=device)
 
-        self.record(measured, step, "forward+backward", shape, gather, kernels, len(x))
 
-    @staticmethod
-    def record(measured, step, direction, shape, gather, kernels, tokens):
-        measured(
-            step,
-            case=f"gather, {'x'.join(map(str, shape))}, {direction}",
-            implementation=gather.__name__,
-            kernels=kernels,
-            tokens=tokens,
-            is_baseline=gather is stamp_kernels.gather_tokens,
-        )
+@pytest.mark.parametrize("implementation", GATHERS)
+@pytest.mark.parametrize("row_bytes", ROW_BYTES)
+def test_gather(measured, device, row_bytes, implementation):
+    selection = make_selection(TOKENS, device)
+    x = rows_of(row_bytes, int(TOKENS.sum()), device)
+    measured(
+        torch.no_grad()(lambda: GATHERS[implementation](x, selection)),
+        case=f"gather, rows of {row_bytes} bytes, forward",
+        implementation=implementation,
+        kernels=[KernelWork(0, 2 * len(selection.indices) * row_bytes)],
+        tokens=len(x),
+        is_baseline=implementation == "gather_tokens",
+    )
+
+
+@pytest.mark.parametrize("implementation", GATHERS)
+@pytest.mark.parametrize("row_bytes", [width for width in ROW_BYTES if width >= 512])
+def test_gather_and_its_gradient(measured, device, row_bytes, implementation):
+    selection = make_selection(TOKENS, device)
+    x = rows_of(row_bytes, int(TOKENS.sum()), device).requires_grad_()
+    grad = torch.randn(len(selection.indices), row_bytes // 4, device=device)
+    measured(
+        lambda: torch.autograd.grad(GATHERS[implementation](x, selection), x, grad),
+        case=f"gather, rows of {row_bytes} bytes, forward+backward",
+        implementation=implementation,
+        kernels=[KernelWork(0, 2 * grad.nbytes), KernelWork(0, grad.nbytes + x.nbytes)],
+        tokens=len(x),
+        is_baseline=implementation == "gather_tokens",
+    )
+
+
+@pytest.mark.parametrize("implementation", ["gather_tokens", "index_select"])
+def test_gather_of_all_that_belongs_to_a_token(measured, device, dtype, implementation):
+    """States, positions, labels, a cosine and a sine, a mask: in one call, or one after the other."""
+    selection = make_selection(TOKENS, device)
+    tokens = int(TOKENS.sum())
+    x = [
+        torch.randn(tokens, 128, device=device).to(dtype),
+        torch.arange(tokens, dtype=torch.int32, device=device),
+        torch.arange(tokens, device=device),
+        *(torch.randn(tokens, 64, device=device).to(dtype) for _ in range(2)),
+        torch.rand(tokens, device=device) < 0.5,
+    ]
+    gathers = {
+        "gather_tokens": lambda: gather_tokens(x, selection),
+        "index_select": lambda: [index_select(tensor, selection) for tensor in x],
+    }
+    measured(
+        torch.no_grad()(gathers[implementation]),
+        case="gather of six tensors, forward",
+        implementation=implementation,
+        kernels=[KernelWork(0, 2 * len(selection.indices) * sum(tensor[0].nbytes for tensor in x))],
+        tokens=tokens,
+        is_baseline=implementation == "gather_tokens",
+    )

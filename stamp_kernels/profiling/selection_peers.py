@@ -1,0 +1,62 @@
+"""What a user would run instead of select_tokens and prune, each written at its best.
+
+All keep `ceil(keep_ratio * n)` of every sequence's n tokens, at least one; ratios are such as the ceiling of a product of
+floats gets right for the lengths at hand.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PackedSelection(NamedTuple):
+    """Source rows `[T']` of the kept tokens, ascending, and the kept sequences' offsets int32 `[B + 1]`."""
+
+    indices: Tensor
+    cu_seqlens: Tensor
+
+
+def num_kept(length: int, keep_ratio: float) -> int:
+    return max(1, math.ceil(keep_ratio * length)) if length > 0 else 0
+
+
+def topk_per_sequence(importance: Tensor, lengths: list[int], keep_ratio: float) -> PackedSelection:
+    """A loop over the sequences, with the lengths on the host: `topk`, and a sort back into the original order."""
+    indices, offsets, start = [], [0], 0
+    for scores in importance.split(lengths):
+        kept = num_kept(len(scores), keep_ratio)
+        indices.append(scores.topk(kept, sorted=False).indices.sort().values + start)
+        offsets.append(offsets[-1] + kept)
+        start += len(scores)
+    return PackedSelection(torch.cat(indices), torch.tensor(offsets, dtype=torch.int32, device=importance.device))
+
+
+def padded_topk(importance: Tensor, max_kept: int) -> Tensor:
+    """Columns `[B, max_kept]` of each row's best, ascending: all that a padded trainer computes.
+
+    One k for all rows, as `topk` takes; scores come padded, `[B, S]` with -inf on padding. Which of the columns a row
+    with a smaller budget gives up again is not in it.
+    """
+    return importance.topk(max_kept, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def sort_within_sequences(
+    importance: Tensor, sequence: Tensor, cu_seqlens: Tensor, kept: Tensor, total_kept: int
+) -> PackedSelection:
+    """Packed and without a loop: two stable sorts give every token its rank in its sequence.
+
+    Args:
+        importance: `[T]`.
+        sequence: int64 `[T]`, the number of every token's sequence.
+        cu_seqlens: int64 `[B + 1]`; kept: int64 `[B]`, tokens that each sequence keeps; total_kept: their sum.
+    """
+    order = importance.argsort(descending=True, stable=True)
+    order = order[sequence[order].argsort(stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    stays = rank - cu_seqlens[sequence] < kept[sequence]
+    # As many indices as are known to come, so that no size has to be read from the device.
+    indices = torch.nonzero_static(stays, size=total_kept).flatten()
+    return PackedSelection(indices, torch.nn.functional.pad(kept.cumsum(0), (1, 0)).to(torch.int32))
