@@ -3,8 +3,8 @@
     pytest benchmarks/micro/bench_pruning.py --benchmark-only --benchmark-json=pruning.json
     python benchmarks/table.py pruning.json
 
-A third of the tokens is kept, of states and positions. The padded way gets the column sums of its attention map for free.
-An attention forward of the same batch, 6 heads of 64, stands beside them: what pruning costs is little next to that.
+A third of the tokens is kept, of states and positions. The padded way gets the column sums of its attention map for
+free. An attention forward of the same batch, 6 heads of 64, stands beside them: pruning should cost little next to it.
 """
 
 from collections.abc import Callable

@@ -26,7 +26,8 @@ LENGTHS = {
     "512 long tail": long_tail_lengths(512),
     "8 of 16384": fixed_lengths(8, 16_384),
 }
-TOKENS = LENGTHS["512 lognormal"]
+# Of the gathers: wide rows come in fewer sequences, so that every implementation's results fit into memory.
+TOKENS, FEWER_TOKENS = LENGTHS["512 lognormal"], lognormal_lengths(64)
 
 
 def offsets_of(lengths: Tensor, device: torch.device) -> Tensor:
@@ -93,22 +94,27 @@ def boolean_mask(x: Tensor, selection: TokenSelection) -> Tensor:
     return x[selection.inverse >= 0]
 
 
-GATHERS = {"gather_tokens": gather_tokens, "index_select": index_select, "x[mask]": boolean_mask}
+GATHERS = {"gather_tokens": gather_tokens, "index_select": index_select, "boolean mask": boolean_mask}
 # Bytes of a row: a mask, a position, the states of TIGER's trunk and of wider models.
 ROW_BYTES = [1, 4, 512, 4096, 16_384]
 
 
-def rows_of(row_bytes: int, tokens: int, device: torch.device) -> Tensor:
-    if row_bytes < 4:
-        return torch.randint(0, 2, (tokens, row_bytes), dtype=torch.uint8, device=device)
-    return torch.randn(tokens, row_bytes // 4, device=device)
+def make_rows(row_bytes: int, device: torch.device) -> tuple[TokenSelection, Tensor]:
+    """A selection, and what its rows are taken of."""
+    lengths = TOKENS if row_bytes <= 4096 else FEWER_TOKENS
+    tokens = int(lengths.sum())
+    selection = make_selection(lengths, device)
+    if row_bytes == 1:
+        return selection, torch.rand(tokens, device=device) < 0.5
+    if row_bytes == 4:
+        return selection, torch.arange(tokens, dtype=torch.int32, device=device)
+    return selection, torch.randn(tokens, row_bytes // 4, device=device)
 
 
 @pytest.mark.parametrize("implementation", GATHERS)
 @pytest.mark.parametrize("row_bytes", ROW_BYTES)
 def test_gather(measured, device, row_bytes, implementation):
-    selection = make_selection(TOKENS, device)
-    x = rows_of(row_bytes, int(TOKENS.sum()), device)
+    selection, x = make_rows(row_bytes, device)
     measured(
         torch.no_grad()(lambda: GATHERS[implementation](x, selection)),
         case=f"gather, rows of {row_bytes} bytes, forward",
@@ -122,8 +128,8 @@ def test_gather(measured, device, row_bytes, implementation):
 @pytest.mark.parametrize("implementation", GATHERS)
 @pytest.mark.parametrize("row_bytes", [width for width in ROW_BYTES if width >= 512])
 def test_gather_and_its_gradient(measured, device, row_bytes, implementation):
-    selection = make_selection(TOKENS, device)
-    x = rows_of(row_bytes, int(TOKENS.sum()), device).requires_grad_()
+    selection, x = make_rows(row_bytes, device)
+    x.requires_grad_()
     grad = torch.randn(len(selection.indices), row_bytes // 4, device=device)
     measured(
         lambda: torch.autograd.grad(GATHERS[implementation](x, selection), x, grad),

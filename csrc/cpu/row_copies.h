@@ -60,12 +60,15 @@ inline void end_of_stream() {
 // Rows of these many bytes are a few instructions; the others are worth a call.
 template <int64_t kBytes, typename index_t>
 void copy_small_rows(const Rows& rows, const index_t* map, int64_t begin, int64_t end) {
+  // Numbers of its own: what is stored through a char* might change those that `rows` refers to.
+  const char* const source = rows.source;
+  const int64_t stride = rows.source_stride;
   char* destination = rows.destination + begin * kBytes;
   for (int64_t j = begin; j < end; ++j, destination += kBytes) {
     if (map[j] < 0) {
       std::memset(destination, 0, kBytes);
     } else {
-      std::memcpy(destination, rows.source + map[j] * rows.source_stride, kBytes);
+      std::memcpy(destination, source + map[j] * stride, kBytes);
     }
   }
 }

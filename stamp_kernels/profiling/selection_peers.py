@@ -1,7 +1,6 @@
 """What a user would run instead of select_tokens and prune, each written at its best.
 
-All keep `ceil(keep_ratio * n)` of every sequence's n tokens, at least one; ratios are such as the ceiling of a product of
-floats gets right for the lengths at hand.
+All keep `ceil(keep_ratio * n)` of every sequence's n tokens, at least one.
 """
 
 import math
