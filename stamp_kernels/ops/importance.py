@@ -127,11 +127,18 @@ def _token_importance_fake(hidden, centrality, cu_seqlens, norm_order, per_visib
     return hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
 
 
+def _token_importance_triton(*args):
+    from stamp_kernels.triton_kernels.importance import token_importance  # imports Triton
+
+    return token_importance(*args)
+
+
 _token_importance = define_op(
     "token_importance(Tensor hidden, Tensor centrality, Tensor? cu_seqlens, int norm_order, bool per_visible_query) "
     "-> Tensor",
     public_name="token_importance",
     reference=reference.token_importance,
+    triton=_token_importance_triton,
     fake=_token_importance_fake,
 )
 

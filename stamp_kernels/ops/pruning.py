@@ -49,12 +49,19 @@ def _prune_fake(x, centrality, positions, cu_seqlens, *rest):
     )
 
 
+def _prune_triton(*args):
+    from stamp_kernels.triton_kernels.pruning import prune  # imports Triton
+
+    return prune(*args)
+
+
 _prune = define_op(
     "prune(Tensor[] x, Tensor centrality, Tensor? positions, Tensor cu_seqlens, SymInt max_seqlen, int norm_order, "
     "bool per_visible_query, int? ratio_q32, SymInt? keep_count, Tensor? keep_counts, SymInt min_keep, "
     "Tensor? protect, int item_length, SymInt? total_kept) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
     public_name="prune",
     reference=reference.prune,
+    triton=_prune_triton,
     fake=_prune_fake,
 )
 

@@ -28,12 +28,19 @@ def _select_tokens_fake(
     )
 
 
+def _select_tokens_triton(*args):
+    from stamp_kernels.triton_kernels.selection import select_tokens  # imports Triton
+
+    return select_tokens(*args)
+
+
 _select_tokens = define_op(
     "select_tokens(Tensor importance, Tensor cu_seqlens, SymInt max_seqlen, int? ratio_q32, SymInt? keep_count, "
     "Tensor? keep_counts, SymInt min_keep, Tensor? protect, int item_length, SymInt? total_kept) "
     "-> (Tensor, Tensor, Tensor)",
     public_name="select_tokens",
     reference=reference.select_tokens,
+    triton=_select_tokens_triton,
     fake=_select_tokens_fake,
 )
 
@@ -126,10 +133,23 @@ def _gather_rows_reference(x, indices):
     return [reference.gather_rows(tensor, indices) for tensor in x]
 
 
+def _gather_tokens_forward_triton(*args):
+    from stamp_kernels.triton_kernels.selection import gather_tokens_forward  # imports Triton
+
+    return gather_tokens_forward(*args)
+
+
+def _gather_tokens_backward_triton(*args):
+    from stamp_kernels.triton_kernels.selection import gather_tokens_backward  # imports Triton
+
+    return gather_tokens_backward(*args)
+
+
 _gather_tokens_forward = define_op(
     "gather_tokens_forward(Tensor[] x, Tensor indices) -> Tensor[]",
     public_name="gather_tokens",
     reference=_gather_rows_reference,
+    triton=_gather_tokens_forward_triton,
     fake=_gather_rows_fake,
 )
 # The adjoint gathers too: row t of the gradient is row inverse[t] of what arrives, so nothing is added up.
@@ -137,6 +157,7 @@ _gather_tokens_backward = define_op(
     "gather_tokens_backward(Tensor[] grad, Tensor inverse) -> Tensor[]",
     public_name="gather_tokens",
     reference=_gather_rows_reference,
+    triton=_gather_tokens_backward_triton,
     fake=_gather_rows_fake,
 )
 

@@ -1,0 +1,404 @@
+"""The selection and gather kernels, interpreted where there is no GPU, against the reference: exactly equal."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ragged import BATCHES, RaggedBatch
+from test_selection import RATIOS, STRIDED, VALUES, random_tensor
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import stamp_kernels.reference.selection as reference
+import stamp_kernels.triton_kernels.selection as kernels
+from stamp_kernels.reference.selection import keep_ratio_to_q32
+from stamp_kernels.triton_kernels.selection import SELECTION_CONFIGS, SelectionConfig, selection_config
+
+# Infinities of either sign in one item, added up by numpy.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in add:RuntimeWarning")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def on_device(x: Any) -> Any:
+    return x.to(DEVICE) if isinstance(x, Tensor) else x
+
+
+def budget_of(ratio: float | None = None, count: int | Tensor | None = None) -> dict[str, Any]:
+    """The arguments of the op that say how much stays."""
+    return dict(
+        ratio_q32=None if ratio is None else keep_ratio_to_q32(float(ratio)),
+        keep_count=None if isinstance(count, Tensor) else count,
+        keep_counts=count if isinstance(count, Tensor) else None,
+    )
+
+
+def arguments_of(
+    batch: RaggedBatch,
+    importance: Tensor,
+    *,
+    min_keep: int = 1,
+    protect: Tensor | None = None,
+    item_length: int = 1,
+    max_seqlen: int | None = None,
+    total_kept: int | None = None,
+    **budget: Any,
+) -> tuple[Any, ...]:
+    """The op's arguments; by default with more rows in the result than can be kept."""
+    max_seqlen = batch.max_seqlen if max_seqlen is None else max_seqlen
+    total_kept = batch.total + 3 if total_kept is None else total_kept
+    budget = budget_of(**budget).values()
+    return importance, batch.cu_seqlens, max_seqlen, *budget, min_keep, protect, item_length, total_kept
+
+
+def assert_selects_as_the_reference(*arguments: Any) -> None:
+    got = kernels.select_tokens(*map(on_device, arguments))
+    want = reference.select_tokens(*arguments)
+    for name, x, y in zip(("indices", "cu_seqlens", "inverse"), got, want, strict=True):
+        assert x.dtype == y.dtype and torch.equal(x.cpu(), y), f"{name}: got {x.tolist()}, want {y.tolist()}"
+
+
+def random_protect(batch: RaggedBatch, share: float = 0.2) -> Tensor:
+    return torch.rand(batch.total) < share
+
+
+def whole_items(batch: RaggedBatch, item_length: int) -> RaggedBatch:
+    return RaggedBatch(tuple(n * item_length for n in batch.lengths), batch.tail)
+
+
+def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Registers for 4 items and blocks of 8 beyond: sequences of a few dozen tokens take what long ones take."""
+    patch.setattr(kernels, "SELECTION_CONFIGS", (SelectionConfig(2, 2, 1), SelectionConfig(1, 4, 1)))
+    patch.setattr(kernels, "LONG_SELECTION_CONFIG", SelectionConfig(1, 8, 1))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    use_small_blocks(monkeypatch)
+
+
+# Selection
+
+
+@st.composite
+def selections(draw) -> tuple[Any, ...]:
+    """Arguments of the op: ties everywhere, items of any length, every budget."""
+    item_length = draw(st.sampled_from([1, 1, 3, 4]))
+    lengths = draw(st.lists(st.integers(0, 12 if item_length == 1 else 5), max_size=5))
+    batch = whole_items(RaggedBatch(tuple(lengths), tail=draw(st.integers(0, 3))), item_length)
+    importance = draw(st.lists(st.sampled_from(VALUES), min_size=batch.total, max_size=batch.total))
+    importance = torch.tensor(importance).to(draw(st.sampled_from(DTYPES)))
+    if importance.dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter makes its denormals zero
+        importance = torch.where(importance.abs() < 1e-38, 0 * importance, importance)
+    protect = draw(st.none() | st.lists(st.booleans(), min_size=batch.total, max_size=batch.total))
+    counts = st.lists(st.integers(0, 9), min_size=batch.batch, max_size=batch.batch)
+    counts = counts.map(lambda counts: torch.tensor(counts, dtype=draw(st.sampled_from([torch.int32, torch.int64]))))
+    budget = draw(
+        st.fixed_dictionaries({"ratio": RATIOS}) | st.fixed_dictionaries({"count": st.integers(0, 15) | counts})
+    )
+    return arguments_of(
+        batch,
+        importance,
+        min_keep=draw(st.integers(0, 3)),
+        protect=None if protect is None else torch.tensor(protect, dtype=torch.bool),
+        item_length=item_length,
+        max_seqlen=batch.max_seqlen + draw(st.sampled_from([0, 0, 1, 70, 300])),
+        **budget,
+    )
+
+
+@settings(max_examples=120)
+@given(selections())
+def test_any_selection(arguments):
+    assert_selects_as_the_reference(*arguments)
+
+
+@settings(max_examples=60)
+@given(selections())
+def test_any_selection_in_several_blocks(arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_blocks(patch)
+        assert_selects_as_the_reference(*arguments)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1 / 3, 0.7, 1.0])
+@pytest.mark.parametrize("name", BATCHES)
+def test_named_batches(name, ratio):
+    batch = BATCHES[name]
+    importance = torch.rand(batch.total)
+    importance[batch.valid :] = torch.inf  # tail rows are never chosen, however important
+    protect = random_protect(batch)
+    protect[batch.valid :] = True
+    assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=ratio))
+    assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=ratio, protect=protect))
+
+
+@pytest.mark.parametrize("item_length", [1, 4])
+@pytest.mark.parametrize("config", range(len(SELECTION_CONFIGS) + 1))
+def test_sequences_that_fill_a_block_and_one_item_less(config, item_length):
+    """Of every size of block; beyond the largest one sequence takes several."""
+    full = [*(config.items for config in SELECTION_CONFIGS), 3 * kernels.LONG_SELECTION_CONFIG.items][config]
+    batch = whole_items(RaggedBatch((full, 3, 0, full - 1), tail=2), item_length)
+    _, is_long = selection_config(batch.max_seqlen // item_length)
+    assert is_long == (config == len(SELECTION_CONFIGS))
+    importance = torch.randint(-50, 50, (batch.total,)).float()  # ties, more than one block of them
+    importance[5] = torch.nan
+    protect = random_protect(batch, 0.1)
+    assert_selects_as_the_reference(
+        *arguments_of(batch, importance, ratio=0.3, protect=protect, item_length=item_length)
+    )
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [0, 8, 21, 40])
+def test_all_alike_in_several_blocks(count, dtype):
+    """The first of equal scores stay, wherever the blocks end."""
+    batch = RaggedBatch((40, 9, 40), tail=1)
+    for value in (1.5, torch.nan):
+        importance = torch.full((batch.total,), value, dtype=dtype)
+        assert_selects_as_the_reference(*arguments_of(batch, importance, count=count))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("max_seqlen", [100, 10**6], ids=["in registers", "in blocks"])
+def test_scores_that_differ_in_their_last_bit(max_seqlen, dtype):
+    batch = RaggedBatch((97, 80), tail=0)
+    integers = torch.int32 if dtype == torch.float32 else torch.int64
+    bits = torch.randperm(batch.total).to(integers)
+    for start in (0.0, 1.0, -1.0):  # denormals among them
+        importance = (bits + torch.tensor(start, dtype=dtype).view(integers)).view(dtype)
+        assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=0.4, max_seqlen=max_seqlen))
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0])
+@pytest.mark.parametrize("max_seqlen", [97, 10**6], ids=["in registers", "in blocks"])
+def test_more_protected_than_the_budget(max_seqlen, share):
+    batch = BATCHES["long_among_short"]
+    importance = torch.full((batch.total,), torch.inf)  # as great as a score can be
+    protect = random_protect(batch, share)
+    for budget in (dict(ratio=0.1), dict(count=0), dict(count=5)):
+        assert_selects_as_the_reference(
+            *arguments_of(batch, importance, min_keep=0, protect=protect, max_seqlen=max_seqlen, **budget)
+        )
+
+
+def test_items_add_up_from_the_first_token_to_the_last():
+    """The order of a sum decides its bits: 1e8 + 1 - 1e8 is 0 and 1e8 - 1e8 + 1 is 1."""
+    batch = RaggedBatch((9,), tail=0)
+    importance = torch.tensor([1e8, 1.0, -1e8, 1e8, -1e8, 1.0, 0.5, 0.0, 0.0])
+    assert_selects_as_the_reference(*arguments_of(batch, importance, count=2, item_length=3))
+
+
+@pytest.mark.parametrize("max_seqlen", [8, 10**6], ids=["in registers", "in blocks"])
+def test_many_short_sequences(max_seqlen):
+    """More than a program serves, and tails longer than one fills."""
+    batch = RaggedBatch(tuple(torch.randint(0, 9, (40 if max_seqlen > 8 else 250,)).tolist()), tail=3000)
+    importance = torch.randint(0, 4, (batch.total,)).float()
+    protect = random_protect(batch)
+    assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=1 / 3, max_seqlen=max_seqlen))
+    counts = torch.randint(0, 6, (batch.batch,))
+    assert_selects_as_the_reference(
+        *arguments_of(batch, importance, count=counts, protect=protect, max_seqlen=max_seqlen)
+    )
+
+
+def test_offsets_of_several_blocks_of_sequences(monkeypatch):
+    monkeypatch.setattr(kernels, "_OFFSETS_BLOCK", 16)
+    batch = RaggedBatch(tuple(torch.randint(0, 9, (50,)).tolist()), tail=1)
+    importance = torch.rand(batch.total)
+    assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=0.5))
+    assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=0.5, protect=random_protect(batch)))
+
+
+@pytest.mark.parametrize("max_seqlen", [13, 10**6], ids=["in registers", "in blocks"])
+def test_a_result_with_no_row_to_spare(max_seqlen):
+    batch = BATCHES["ragged"]
+    importance, protect = torch.rand(batch.total), random_protect(batch)
+    roomy = arguments_of(batch, importance, ratio=0.5, protect=protect, max_seqlen=max_seqlen)
+    total_kept = int(reference.select_tokens(*roomy)[1][-1])
+    assert_selects_as_the_reference(*roomy[:-1], total_kept)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Contents on a GPU are not checked."""
+    for module in (reference, kernels):
+        monkeypatch.setattr(module, "contents_are_checked", lambda device: False)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("max_seqlen", [0, 10**6], ids=["in registers", "in blocks"])
+@pytest.mark.parametrize("item_length", [1, 3])
+def test_a_result_too_small_is_cut_off(item_length, max_seqlen):
+    batch = whole_items(BATCHES["ragged"], item_length)
+    importance, protect = torch.rand(batch.total), random_protect(batch)
+    for total_kept in (0, 1, 4, 9, 16):
+        assert_selects_as_the_reference(
+            *arguments_of(
+                batch, importance, ratio=0.5, protect=protect, item_length=item_length, total_kept=total_kept,
+                max_seqlen=max(batch.max_seqlen, max_seqlen),
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("max_seqlen", [17, 10**6], ids=["in registers", "in blocks"])
+def test_tokens_after_the_last_whole_item_are_dropped(max_seqlen):
+    batch = RaggedBatch((5, 0, 1, 13, 2, 17, 8), tail=2)
+    importance, protect = torch.rand(batch.total), random_protect(batch, 0.4)
+    for item_length in (2, 3, 4, 20):
+        arguments = arguments_of(batch, importance, ratio=0.5, item_length=item_length, max_seqlen=max_seqlen)
+        assert_selects_as_the_reference(*arguments)
+        arguments = arguments_of(
+            batch, importance, ratio=0.5, item_length=item_length, max_seqlen=max_seqlen, protect=protect
+        )
+        assert_selects_as_the_reference(*arguments)
+
+
+def test_counts_beyond_32_bits():
+    batch = BATCHES["ragged"]
+    importance = torch.rand(batch.total)
+    assert_selects_as_the_reference(*arguments_of(batch, importance, count=2**40))
+    assert_selects_as_the_reference(*arguments_of(batch, importance, count=0, min_keep=2**40))
+    assert_selects_as_the_reference(*arguments_of(batch, importance, count=torch.full((batch.batch,), 2**40)))
+
+
+def test_strided_arguments():
+    def every_other(x):
+        return torch.stack([x, torch.zeros_like(x)], dim=1)[:, 0]
+
+    batch = BATCHES["ragged"]
+    importance, protect = torch.rand(batch.total), random_protect(batch)
+    importance, cu_seqlens, *rest = arguments_of(
+        batch, importance, count=torch.randint(0, 4, (batch.batch,)), protect=protect
+    )
+    views = [every_other(x) if isinstance(x, Tensor) else x for x in rest]
+    assert_selects_as_the_reference(every_other(importance), every_other(cu_seqlens), *views)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(total_kept=3), "total_kept is 3, but the sequences keep 19 tokens"),
+        (dict(max_seqlen=12), "cu_seqlens: sequence 3 has length 13, more than the given max_seqlen 12"),
+        (dict(item_length=5), "every sequence must be whole items of item_length 5 tokens, got a sequence of 1"),
+        (dict(ratio=None, count=torch.tensor([1, -2, 0, 0, 0, 0])), "keep_count must not be negative, got -2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_contents_are_checked_where_asked(monkeypatch, changed, message):
+    monkeypatch.setenv("STAMP_KERNELS_CHECK", "1")
+    arguments = arguments_of(BATCHES["ragged"], torch.rand(31), **{"ratio": 0.6, **changed})
+    with pytest.raises(RuntimeError, match=message):
+        kernels.select_tokens(*map(on_device, arguments))
+
+
+# Gather
+
+
+def row_map(rows: int, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """Rows in any order, every one likely more than once, and some of them none."""
+    return torch.randint(-1, rows, (num_rows,)).to(dtype)
+
+
+def assert_gathers_as_the_reference(x: list[Tensor], indices: Tensor) -> None:
+    gather = kernels.gather_tokens_forward if indices.dtype == torch.int64 else kernels.gather_tokens_backward
+    got = gather([tensor.to(DEVICE) if tensor.device.type != DEVICE else tensor for tensor in x], on_device(indices))
+    assert len(got) == len(x)
+    for tensor, y in zip(x, got, strict=True):
+        want = reference.gather_rows(tensor.cpu(), indices)
+        assert y.dtype == tensor.dtype and y.is_contiguous()
+        assert torch.equal(y.cpu(), want)
+
+
+both_maps = pytest.mark.parametrize("map_dtype", [torch.int64, torch.int32], ids=["forward", "backward"])
+
+
+@both_maps
+def test_all_dtypes_and_shapes(map_dtype):
+    dtypes = (torch.bool, torch.uint8, torch.int16, torch.int64, torch.bfloat16, torch.float32, torch.float64)
+    x = [
+        random_tensor((31, *shape), dtype, "cpu")
+        for dtype in (*dtypes, torch.complex64, torch.complex128)
+        for shape in ((), (1,), (3,), (2, 5), (0,), (4, 0, 2))
+    ]
+    assert_gathers_as_the_reference(x, row_map(31, 17, map_dtype))
+
+
+@both_maps
+@pytest.mark.parametrize("row_bytes", [1, 2, 3, 4, 6, 8, 12, 16, 24, 100, 128, 1000, 4096, 16384, 20000])
+def test_rows_of_any_width(row_bytes, map_dtype):
+    x = torch.randint(0, 256, (40, row_bytes), dtype=torch.uint8, device=DEVICE)
+    indices = row_map(40, 53, map_dtype)
+    assert_gathers_as_the_reference([x], indices)
+    # Rows that start at any byte of memory
+    for offset in (1, 2, 4, 8):
+        shifted = torch.empty(x.numel() + offset, dtype=torch.uint8, device=DEVICE)[offset:].view_as(x).copy_(x)
+        assert_gathers_as_the_reference([shifted], indices)
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strided_rows(layout):
+    x = torch.randn(12, 8, device=DEVICE)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        view = STRIDED[layout](x.to(dtype))
+        assert_gathers_as_the_reference([view], row_map(view.shape[0], 9, torch.int64))
+
+
+def test_more_rows_than_a_program_moves():
+    assert_gathers_as_the_reference([torch.randn(700, 2), torch.randn(700, 40)], row_map(700, 600, torch.int32))
+
+
+@both_maps
+@pytest.mark.parametrize(("rows", "num_rows"), [(0, 0), (0, 5), (5, 0), (1, 1)])
+def test_without_rows(rows, num_rows, map_dtype):
+    indices = torch.full((num_rows,), -1, dtype=map_dtype)
+    assert_gathers_as_the_reference([torch.randn(rows, 3), torch.randn(rows)], indices)
+
+
+def test_rows_that_nobody_names_are_not_read():
+    x = torch.randn(6, 4)
+    x[3] = torch.nan
+    (y,) = kernels.gather_tokens_forward([on_device(x)], on_device(torch.tensor([0, -1, 5])))
+    assert torch.equal(y.cpu(), torch.stack([x[0], torch.zeros(4), x[5]]))
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "stride_bytes", "address", "element_size", "divisor"),
+    [
+        (256, 256, 0, 8, 2),
+        (48, 48, 1024, 8, 2),
+        (24, 24, 0, 8, 1),
+        (256, 264, 0, 8, 1),
+        (256, 256, 8, 8, 1),
+        (256, 256, 4, 4, 1),
+        (100, 100, 0, 4, 1),
+        (6, 8, 0, 2, 1),
+        (8, 8, 1, 1, 1),
+        (256, 0, 0, 8, 2),
+    ],
+)
+def test_widest_access(row_bytes, stride_bytes, address, element_size, divisor):
+    config = kernels.gather_config(row_bytes, stride_bytes, address)
+    assert (config.element_size, config.stride_divisor) == (element_size, divisor)
+    assert config.width * element_size == row_bytes and config.stride * element_size == stride_bytes
+
+
+@pytest.mark.parametrize(
+    ("x", "indices", "message"),
+    [
+        ([torch.zeros(3, 2)], torch.tensor([0, 3]), r"indices must be -1 \(none\) to 2, got 0 to 3"),
+        ([torch.zeros(3, 2)], torch.tensor([-2, 1]), r"indices must be -1 \(none\) to 2, got -2 to 1"),
+        ([torch.zeros(3, 2)], torch.tensor([[0]]), "indices must have one dimension, got 2"),
+        ([torch.zeros(3), torch.zeros(4)], torch.tensor([0]), "all tensors must have the same number of rows, got 4"),
+    ],
+)
+def test_gather_refuses_what_it_would_read_elsewhere(monkeypatch, x, indices, message):
+    monkeypatch.setenv("STAMP_KERNELS_CHECK", "1")
+    with pytest.raises(RuntimeError, match=message):
+        kernels.gather_tokens_forward([on_device(tensor) for tensor in x], on_device(indices))

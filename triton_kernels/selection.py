@@ -1,0 +1,712 @@
+"""Selection and gather: which tokens of each sequence stay, and their rows.
+
+A sequence of n unprotected and p protected items keeps k = p + min(n, max(min_keep, budget)) of them: the k greatest
+keys, ties by rising index. A key is an unsigned integer in the order of the scores, so that the k-th greatest is found
+digit by digit, by counting; every count is one of integers, exact in any order. What is written where follows from
+prefix sums: no sort, no atomics on memory, and nothing that the host would have to wait for.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stamp_kernels.reference._contents import check_cu_seqlens_contents, contents_are_checked
+from stamp_kernels.reference.selection import check_whole_items
+from stamp_kernels.reference.selection import kept_items as reference_kept_items
+from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
+from stamp_kernels.triton_kernels.attention_tiles import contiguous
+from stamp_kernels.triton_kernels.importance import power_of_two_divisor
+
+# Selection: keys
+
+
+@triton.jit
+def ordered_keys(score):
+    """Unsigned integers of the scores' width in the order of the scores: -0.0 equals 0.0, NaN is 0 and the lowest."""
+    BITS: tl.constexpr = score.dtype.primitive_bitwidth
+    SIGN: tl.constexpr = 1 << (BITS - 1)
+    ALL: tl.constexpr = (1 << BITS) - 1
+    bits = score.to(tl.core.get_int_dtype(bitwidth=BITS, signed=False), bitcast=True)
+    bits = tl.where(bits == SIGN, 0, bits)
+    # Negative numbers rise as their bits fall; the others follow them.
+    return tl.where(score == score, bits ^ tl.where(bits >= SIGN, ALL, SIGN), 0)
+
+
+@triton.jit
+def items_are_protected(protect_ptr, first_row, in_sequence, ITEM_LENGTH: tl.constexpr):
+    """Whether a token of the item that begins at `first_row` is protected; False where not `in_sequence`."""
+    protected = tl.zeros(first_row.shape, tl.int1)
+    for i in range(ITEM_LENGTH):
+        protected = protected | (tl.load(protect_ptr + first_row + i, mask=in_sequence, other=0) != 0)
+    return protected
+
+
+@triton.jit
+def item_keys(importance_ptr, protect_ptr, first_row, in_sequence, ITEM_LENGTH: tl.constexpr):
+    """Keys of the items that begin at `first_row`; 0 where not `in_sequence`.
+
+    An item scores the sum of its tokens, added up from the first to the last in fp32 (fp64 for fp64). A protected item
+    has the greatest key, which no score has.
+    """
+    importance_type: tl.constexpr = importance_ptr.dtype.element_ty
+    score_type: tl.constexpr = tl.float64 if importance_type == tl.float64 else tl.float32
+    score = tl.zeros(first_row.shape, score_type)
+    for i in range(ITEM_LENGTH):
+        score += tl.load(importance_ptr + first_row + i, mask=in_sequence, other=0.0).to(score_type)
+    key = ordered_keys(score)
+    if protect_ptr is not None:
+        protected = items_are_protected(protect_ptr, first_row, in_sequence, ITEM_LENGTH)
+        key = tl.where(protected, (1 << score_type.primitive_bitwidth) - 1, key)
+    return tl.where(in_sequence, key, 0)
+
+
+# Selection: how many
+
+
+@triton.jit
+def kept_items(
+    num_items, num_protected_ptr, keep_counts_ptr, sequence, exists, budget, min_keep, BUDGET_IS_RATIO: tl.constexpr
+):
+    """int32, in the shape of `sequence`: p + min(n, max(min_keep, budget)), n of the items being unprotected.
+
+    Args:
+        num_items: int32, items of each sequence, the protected ones included.
+        num_protected_ptr: int32 [B], p; None: no item is protected.
+        keep_counts_ptr: [B], the budget of each sequence, or None.
+        exists: whether there is such a sequence.
+        budget: int64, the budget of every sequence; if BUDGET_IS_RATIO, r of the budget ceil(r * n / 2^32).
+    """
+    num_protected = tl.zeros_like(num_items)
+    if num_protected_ptr is not None:
+        num_protected = tl.load(num_protected_ptr + sequence, mask=exists, other=0)
+    unprotected = (num_items - num_protected).to(tl.int64)
+    if keep_counts_ptr is not None:
+        most = tl.load(keep_counts_ptr + sequence, mask=exists, other=0).to(tl.int64)
+    elif BUDGET_IS_RATIO:
+        most = (budget * unprotected - unprotected + 0xFFFFFFFF) >> 32  # the contract's ceiling
+    else:
+        most = budget
+    return num_protected + tl.minimum(unprotected, tl.maximum(most, min_keep)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def protected_items_kernel(
+    num_protected_ptr,  # int32 [B]
+    protect_ptr,  # bool [T]
+    cu_seqlens_ptr,  # int32 [B + 1]
+    num_sequences,
+    ITEM_LENGTH: tl.constexpr, SEQUENCES: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """The protected items of SEQUENCES sequences, counted ITEMS of each at a time. Grid: [ceil(B / SEQUENCES)]."""
+    sequence = tl.program_id(0) * SEQUENCES + tl.arange(0, SEQUENCES)
+    exists = sequence < num_sequences
+    first_row = tl.load(cu_seqlens_ptr + sequence, mask=exists, other=0)
+    num_items = (tl.load(cu_seqlens_ptr + sequence + 1, mask=exists, other=0) - first_row) // ITEM_LENGTH
+    num_protected = tl.zeros([SEQUENCES], tl.int32)
+    for start in range(0, tl.max(num_items, axis=0), ITEMS):
+        item = start + tl.arange(0, ITEMS)
+        in_sequence = item[None, :] < num_items[:, None]  # [SEQUENCES, ITEMS]
+        item_row = first_row[:, None] + item[None, :] * ITEM_LENGTH
+        protected = items_are_protected(protect_ptr, item_row, in_sequence, ITEM_LENGTH)
+        num_protected += tl.sum(protected.to(tl.int32), axis=1)
+    tl.store(num_protected_ptr + sequence, num_protected, mask=exists)
+
+
+@triton.jit(do_not_specialize=["budget", "min_keep", "num_sequences", "total_kept"])
+def kept_offsets_kernel(
+    cu_seqlens_kept_ptr,  # int32 [B + 1]
+    cu_seqlens_ptr,  # int32 [B + 1]
+    num_protected_ptr,  # int32 [B] or None
+    keep_counts_ptr,  # [B] or None
+    budget: tl.int64,
+    min_keep,
+    num_sequences,
+    total_kept,
+    BUDGET_IS_RATIO: tl.constexpr, ITEM_LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where the kept tokens of each sequence begin: `min(total_kept, kept tokens of the sequences before)`.
+
+    Grid: [1]. The one program passes over the sequences, BLOCK at a time, and carries the sum along.
+    """
+    tl.store(cu_seqlens_kept_ptr, 0)
+    kept_before = 0
+    for start in range(0, num_sequences, BLOCK):
+        sequence = start + tl.arange(0, BLOCK)
+        exists = sequence < num_sequences
+        first_row = tl.load(cu_seqlens_ptr + sequence, mask=exists, other=0)
+        num_items = (tl.load(cu_seqlens_ptr + sequence + 1, mask=exists, other=0) - first_row) // ITEM_LENGTH
+        kept = ITEM_LENGTH * kept_items(
+            num_items, num_protected_ptr, keep_counts_ptr, sequence, exists, budget, min_keep, BUDGET_IS_RATIO
+        )
+        kept = tl.where(exists, kept, 0)
+        kept_until = tl.minimum(kept_before + tl.cumsum(kept, axis=0), total_kept)
+        tl.store(cu_seqlens_kept_ptr + sequence + 1, kept_until, mask=exists)
+        kept_before += tl.sum(kept, axis=0)
+
+
+# Selection: which
+
+
+@triton.jit
+def rank_keys(key, threshold, in_sequence, AXIS: tl.constexpr):
+    """(greater, tie, greater_before, ties_before) of each item: how it compares with the threshold, and how many of
+    either kind stand before it along AXIS, which has fewer than 2^15 items. Both counts ride in one prefix sum.
+    """
+    greater = in_sequence & (key > threshold)
+    tie = in_sequence & (key == threshold)
+    both = greater.to(tl.int32) + (tie.to(tl.int32) << 16)
+    before = tl.cumsum(both, axis=AXIS) - both
+    return greater, tie, before & 0xFFFF, before >> 16
+
+
+@triton.jit
+def store_choice(
+    indices_ptr, inverse_ptr, kept_positions_ptr, positions_ptr, item, item_row, in_sequence, stays, kept_row,
+    total_kept, ITEM_LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Write the tokens of the items: of those that stay, their source row and position; of all, their kept row.
+
+    Args:
+        item: index in the sequence; item_row: row of the item's first token; kept_row: the row that it goes to.
+        stays: whether the item is kept. What would go past `total_kept` is dropped.
+    """
+    for i in range(ITEM_LENGTH):
+        is_kept = stays & (kept_row + i < total_kept)
+        tl.store(inverse_ptr + item_row + i, tl.where(is_kept, kept_row + i, -1), mask=in_sequence)
+        tl.store(indices_ptr + kept_row + i, (item_row + i).to(tl.int64), mask=is_kept)
+        if kept_positions_ptr is not None:
+            if positions_ptr is not None:
+                position = tl.load(positions_ptr + item_row + i, mask=is_kept, other=0)
+            else:
+                position = item * ITEM_LENGTH + i
+            tl.store(kept_positions_ptr + kept_row + i, position, mask=is_kept)
+
+
+@triton.jit
+def drop_incomplete_item(inverse_ptr, first_row, num_items, end_row, ITEM_LENGTH: tl.constexpr):
+    """Tokens after the last whole item never stay. The arguments after `inverse_ptr` have one entry per sequence."""
+    for i in range(ITEM_LENGTH - 1):
+        row = first_row + num_items * ITEM_LENGTH + i
+        tl.store(inverse_ptr + row, tl.full(row.shape, -1, tl.int32), mask=row < end_row)
+
+
+@triton.jit
+def fill_tails(
+    indices_ptr, inverse_ptr, kept_positions_ptr, first_kept_tail, total_kept, first_tail, total, BLOCK: tl.constexpr
+):
+    """-1 (position 0) for the rows that are no token, dealt out in blocks to all programs of the launch."""
+    start = tl.program_id(0) * BLOCK
+    step = tl.num_programs(0) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    for row in range(first_kept_tail + start, total_kept, step):
+        in_tail = row + lane < total_kept
+        tl.store(indices_ptr + row + lane, tl.full([BLOCK], -1, tl.int64), mask=in_tail)
+        if kept_positions_ptr is not None:
+            tl.store(kept_positions_ptr + row + lane, tl.zeros([BLOCK], tl.int32), mask=in_tail)
+    for row in range(first_tail + start, total, step):
+        tl.store(inverse_ptr + row + lane, tl.full([BLOCK], -1, tl.int32), mask=row + lane < total)
+
+
+@triton.jit(do_not_specialize=["budget", "min_keep", "num_sequences", "total", "total_kept"])
+def select_kernel(
+    indices_ptr,  # int64 [total_kept]
+    inverse_ptr,  # int32 [T]
+    kept_positions_ptr,  # int32 [total_kept] or None
+    importance_ptr,  # [T]
+    cu_seqlens_ptr,  # int32 [B + 1]
+    cu_seqlens_kept_ptr,  # int32 [B + 1]
+    num_protected_ptr,  # int32 [B], None where protect is
+    protect_ptr,  # bool [T] or None
+    positions_ptr,  # int32 [T]; None: the index in the sequence
+    keep_counts_ptr,  # [B] or None
+    budget: tl.int64,
+    min_keep,
+    num_sequences,
+    total,
+    total_kept,
+    BUDGET_IS_RATIO: tl.constexpr, ITEM_LENGTH: tl.constexpr, SEQUENCES: tl.constexpr, ITEMS: tl.constexpr,
+):  # fmt: skip
+    """The choice in SEQUENCES sequences of up to ITEMS items each, whose keys stay in registers.
+
+    Grid: [max(1, ceil(B / SEQUENCES))]. A binary search from the highest bit finds a threshold that at least k keys
+    reach, and stops early where exactly k do: then it need not be the k-th key itself. Keys above the threshold stay,
+    and of those equal to it the first k - (number above).
+    """
+    sequence = tl.program_id(0) * SEQUENCES + tl.arange(0, SEQUENCES)
+    exists = sequence < num_sequences
+    first_row = tl.load(cu_seqlens_ptr + sequence, mask=exists, other=0)
+    end_row = tl.load(cu_seqlens_ptr + sequence + 1, mask=exists, other=0)
+    num_items = (end_row - first_row) // ITEM_LENGTH
+    num_kept = kept_items(
+        num_items, num_protected_ptr, keep_counts_ptr, sequence, exists, budget, min_keep, BUDGET_IS_RATIO
+    )
+    num_kept = tl.where(exists, num_kept, 0)
+    item = tl.arange(0, ITEMS)[None, :]
+    in_sequence = item < num_items[:, None]  # [SEQUENCES, ITEMS]
+    item_row = first_row[:, None] + item * ITEM_LENGTH
+    key = item_keys(importance_ptr, protect_ptr, item_row, in_sequence, ITEM_LENGTH)
+
+    threshold = tl.zeros([SEQUENCES], key.dtype)
+    num_reaching = num_items
+    bit = tl.full([SEQUENCES], 1 << (key.dtype.primitive_bitwidth - 1), key.dtype)
+    bits_left = key.dtype.primitive_bitwidth
+    # Keys outside a sequence are 0 and reach no candidate, which is at least 1.
+    while (bits_left > 0) & (tl.max((num_reaching != num_kept).to(tl.int32), axis=0) > 0):
+        candidate = threshold | bit
+        reaching_candidate = tl.sum((key >= candidate[:, None]).to(tl.int32), axis=1)
+        are_enough = reaching_candidate >= num_kept
+        threshold = tl.where(are_enough, candidate, threshold)
+        num_reaching = tl.where(are_enough, reaching_candidate, num_reaching)
+        bit = bit >> 1
+        bits_left -= 1
+
+    greater, tie, greater_before, ties_before = rank_keys(key, threshold[:, None], in_sequence, 1)
+    ties_kept = (num_kept - tl.sum(greater.to(tl.int32), axis=1))[:, None]
+    stays = greater | (tie & (ties_before < ties_kept))
+    kept_first = tl.load(cu_seqlens_kept_ptr + sequence, mask=exists, other=0)
+    kept_row = kept_first[:, None] + (greater_before + tl.minimum(ties_before, ties_kept)) * ITEM_LENGTH
+    store_choice(
+        indices_ptr, inverse_ptr, kept_positions_ptr, positions_ptr, item, item_row, in_sequence, stays, kept_row,
+        total_kept, ITEM_LENGTH,
+    )  # fmt: skip
+    drop_incomplete_item(inverse_ptr, first_row, num_items, end_row, ITEM_LENGTH)
+    fill_tails(
+        indices_ptr, inverse_ptr, kept_positions_ptr, tl.load(cu_seqlens_kept_ptr + num_sequences), total_kept,
+        tl.load(cu_seqlens_ptr + num_sequences), total, SEQUENCES * ITEMS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["budget", "min_keep", "num_sequences", "total", "total_kept"])
+def select_long_kernel(
+    indices_ptr,  # int64 [total_kept]
+    inverse_ptr,  # int32 [T]
+    kept_positions_ptr,  # int32 [total_kept] or None
+    importance_ptr,  # [T]
+    cu_seqlens_ptr,  # int32 [B + 1]
+    cu_seqlens_kept_ptr,  # int32 [B + 1]
+    num_protected_ptr,  # int32 [B], None where protect is
+    protect_ptr,  # bool [T] or None
+    positions_ptr,  # int32 [T]; None: the index in the sequence
+    keep_counts_ptr,  # [B] or None
+    budget: tl.int64,
+    min_keep,
+    num_sequences,
+    total,
+    total_kept,
+    BUDGET_IS_RATIO: tl.constexpr, ITEM_LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The choice in one sequence of any length, whose keys are computed anew in every pass, BLOCK at a time.
+
+    Grid: [max(1, B)]. A pass per byte of the key, the highest first, counts the values of that byte among the keys
+    that begin as the k-th does, and so finds the k-th key; one more pass writes.
+    """
+    DIGIT: tl.constexpr = 8
+    sequence = tl.program_id(0)
+    exists = sequence < num_sequences
+    first_row = tl.load(cu_seqlens_ptr + sequence, mask=exists, other=0)
+    end_row = tl.load(cu_seqlens_ptr + sequence + 1, mask=exists, other=0)
+    num_items = (end_row - first_row) // ITEM_LENGTH
+    num_kept = kept_items(
+        num_items, num_protected_ptr, keep_counts_ptr, sequence, exists, budget, min_keep, BUDGET_IS_RATIO
+    )
+
+    score_bits: tl.constexpr = 64 if importance_ptr.dtype.element_ty == tl.float64 else 32
+    key_type: tl.constexpr = tl.core.get_int_dtype(bitwidth=score_bits, signed=False)
+    value = tl.arange(0, 1 << DIGIT)
+    threshold = tl.full([1], 0, key_type)  # the k-th key's highest bytes, as far as they are known
+    ties_kept = num_kept  # keys to keep among those that begin so
+    for digit in tl.static_range(score_bits // DIGIT):
+        shift = score_bits - DIGIT - DIGIT * digit
+        num_with_value = tl.zeros([1 << DIGIT], tl.int32)
+        for start in range(0, num_items, BLOCK):
+            item = start + tl.arange(0, BLOCK)
+            in_sequence = item < num_items
+            item_row = first_row + item * ITEM_LENGTH
+            key = item_keys(importance_ptr, protect_ptr, item_row, in_sequence, ITEM_LENGTH) >> shift
+            begins_so = in_sequence & (key >> DIGIT == threshold)
+            digits = (key & ((1 << DIGIT) - 1)).to(tl.int32)
+            num_with_value += tl.histogram(digits, 1 << DIGIT, mask=begins_so)
+        reaching = tl.cumsum(num_with_value, axis=0, reverse=True)
+        # The highest value that enough keys reach; the number that reach it falls as it rises.
+        highest = tl.max(tl.where(reaching >= ties_kept, value, 0), axis=0)
+        ties_kept -= tl.sum(tl.where(value > highest, num_with_value, 0), axis=0)
+        threshold = (threshold << DIGIT) | highest.to(key_type)
+
+    kept_first = tl.load(cu_seqlens_kept_ptr + sequence, mask=exists, other=0)
+    num_greater = 0  # in the blocks before
+    num_ties = 0
+    for start in range(0, num_items, BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        in_sequence = item < num_items
+        item_row = first_row + item * ITEM_LENGTH
+        key = item_keys(importance_ptr, protect_ptr, item_row, in_sequence, ITEM_LENGTH)
+        greater, tie, greater_before, ties_before = rank_keys(key, threshold, in_sequence, 0)
+        ties_before += num_ties
+        stays = greater | (tie & (ties_before < ties_kept))
+        rank = num_greater + greater_before + tl.minimum(ties_before, ties_kept)
+        store_choice(
+            indices_ptr, inverse_ptr, kept_positions_ptr, positions_ptr, item, item_row, in_sequence, stays,
+            kept_first + rank * ITEM_LENGTH, total_kept, ITEM_LENGTH,
+        )  # fmt: skip
+        num_greater += tl.sum(greater.to(tl.int32), axis=0)
+        num_ties += tl.sum(tie.to(tl.int32), axis=0)
+    one = tl.zeros([1], tl.int32)
+    drop_incomplete_item(inverse_ptr, first_row + one, num_items, end_row, ITEM_LENGTH)
+    fill_tails(
+        indices_ptr, inverse_ptr, kept_positions_ptr, tl.load(cu_seqlens_kept_ptr + num_sequences), total_kept,
+        tl.load(cu_seqlens_ptr + num_sequences), total, BLOCK,
+    )  # fmt: skip
+
+
+class SelectionConfig(NamedTuple):
+    """Sequences of one program, and the items of each that it holds at a time."""
+
+    sequences: int
+    items: int
+    num_warps: int
+
+
+# By the items of the longest sequence. A warp holds 256 keys, 8 a thread: its counts need no shared memory. From 1,024
+# items on a sequence has as many warps as keep its keys in registers.
+SELECTION_CONFIGS = (
+    SelectionConfig(sequences=16, items=16, num_warps=1),
+    SelectionConfig(sequences=4, items=64, num_warps=1),
+    SelectionConfig(sequences=1, items=256, num_warps=1),
+    SelectionConfig(sequences=1, items=1024, num_warps=4),
+    SelectionConfig(sequences=1, items=4096, num_warps=8),
+)
+# Where the longest sequence has more items than any of these.
+LONG_SELECTION_CONFIG = SelectionConfig(sequences=1, items=2048, num_warps=8)
+
+_OFFSETS_BLOCK = 1024
+
+
+def selection_config(max_items: int) -> tuple[SelectionConfig, bool]:
+    """(config, whether it is that of `select_long_kernel`) for sequences of up to `max_items` items."""
+    for config in SELECTION_CONFIGS:
+        if max_items <= config.items:
+            return config, False
+    return LONG_SELECTION_CONFIG, True
+
+
+class Selected(NamedTuple):
+    """What selection writes; kept_positions, int32 `[total_kept]`, is None where nobody asked for them."""
+
+    indices: Tensor
+    cu_seqlens: Tensor
+    inverse: Tensor
+    kept_positions: Tensor | None
+
+
+def select(
+    importance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    ratio_q32: int | None,
+    keep_count: int | None,
+    keep_counts: Tensor | None,
+    min_keep: int,
+    protect: Tensor | None,
+    item_length: int,
+    total_kept: int,
+    *,
+    positions: Tensor | None = None,
+    with_positions: bool = False,
+) -> Selected:
+    """`select_tokens`, and if `with_positions` the positions of the kept tokens.
+
+    Two launches, three with `protect`. No host sync; what is allocated depends on shapes and `total_kept` alone.
+
+    Args:
+        positions: int32 `[T]`; None: a token's index in its sequence.
+    """
+    importance, cu_seqlens, keep_counts, protect, positions = contiguous(
+        importance, cu_seqlens, keep_counts, protect, positions
+    )
+    total, num_sequences = importance.shape[0], cu_seqlens.shape[0] - 1
+    contents_checked = contents_are_checked(cu_seqlens.device)
+    if contents_checked:
+        check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
+        check_whole_items(cu_seqlens, item_length)
+        if keep_counts is not None and bool((keep_counts < 0).any()):
+            raise RuntimeError(f"keep_count must not be negative, got {int(keep_counts.min())}")
+    config, is_long = selection_config(max_seqlen // item_length)
+    grid = (max(1, triton.cdiv(num_sequences, config.sequences)),)
+    num_protected = None
+    if protect is not None:
+        num_protected = cu_seqlens.new_empty(num_sequences)
+        protected_items_kernel[grid](
+            num_protected,
+            protect,
+            cu_seqlens,
+            num_sequences,
+            ITEM_LENGTH=item_length,
+            SEQUENCES=config.sequences,
+            ITEMS=config.items,
+            num_warps=config.num_warps,
+        )
+    if contents_checked:
+        num_items = cu_seqlens.diff().to(torch.int64) // item_length
+        kept = item_length * reference_kept_items(
+            num_items,
+            0 if num_protected is None else num_protected.to(torch.int64),
+            ratio_q32=ratio_q32,
+            keep_count=keep_count,
+            keep_counts=keep_counts,
+            min_keep=min_keep,
+        )
+        if int(kept.sum()) > total_kept:
+            raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
+    # No sequence has more than T items, so that any count beyond fits 32 bits as T.
+    budget = min(keep_count or 0, total) if ratio_q32 is None else ratio_q32
+    min_keep = min(min_keep, total)
+    cu_seqlens_kept = torch.empty_like(cu_seqlens)
+    kept_offsets_kernel[(1,)](
+        cu_seqlens_kept,
+        cu_seqlens,
+        num_protected,
+        keep_counts,
+        budget,
+        min_keep,
+        num_sequences,
+        total_kept,
+        BUDGET_IS_RATIO=ratio_q32 is not None,
+        ITEM_LENGTH=item_length,
+        BLOCK=_OFFSETS_BLOCK,
+        num_warps=4,
+    )
+    indices = importance.new_empty(total_kept, dtype=torch.int64)
+    inverse = cu_seqlens.new_empty(total)
+    kept_positions = cu_seqlens.new_empty(total_kept) if with_positions else None
+    arguments = (
+        indices, inverse, kept_positions, importance, cu_seqlens, cu_seqlens_kept, num_protected, protect, positions,
+        keep_counts, budget, min_keep, num_sequences, total, total_kept, ratio_q32 is not None, item_length,
+    )  # fmt: skip
+    if is_long:
+        select_long_kernel[grid](*arguments, BLOCK=config.items, num_warps=config.num_warps)
+    else:
+        select_kernel[grid](*arguments, SEQUENCES=config.sequences, ITEMS=config.items, num_warps=config.num_warps)
+    return Selected(indices, cu_seqlens_kept, inverse, kept_positions)
+
+
+def select_tokens(
+    importance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    ratio_q32: int | None,
+    keep_count: int | None,
+    keep_counts: Tensor | None,
+    min_keep: int,
+    protect: Tensor | None,
+    item_length: int,
+    total_kept: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens."""
+    selected = select(
+        importance, cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, item_length,
+        total_kept,
+    )  # fmt: skip
+    return selected.indices, selected.cu_seqlens, selected.inverse
+
+
+# Gather
+
+
+@triton.jit(do_not_specialize=["num_rows", "source_stride"])
+def gather_rows_kernel(
+    destination_ptr,  # [num_rows, WIDTH]
+    source_ptr,  # [rows, WIDTH]
+    row_map_ptr,  # int64 or int32 [num_rows]
+    source_stride,
+    num_rows,
+    WIDTH: tl.constexpr, STRIDE_DIVISOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS x COLUMNS of `destination[j] = source[row_map[j]]`, zeros where the map says -1.
+
+    Grid: [ceil(num_rows / ROWS), ceil(WIDTH / COLUMNS)]. Both tensors are seen as integers, as wide as their alignment
+    allows; a stride that is a multiple of STRIDE_DIVISOR lets a thread move 16 bytes at once.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exists = row < num_rows
+    source_row = tl.load(row_map_ptr + row, mask=exists, other=-1).to(tl.int64)
+    stride = tl.multiple_of(tl.cast(source_stride, tl.int64), STRIDE_DIVISOR)
+    in_row = column < WIDTH
+    value = tl.load(
+        source_ptr + (source_row * stride)[:, None] + column, mask=(source_row >= 0)[:, None] & in_row, other=0
+    )
+    destination = destination_ptr + (row.to(tl.int64) * WIDTH)[:, None] + column
+    tl.store(destination, value, mask=exists[:, None] & in_row)
+
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+# Four warps, each thread four accesses of 16 bytes; more rows only where they are narrow.
+_GATHER_BYTES = 4 * 32 * 4 * 16
+_GATHER_MAX_ROWS = 256
+
+
+class GatherConfig(NamedTuple):
+    """How rows are moved: in integers of `element_size` bytes, of which a row has `width`."""
+
+    element_size: int
+    width: int
+    stride: int
+    stride_divisor: int
+    rows: int
+    columns: int
+
+
+def gather_config(row_bytes: int, stride_bytes: int, address: int) -> GatherConfig:
+    """The widest access to which rows, their distance and the address of the first are aligned."""
+    alignment = power_of_two_divisor(row_bytes | stride_bytes | address, 16)
+    element_size = min(8, alignment)
+    width = row_bytes // element_size
+    columns = min(triton.next_power_of_2(width), _GATHER_BYTES // element_size)
+    rows = min(_GATHER_MAX_ROWS, _GATHER_BYTES // (columns * element_size))
+    return GatherConfig(element_size, width, stride_bytes // element_size, alignment // element_size, rows, columns)
+
+
+def _rows_are_contiguous(x: Tensor) -> bool:
+    """A row is copied as one piece; the rows themselves may be apart."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def gather_rows(x: Tensor, row_map: Tensor) -> Tensor:
+    """`y[j] = x[row_map[j]]`, zeros where the map says -1: one launch.
+
+    Args:
+        x: `[N, ...]`, any dtype.
+        row_map: int64 or int32 `[M]`, contiguous, rows of x or -1.
+    """
+    x = x if _rows_are_contiguous(x) else x.contiguous()
+    y = x.new_empty(row_map.shape[0], *x.shape[1:])
+    if y.numel() == 0:
+        return y
+    config = gather_config(
+        y.numel() // y.shape[0] * y.element_size(), x.stride(0) * x.element_size(), x.data_ptr() | y.data_ptr()
+    )
+    integers = _INTEGERS[config.element_size]
+    gather_rows_kernel[(triton.cdiv(y.shape[0], config.rows), triton.cdiv(config.width, config.columns))](
+        triton.reinterpret(y, integers),
+        triton.reinterpret(x, integers),
+        row_map,
+        config.stride,
+        y.shape[0],
+        WIDTH=config.width,
+        STRIDE_DIVISOR=config.stride_divisor,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        num_warps=4,
+    )
+    return y
+
+
+def _gather_list(x: list[Tensor], row_map: Tensor, name: str) -> list[Tensor]:
+    if row_map.dim() != 1:
+        raise RuntimeError(f"{name} must have one dimension, got {row_map.dim()}")
+    num_rows = x[0].shape[0]
+    for tensor in x:
+        if tensor.shape[0] != num_rows:
+            raise RuntimeError(f"all tensors must have the same number of rows, got {tensor.shape[0]} and {num_rows}")
+    if contents_are_checked(row_map.device) and row_map.numel() > 0:
+        low, high = int(row_map.min()), int(row_map.max())
+        if low < -1 or high >= num_rows:
+            raise RuntimeError(f"{name} must be -1 (none) to {num_rows - 1}, got {low} to {high}")
+    row_map = row_map.contiguous()
+    return [gather_rows(tensor, row_map) for tensor in x]
+
+
+def gather_tokens_forward(x: list[Tensor], indices: Tensor) -> list[Tensor]:
+    """The op `stamp::gather_tokens_forward`: the rows `indices`, int64 `[T']`, of tensors `[T, ...]` of any dtype."""
+    return _gather_list(x, indices, "indices")
+
+
+def gather_tokens_backward(grad: list[Tensor], inverse: Tensor) -> list[Tensor]:
+    """The op `stamp::gather_tokens_backward`: row t is row `inverse[t]`, int32 `[T]`, of `grad`, or 0.
+
+    The adjoint gathers too: every row is written once, without atomics.
+    """
+    return _gather_list(grad, inverse, "inverse")
+
+
+def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
+    """Typical configurations of the kernels, the same on every device."""
+    # (items of the longest sequence, item length, protected and with positions)
+    for max_items, item_length, has_all, dtype in itertools.product(
+        (16, 64, 200, 1000, 4000, 5000), (1, 4), (False, True), (torch.float32, torch.bfloat16)
+    ):
+        yield _selection_variant(max_items, item_length, has_all, dtype)
+    for max_items, item_length in ((64, 1), (200, 4)):
+        config, _ = selection_config(max_items)
+        yield _aot_variant(
+            f"protected_items-{config.items}-items_of_{item_length}",
+            protected_items_kernel,
+            dict(ITEM_LENGTH=item_length, SEQUENCES=config.sequences, ITEMS=config.items),
+            config.num_warps,
+        )
+    for is_ratio, given in ((True, ()), (True, ("num_protected_ptr",)), (False, ("keep_counts_ptr",))):
+        constexprs: dict[str, Any] = dict(BUDGET_IS_RATIO=is_ratio, ITEM_LENGTH=1, BLOCK=_OFFSETS_BLOCK)
+        constexprs |= {name: None for name in ("num_protected_ptr", "keep_counts_ptr") if name not in given}
+        name = "-".join(("kept_offsets", *(name.removesuffix("_ptr") for name in given)))
+        yield _aot_variant(name, kept_offsets_kernel, constexprs, num_warps=4)
+    for row_bytes, map_type in itertools.product((4, 48, 256, 2048, 16384), ("i64", "i32")):
+        config = gather_config(row_bytes, row_bytes, 0)
+        integers = f"*i{8 * config.element_size}"
+        yield _aot_variant(
+            f"gather-{row_bytes}_bytes-{map_type}",
+            gather_rows_kernel,
+            dict(WIDTH=config.width, STRIDE_DIVISOR=config.stride_divisor, ROWS=config.rows, COLUMNS=config.columns),
+            num_warps=4,
+            types=dict(destination_ptr=integers, source_ptr=integers, row_map_ptr=f"*{map_type}"),
+        )
+
+
+def _selection_variant(max_items: int, item_length: int, has_all: bool, dtype: torch.dtype) -> AotVariant:
+    config, is_long = selection_config(max_items)
+    constexprs: dict[str, Any] = dict(BUDGET_IS_RATIO=True, ITEM_LENGTH=item_length, keep_counts_ptr=None)
+    if is_long:
+        constexprs |= dict(BLOCK=config.items)
+    else:
+        constexprs |= dict(SEQUENCES=config.sequences, ITEMS=config.items)
+    if not has_all:
+        constexprs |= dict(kept_positions_ptr=None, num_protected_ptr=None, protect_ptr=None, positions_ptr=None)
+    parts = ("select_long" if is_long else "select", str(config.items), TRITON_TYPES[dtype], f"items_of_{item_length}")
+    return _aot_variant(
+        "-".join((*parts, *(["protect-positions"] if has_all else []))),
+        select_long_kernel if is_long else select_kernel,
+        constexprs,
+        config.num_warps,
+        types=dict(importance_ptr=f"*{TRITON_TYPES[dtype]}"),
+        hot=config.items == 256 and item_length == 1 and has_all and dtype == torch.float32,
+    )
+
+
+_POINTER_TYPES = dict(indices_ptr="*i64", keep_counts_ptr="*i64", protect_ptr="*i1")
+
+
+def _aot_variant(
+    name: str,
+    kernel: triton.runtime.JITFunction,
+    constexprs: dict[str, Any],
+    num_warps: int,
+    types: dict[str, str] | None = None,
+    hot: bool = False,
+) -> AotVariant:
+    """Pointers are to int32 and numbers of 32 bits where neither `types` nor the tables above say otherwise."""
+    types = _POINTER_TYPES | dict(budget="i64") | (types or {})
+    signature = {
+        argument: types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
+        for argument in kernel.arg_names
+        if argument not in constexprs
+    }
+    return AotVariant(name, kernel, signature, constexprs, dict(num_warps=num_warps, num_stages=3), hot)
