@@ -100,10 +100,10 @@ def make_step(pruning: Pruning, implementation: str, direction: str) -> Callable
 def test_pruning(measured, device, dtype, shape, direction, implementation):
     pruning = Pruning(shape, device, dtype)
     row = pruning.hidden[0].nbytes
-    # Scores: states and centrality. Selection: indices, inverse, offsets. Gather: kept rows and positions, twice.
+    # States, centrality and kept positions read; inverse, indices, kept rows and positions, offsets written.
     forward = KernelWork(
         2 * pruning.hidden.numel(),
-        pruning.tokens * (row + 4 + 4) + pruning.total_kept * (8 + 2 * (row + 4)) + 8 * len(pruning.lengths),
+        pruning.tokens * (row + 4 + 4) + pruning.total_kept * (4 + 8 + row + 4) + 8 * len(pruning.lengths),
     )
     backward = KernelWork(0, (pruning.total_kept + pruning.tokens) * row)
     measured(
