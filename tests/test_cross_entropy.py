@@ -23,6 +23,7 @@ from stamp_kernels.reference.cross_entropy import REDUCTIONS, MultiTokenLoss
 
 FORWARD = torch.ops.stamp.multi_token_cross_entropy_forward.default
 BACKWARD = torch.ops.stamp.multi_token_cross_entropy_backward.default
+WITH_GRADIENTS = torch.ops.stamp.multi_token_cross_entropy_with_gradients.default
 
 NUM_ROWS, NUM_STEPS, VOCAB, WIDTH = 37, 3, 53, 20
 RANGES = ((0, 17), (17, 29), (5, 53))
@@ -181,6 +182,12 @@ def test_against_float64_loop(backend, name, dtype):
     assert_matches_loop(CASES[name].inputs(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_minimal_memory_against_float64_loop(name, dtype):
+    assert_matches_loop(CASES[name].inputs(dtype) | {"memory": "minimal"})
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("name", ["shared", "everything", "all_ignored", "no_rows"])
 def test_reductions(backend, name, reduction):
@@ -189,11 +196,20 @@ def test_reductions(backend, name, reduction):
 
 @pytest.mark.parametrize("tile", [(5, 3), (64, 8), (7, 100)], ids=str)
 @pytest.mark.parametrize("name", ["all_per_step", "everything"])
-def test_many_tiles(monkeypatch, name, tile):
+def test_many_tiles_of_the_reference(monkeypatch, name, tile):
+    """The kernels' stand-in on devices that have none."""
     tile_rows, tile_classes = tile
     monkeypatch.setattr(reference, "TILE_CLASSES", tile_classes)
     monkeypatch.setattr(reference, "TILE_BYTES", 8 * tile_rows * tile_classes)
-    assert_matches_loop(CASES[name].inputs())
+    inputs = CASES[name].inputs()
+    want, want_steps = expected_loss(inputs, "mean")
+    loss, step_losses, *grads = reference.multi_token_cross_entropy_with_gradients(
+        *forward_arguments(inputs), True, True, True
+    )
+    assert_close(loss, want)
+    assert_close(step_losses, want_steps)
+    for got, expected in zip(grads, torch.autograd.grad(want, leaves(inputs)), strict=True):
+        assert_close(got, expected)
 
 
 def test_bias_in_fp32_beside_bf16_weight(backend):
@@ -212,9 +228,20 @@ def test_step_weights_as_a_tensor(backend):
 
 def test_memory_settings_agree():
     inputs = CASES["everything"].inputs(torch.float32)
-    assert torch.equal(
-        multi_token_cross_entropy(**inputs, memory="minimal"), multi_token_cross_entropy(**inputs, memory="auto")
-    )
+    losses = [multi_token_cross_entropy(**inputs, memory=memory) for memory in ("minimal", "auto")]
+    assert torch.equal(*losses)
+    for minimal, auto in zip(*(gradients(loss, inputs) for loss in losses), strict=True):
+        assert_close(auto, minimal.double())
+
+
+@pytest.mark.parametrize("memory", ["auto", "minimal"])
+def test_two_backward_passes_through_one_graph(memory):
+    inputs = CASES["everything"].inputs()
+    loss = multi_token_cross_entropy(**inputs, memory=memory)
+    first = torch.autograd.grad(loss, leaves(inputs), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, leaves(inputs))
+    for once, twice in zip(first, second, strict=True):
+        assert_close(twice, 2 * once)
 
 
 def test_returns_a_named_tuple_where_step_losses_are_asked_for(backend):
@@ -369,19 +396,22 @@ def test_logits_never_exist_as_a_whole():
     assert 0 < largest < 4 * num_rows * vocab / 2
 
 
+@pytest.mark.parametrize("memory", ["auto", "minimal"])
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=2)), ids=str)
-def test_flop_count(needed):
+def test_flop_count(needed, memory):
+    """Minimal memory computes the logits a second time; otherwise all products are in the forward pass."""
     inputs = CASES["ranges"].inputs()
     for x, need in zip(leaves(inputs), needed, strict=True):
         x.requires_grad_(need)
     product = 2 * NUM_ROWS * sum(end - start for start, end in RANGES) * WIDTH
     with FlopCounterMode(display=False) as counter:
-        loss = multi_token_cross_entropy(**inputs)
-    assert counter.get_total_flops() == product
+        loss = multi_token_cross_entropy(**inputs, memory=memory)
+    of_gradients = sum(needed) * product
+    assert counter.get_total_flops() == product + (of_gradients if memory == "auto" else 0)
     if any(needed):
         with FlopCounterMode(display=False) as counter:
             loss.backward()
-        assert counter.get_total_flops() == (1 + sum(needed)) * product
+        assert counter.get_total_flops() == (product + of_gradients if memory == "minimal" else 0)
 
 
 # opcheck, torch.compile, autocast
@@ -394,6 +424,9 @@ def test_opcheck(name, reduction):
     torch.library.opcheck(FORWARD, forward_arguments(inputs, reduction))
     torch.library.opcheck(BACKWARD, backward_arguments(inputs, (True, True, "bias" in inputs), reduction))
     torch.library.opcheck(BACKWARD, backward_arguments(inputs, (False, True, False), reduction))
+    if reduction != "none":
+        torch.library.opcheck(WITH_GRADIENTS, (*forward_arguments(inputs), True, True, "bias" in inputs))
+        torch.library.opcheck(WITH_GRADIENTS, (*forward_arguments(inputs), True, False, False))
 
 
 def test_compiled_training_step():

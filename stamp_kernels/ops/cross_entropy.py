@@ -84,6 +84,63 @@ _backward = define_op(
 )
 
 
+def _with_gradients_fake(hidden, weight, targets, bias, *rest):
+    need_hidden, need_weight, need_bias = rest[-3:]
+    dtype = compute_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(targets.shape[1], dtype=dtype),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        (weight if bias is None else bias).new_empty(bias.shape if need_bias else (0,)),
+    )
+
+
+def _with_gradients_flops(hidden, weight, targets, bias, step_weights, step_weights_tensor, vocab_ranges, *rest, **_):
+    """The logits, and one product for each gradient of hidden and weight that is needed."""
+    need_hidden, need_weight, _ = rest[-3:]
+    products = 1 + need_hidden + need_weight
+    return 2 * products * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
+
+
+_with_gradients = define_op(
+    "multi_token_cross_entropy_with_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, int reduction, bool need_hidden, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    public_name="multi_token_cross_entropy",
+    reference=reference.multi_token_cross_entropy_with_gradients,
+    fake=_with_gradients_fake,
+    flops=_with_gradients_flops,
+)
+
+
+class _GradientsInForward(torch.autograd.Function):
+    """The gradients are made with the loss, while its logits are at hand, and scaled by what arrives for it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, step_weights, step_weights_tensor, *options):
+        ctx.set_materialize_grads(False)
+        loss, step_losses, *grads = _with_gradients(
+            hidden, weight, targets, bias, step_weights, step_weights_tensor, *options, *ctx.needs_input_grad[:3]
+        )
+        ctx.mark_non_differentiable(step_losses)
+        ctx.save_for_backward(*grads)
+        return loss, step_losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, grad_step_losses):
+        grads = [None] * 3
+        if grad_loss is not None:
+            needs = ctx.needs_input_grad[:3]
+            # Out of place: a second backward pass through the same graph finds them as they were.
+            grads = [
+                x * grad_loss.to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
+            ]
+        return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
 class _MultiTokenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -191,8 +248,9 @@ def multi_token_cross_entropy(
         reduction: of each step over its valid rows: `"mean"` (0 where there are none), or `"sum"`. `"none"` gives
             every row's loss, unweighted, 0 where ignored.
         return_step_losses: return a MultiTokenLoss with every step's loss beside the total.
-        memory: `"auto"` or `"minimal"`. Today both recompute the logits in the backward; `"auto"` may come to trade
-            memory for time, `"minimal"` will not.
+        memory: `"minimal"` keeps nothing but the lse and computes the logits again in the backward. `"auto"` makes the
+            gradients with the loss where that is faster (on a CPU, unless reduction is "none") and keeps them until
+            the backward.
 
     Returns:
         A scalar, `[N, K]` with reduction="none", or MultiTokenLoss(loss, step_losses `[K]`, unweighted and detached).
@@ -249,7 +307,10 @@ def multi_token_cross_entropy(
                 reduction=reduction, return_step_losses=return_step_losses,
             )  # fmt: skip
     is_tensor = isinstance(step_weights, Tensor)
-    loss, step_losses = _MultiTokenCrossEntropy.apply(
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    in_forward = needs_grad and reduction != "none" and memory == "auto" and device.type == "cpu"
+    function = _GradientsInForward if in_forward else _MultiTokenCrossEntropy
+    loss, step_losses = function.apply(
         hidden,
         weight,
         bias,

@@ -295,6 +295,35 @@ def multi_token_cross_entropy_backward(
     )
 
 
+def multi_token_cross_entropy_with_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    step_weights: Sequence[float] | None,
+    step_weights_tensor: Tensor | None,
+    vocab_ranges: Sequence[int] | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: int,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op `stamp::multi_token_cross_entropy_with_gradients`: loss, step losses, and the gradients of the loss."""
+    options = (vocab_ranges, ignore_index, label_smoothing, z_loss, softcap)
+    loss, step_losses, step_scale, lse = multi_token_cross_entropy_forward(
+        hidden, weight, targets, bias, step_weights, step_weights_tensor, *options, reduction
+    )
+    grads = multi_token_cross_entropy_backward(
+        torch.ones_like(loss), hidden, weight, targets, bias, lse, step_scale, *options, need_hidden, need_weight,
+        need_bias,
+    )  # fmt: skip
+    return loss, step_losses, *grads
+
+
 def shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, ignore_index: int) -> Tensor:
     """The op `stamp::shift_targets`: int64 `[T, steps]`, column k - 1 the label k * stride ahead in its sequence."""
     total = labels.shape[0]
