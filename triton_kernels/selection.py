@@ -27,12 +27,11 @@ from stamp_kernels.triton_kernels.importance import power_of_two_divisor
 
 @triton.jit
 def ordered_keys(score):
-    """Unsigned integers of the scores' width in the order of the scores: -0.0 equals 0.0, NaN is 0 and the lowest."""
+    """Unsigned integers of the scores' width in the order of the scores, none of them -0.0; NaN is 0, the lowest."""
     BITS: tl.constexpr = score.dtype.primitive_bitwidth
     SIGN: tl.constexpr = 1 << (BITS - 1)
     ALL: tl.constexpr = (1 << BITS) - 1
     bits = score.to(tl.core.get_int_dtype(bitwidth=BITS, signed=False), bitcast=True)
-    bits = tl.where(bits == SIGN, 0, bits)
     # Negative numbers rise as their bits fall; the others follow them.
     return tl.where(score == score, bits ^ tl.where(bits >= SIGN, ALL, SIGN), 0)
 
@@ -55,7 +54,7 @@ def item_keys(importance_ptr, protect_ptr, first_row, in_sequence, ITEM_LENGTH: 
     """
     importance_type: tl.constexpr = importance_ptr.dtype.element_ty
     score_type: tl.constexpr = tl.float64 if importance_type == tl.float64 else tl.float32
-    score = tl.zeros(first_row.shape, score_type)
+    score = tl.zeros(first_row.shape, score_type)  # a sum that begins with 0.0 is never -0.0
     for i in range(ITEM_LENGTH):
         score += tl.load(importance_ptr + first_row + i, mask=in_sequence, other=0.0).to(score_type)
     key = ordered_keys(score)
@@ -79,7 +78,7 @@ def kept_items(
         num_protected_ptr: int32 [B], p; None: no item is protected.
         keep_counts_ptr: [B], the budget of each sequence, or None.
         exists: whether there is such a sequence.
-        budget: int64, the budget of every sequence; if BUDGET_IS_RATIO, r of the budget ceil(r * n / 2^32).
+        budget, min_keep: int64. The budget of every sequence; if BUDGET_IS_RATIO, r of the ceiling of r * n / 2^32.
     """
     num_protected = tl.zeros_like(num_items)
     if num_protected_ptr is not None:
@@ -124,7 +123,7 @@ def kept_offsets_kernel(
     num_protected_ptr,  # int32 [B] or None
     keep_counts_ptr,  # [B] or None
     budget: tl.int64,
-    min_keep,
+    min_keep: tl.int64,
     num_sequences,
     total_kept,
     BUDGET_IS_RATIO: tl.constexpr, ITEM_LENGTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -225,7 +224,7 @@ def select_kernel(
     positions_ptr,  # int32 [T]; None: the index in the sequence
     keep_counts_ptr,  # [B] or None
     budget: tl.int64,
-    min_keep,
+    min_keep: tl.int64,
     num_sequences,
     total,
     total_kept,
@@ -294,7 +293,7 @@ def select_long_kernel(
     positions_ptr,  # int32 [T]; None: the index in the sequence
     keep_counts_ptr,  # [B] or None
     budget: tl.int64,
-    min_keep,
+    min_keep: tl.int64,
     num_sequences,
     total,
     total_kept,
@@ -462,9 +461,7 @@ def select(
         )
         if int(kept.sum()) > total_kept:
             raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
-    # No sequence has more than T items, so that any count beyond fits 32 bits as T.
-    budget = min(keep_count or 0, total) if ratio_q32 is None else ratio_q32
-    min_keep = min(min_keep, total)
+    budget = ratio_q32 if ratio_q32 is not None else keep_count or 0
     cu_seqlens_kept = torch.empty_like(cu_seqlens)
     kept_offsets_kernel[(1,)](
         cu_seqlens_kept,
@@ -703,7 +700,7 @@ def _aot_variant(
     hot: bool = False,
 ) -> AotVariant:
     """Pointers are to int32 and numbers of 32 bits where neither `types` nor the tables above say otherwise."""
-    types = _POINTER_TYPES | dict(budget="i64") | (types or {})
+    types = _POINTER_TYPES | dict(budget="i64", min_keep="i64") | (types or {})
     signature = {
         argument: types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
         for argument in kernel.arg_names
