@@ -28,6 +28,20 @@ def capability(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("op", ["token_importance", "select_tokens", "prune"])
+def test_unknown_instruction_set(monkeypatch, op):
+    """Every op says what is wrong, whichever thread looks the kernels up."""
+    monkeypatch.setenv("STAMP_KERNELS_CPU_CAPABILITY", "sse")
+    hidden, centrality, cu_seqlens = torch.randn(6000, 4), torch.rand(6000), offsets(*[3000] * 2)
+    calls = {
+        "token_importance": lambda: token_importance(hidden, centrality),
+        "select_tokens": lambda: select_tokens(centrality, cu_seqlens, 3000, keep_ratio=0.5),
+        "prune": lambda: prune(hidden, centrality, cu_seqlens, 3000, keep_ratio=0.5),
+    }
+    with pytest.raises(RuntimeError, match="STAMP_KERNELS_CPU_CAPABILITY must be portable, avx2 or avx512, got sse"):
+        calls[op]()
+
+
 def best(scores: Tensor, k: int) -> list[int]:
     """The k best by a stable sort: NaN last, -0.0 as 0.0, ties by the lower index."""
     values = [(math.isnan(x), 0.0 if math.isnan(x) else -x, i) for i, x in enumerate(scores.tolist())]
@@ -71,6 +85,15 @@ def test_lengths_up_to_many_vectors(lengths, seed):
     for start, n in zip(cu_seqlens.tolist(), lengths, strict=False):
         expected += [start + i for i in best(scores[start : start + n], -(-n // 3))]
     assert kept.indices.tolist() == expected
+
+
+@pytest.mark.parametrize("item_length", [1, 4])
+def test_everything_stays(item_length):
+    lengths = (8, 0, 40, 4)
+    scores = torch.rand(sum(lengths))
+    kept = select_tokens(scores, offsets(*lengths), 40, keep_ratio=1.0, item_length=item_length)
+    assert torch.equal(kept.indices, torch.arange(sum(lengths)))
+    assert torch.equal(kept.inverse.long(), kept.indices)
 
 
 @pytest.mark.parametrize("ties", [False, True])

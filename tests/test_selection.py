@@ -226,6 +226,43 @@ def test_capacity_where_only_the_device_knows_the_lengths(only_the_device_knows,
         assert_selects(selection, RAGGED, oracle(RAGGED, importance, None, budgets))
 
 
+@pytest.mark.parametrize("item_length", [1, 4])
+@pytest.mark.parametrize("protecting", [False, True])
+@pytest.mark.parametrize("budget", [{"keep_ratio": 1 / 3}, {"keep_count": 2}], ids=str)
+def test_sizes_are_exact_with_lengths_on_the_host(only_the_device_knows, item_length, protecting, budget):
+    batch = RaggedBatch((12, 0, 4, 28, 8), tail=5)
+    importance = torch.rand(batch.total)
+    protect = torch.arange(batch.total) % 11 == 0 if protecting else None
+    items = [range(rows.start, rows.stop, item_length) for rows in batch.slices()]
+    protected = [sum(bool(protecting and protect[i : i + item_length].any()) for i in starts) for starts in items]
+    selection = select_tokens(
+        importance, batch.cu_seqlens, batch.max_seqlen, **budget, item_length=item_length, protect=protect,
+        lengths_cpu=torch.tensor(batch.lengths), num_protected=torch.tensor(protected) if protecting else None,
+    )  # fmt: skip
+    kept = []
+    for starts, always in zip(items, protected, strict=True):
+        n = len(starts) - always
+        kept.append(item_length * (always + min(n, max(1, budget.get("keep_count", math.ceil(n / 3))))))
+    assert selection.cu_seqlens.diff().tolist() == kept
+    assert selection.indices.shape[0] == sum(kept)
+    assert selection.max_seqlen == max(kept)
+
+
+def test_what_the_host_knows_is_checked(only_the_device_knows):
+    importance, lengths_cpu = torch.rand(RAGGED.total), torch.tensor(RAGGED.lengths)
+    arguments = dict(keep_ratio=0.5, lengths_cpu=lengths_cpu)
+    with pytest.raises(RuntimeError, match="lengths_cpu has a length 13, more than max_seqlen 12"):
+        select_tokens(importance, RAGGED.cu_seqlens, 12, **arguments)
+    with pytest.raises(RuntimeError, match="total_kept is 3, but the sequences keep 16 tokens"):
+        select_tokens(importance, RAGGED.cu_seqlens, 13, **arguments, total_kept=3)
+
+
+def test_capacity_is_never_more_than_there_is(only_the_device_knows):
+    cu_seqlens = torch.arange(0, 201, 2, dtype=torch.int32)
+    selection = select_tokens(torch.rand(200), cu_seqlens, 2, keep_ratio=1.0, min_keep=3)
+    assert selection.indices.shape[0] == 200
+
+
 @settings(max_examples=100)
 @given(scored=scored_batches(), ratio=st.floats(0, 1), min_keep=st.integers(0, 3))
 def test_capacity_always_suffices(scored, ratio, min_keep):
@@ -537,6 +574,7 @@ T, B = 31, 6
         ({"keep_count": 3}, "exactly one of keep_ratio and keep_count must be given, got 0.5 and 3"),
         ({"keep_ratio": 1.5}, "keep_ratio must be in [0.0, 1.0], got 1.5"),
         ({"keep_ratio": math.nan}, "keep_ratio must be in [0.0, 1.0], got nan"),
+        ({"keep_ratio": torch.tensor(0.5)}, "keep_ratio must be a number (not a tensor), got Tensor"),
         ({"keep_ratio": None, "keep_count": -1}, "keep_count must be in [0, inf), got -1"),
         (
             {"keep_ratio": None, "keep_count": torch.ones(2, dtype=torch.int64)},
@@ -596,6 +634,7 @@ def test_select_reports_bad_contents(arguments, message):
         (torch.zeros(3, 2), f"x must have {T} rows (selection.total_source), got shape [3, 2]"),
         ([torch.zeros(T), torch.tensor(1.0)], f"x[1] must have {T} rows (selection.total_source), got shape []"),
         ([torch.zeros(T), 3], "x[1] must be a tensor, got int"),
+        (None, "x must be a tensor or a non-empty list of tensors, got NoneType"),
     ],
 )
 def test_gather_names_the_bad_argument(x, message):

@@ -370,14 +370,14 @@ class SelectionConfig(NamedTuple):
     num_warps: int
 
 
-# By the items of the longest sequence. A warp holds 256 keys, 8 a thread: its counts need no shared memory. From 1,024
-# items on a sequence has as many warps as keep its keys in registers.
+# By the items of the longest sequence; at most 8 keys a thread, so that they stay in registers. Up to 256 items a warp
+# is all of a program, and its counts need no shared memory.
 SELECTION_CONFIGS = (
-    SelectionConfig(sequences=16, items=16, num_warps=1),
+    SelectionConfig(sequences=8, items=16, num_warps=1),
     SelectionConfig(sequences=4, items=64, num_warps=1),
     SelectionConfig(sequences=1, items=256, num_warps=1),
     SelectionConfig(sequences=1, items=1024, num_warps=4),
-    SelectionConfig(sequences=1, items=4096, num_warps=8),
+    SelectionConfig(sequences=1, items=4096, num_warps=16),
 )
 # Where the longest sequence has more items than any of these.
 LONG_SELECTION_CONFIG = SelectionConfig(sequences=1, items=2048, num_warps=8)

@@ -57,7 +57,7 @@ def selections(lengths: Tensor, device: torch.device) -> dict[str, Callable[[], 
         "select_tokens": select,
         "select_tokens, lengths_cpu": partial(select, lengths_cpu=lengths),
         "padded topk + sort": partial(padded_topk, padded, int(kept.max())),
-        "two stable sorts": partial(
+        "one sort, packed": partial(
             sort_within_sequences, importance, sequence, cu_seqlens.long(), kept.to(device), int(kept.sum())
         ),
         "topk per sequence": partial(topk_per_sequence, importance, on_host, RATIO),
@@ -66,7 +66,7 @@ def selections(lengths: Tensor, device: torch.device) -> dict[str, Callable[[], 
 
 @pytest.mark.parametrize(
     "implementation",
-    ["select_tokens", "select_tokens, lengths_cpu", "padded topk + sort", "two stable sorts", "topk per sequence"],
+    ["select_tokens", "select_tokens, lengths_cpu", "padded topk + sort", "one sort, packed", "topk per sequence"],
 )
 @pytest.mark.parametrize("distribution", LENGTHS)
 def test_selection(measured, device, distribution, implementation):

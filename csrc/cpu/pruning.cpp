@@ -35,11 +35,12 @@ void prune_all(
     const SelectionPlan& plan, const Scoring& scoring, const std::vector<Rows>& copies, const int32_t* positions,
     int32_t* kept_positions, int64_t least_tokens_per_task) {
   using Selector = ItemSelector<scalar>;
+  const PruningKernels<scalar>& kernels = pruning_kernels<scalar>();
   const auto prune = [&](int64_t begin, int64_t end, char* scratch) {
-    Selector selector(plan, scratch);
+    Selector selector(plan, kernels, scratch);
     for (int64_t sequence = begin; sequence < end; ++sequence) {
       const int64_t first_row = plan.cu_seqlens[sequence], end_row = plan.cu_seqlens[sequence + 1];
-      selector.kernels.score_rows(scoring, first_row, end_row, end_row, selector.scores);
+      kernels.score_rows(scoring, first_row, end_row, end_row, selector.scores);
       selector.select(plan, sequence, selector.scores);
       write_positions(plan, sequence, positions, kept_positions);
       for (const Rows& rows : copies) {
@@ -79,9 +80,11 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> prune(
   prune_as(plan, scoring, copies.rows, original_positions, position, kBytesPerTask / bytes_per_row + 1);
 
   const int64_t kept = plan.kept_offsets[plan.batch];
-  std::memset(position + kept, 0, (plan.total_kept - kept) * sizeof(int32_t));
-  for (const Rows& rows : copies.rows) {
-    std::memset(rows.destination + kept * rows.row_bytes, 0, (plan.total_kept - kept) * rows.row_bytes);
+  if (kept < plan.total_kept) {
+    std::memset(position + kept, 0, (plan.total_kept - kept) * sizeof(int32_t));
+    for (const Rows& rows : copies.rows) {
+      std::memset(rows.destination + kept * rows.row_bytes, 0, (plan.total_kept - kept) * rows.row_bytes);
+    }
   }
   return {copies.outputs, kept_positions, plan.indices, plan.cu_seqlens_kept, plan.inverse};
 }

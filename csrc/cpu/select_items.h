@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "numbers.h"
 #include "pruning_kernels.h"
@@ -41,8 +42,9 @@ struct ItemSelector {
     return num_keys(plan) * (sizeof(scalar) + sizeof(Key) + sizeof(int32_t));
   }
 
-  ItemSelector(const SelectionPlan& plan, char* scratch)
-      : kernels(pruning_kernels<scalar>()),
+  // The kernels are the caller's to look up, before threads start: what they throw would lose its text there.
+  ItemSelector(const SelectionPlan& plan, const PruningKernels<scalar>& kernels, char* scratch)
+      : kernels(kernels),
         scores(reinterpret_cast<scalar*>(scratch)),
         keys(reinterpret_cast<Key*>(scores + num_keys(plan))),
         kept(reinterpret_cast<int32_t*>(keys + num_keys(plan))) {}
@@ -58,8 +60,12 @@ struct ItemSelector {
     if (num_kept == 0) {
       return;
     }
-    fill_keys(plan, first_row, num_items, token_scores);
-    list_kept(num_items, num_kept);
+    if (num_kept == num_items) {
+      std::iota(kept, kept + num_items, 0);
+    } else {
+      fill_keys(plan, first_row, num_items, token_scores);
+      list_kept(num_items, num_kept);
+    }
     for (int64_t i = 0; i < num_kept; ++i) {
       for (int64_t token = 0; token < length; ++token) {
         const int64_t kept_row = first_kept + i * length + token, row = kept[i] * length + token;

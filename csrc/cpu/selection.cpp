@@ -30,8 +30,9 @@ using OptionalTensor = std::optional<Tensor>;
 template <typename T, typename scalar>
 void select_all(const SelectionPlan& plan, const T* importance) {
   using Selector = ItemSelector<scalar>;
+  const PruningKernels<scalar>& kernels = pruning_kernels<scalar>();
   const auto select = [&](int64_t begin, int64_t end, char* scratch) {
-    Selector selector(plan, scratch);
+    Selector selector(plan, kernels, scratch);
     for (int64_t sequence = begin; sequence < end; ++sequence) {
       const T* scores = importance + plan.cu_seqlens[sequence];
       if constexpr (sizeof(T) == sizeof(scalar)) {

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from stamp_kernels.ops._checks import check_choice, check_range
+from stamp_kernels.ops._checks import check_choice, check_count, check_range
 from stamp_kernels.ops.pruning import prune
 from stamp_kernels.packed import PackedSequence
 from stamp_kernels.reference.selection import TokenSelection
@@ -73,13 +73,13 @@ class SemanticAdaptivePruning(nn.Module):
         check_choice("norm", norm, ("l1", "l2"))
         check_choice("positions", positions, ("original", "compact"))
         check_choice("normalize", normalize, ("none", "visible_queries"))
-        check_range("min_keep", min_keep, 0)
+        check_count("min_keep", min_keep)
         check_choice("unit", unit, ("token", "item"))
         check_choice("budget", budget, ("sequence", "max_seqlen"))
         if (unit == "item") != (item_length is not None):
             raise ValueError(f'item_length goes with unit="item", got unit={unit!r} and item_length={item_length}')
         if item_length is not None:
-            check_range("item_length", item_length, 1)
+            check_count("item_length", item_length, minimum=1)
         self.keep_ratio = keep_ratio
         self.norm = norm
         self.positions = positions

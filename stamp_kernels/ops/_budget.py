@@ -77,6 +77,8 @@ def resolve_budget(
     if (keep_ratio is None) == (keep_count is None):
         raise ValueError(f"exactly one of keep_ratio and keep_count must be given, got {keep_ratio} and {keep_count}")
     if keep_ratio is not None:
+        if not isinstance(keep_ratio, int | float | torch.SymFloat):
+            raise ValueError(f"keep_ratio must be a number (not a tensor), got {type(keep_ratio).__name__}")
         check_range("keep_ratio", keep_ratio, 0.0, 1.0)
         # torch.compile(dynamic=True) makes floats symbolic, and such a symbol cannot be part of a size: hashing it
         # guards on its value.
@@ -125,6 +127,11 @@ def resolve_budget(
             keep_counts=None,
             min_keep=min_keep,
         )
+        # What is known on the host costs nothing to check, and would otherwise leave rows unwritten on the device.
+        if batch > 0 and int(lengths_cpu.max()) > max_seqlen:
+            raise RuntimeError(f"lengths_cpu has a length {int(lengths_cpu.max())}, more than max_seqlen {max_seqlen}")
+        if total_kept is not None and int(kept.sum()) > total_kept:
+            raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
         max_kept = int(kept.max()) if batch > 0 else 0
         if total_kept is None:
             total_kept = int(kept.sum())
@@ -149,7 +156,8 @@ def _check_what_the_host_claims(
     """lengths_cpu and num_protected are what the tensors say (RuntimeError), where contents are checked."""
     if (lengths_cpu is None and num_protected is None) or not contents_are_checked(cu_seqlens.device):
         return
-    check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
+    if cu_seqlens.device.type != "cpu":  # an op on the CPU checks them itself
+        check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
     offsets = cu_seqlens.cpu().to(torch.int64)
     if lengths_cpu is not None and not torch.equal(lengths_cpu.to(torch.int64), offsets.diff()):
         raise RuntimeError("lengths_cpu must be the lengths that cu_seqlens gives, and is not")
@@ -193,7 +201,7 @@ def _capacity(
     if keep_count is not None:
         return torch.sym_min(num_items, batch * torch.sym_max(min_keep, keep_count) + num_protected)
     if keep_ratio is not None:
-        return math.floor(keep_ratio * num_items) + batch * max(1, min_keep) + num_protected
+        return torch.sym_min(num_items, math.floor(keep_ratio * num_items) + batch * max(1, min_keep) + num_protected)
     return num_items
 
 

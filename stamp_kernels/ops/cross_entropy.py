@@ -226,8 +226,9 @@ def multi_token_cross_entropy(
     """`sum_k step_weights[k] * CE(softmax(hidden_k weight_k^T + bias_k), targets[:, k])` over K prediction steps.
 
     The loss of multi-step prediction (arXiv 2604.05329, section MAP, after Gloeckle et al. 2024). The logits never
-    exist in memory as a whole, in either direction. Differentiable in hidden, weight and bias, once. Logits, lse and losses are fp32 (fp64 for fp64 inputs); gradients are summed in
-    that dtype and cast once, at the end. Under autocast hidden and weight are cast to the autocast dtype.
+    exist in memory as a whole, in either direction. Differentiable in hidden, weight and bias, once. Logits, lse
+    and losses are fp32 (fp64 for fp64 inputs); gradients are summed in that dtype and cast once, at the end. Under
+    autocast hidden and weight are cast to the autocast dtype.
 
     Args:
         hidden: `[N, D]`, shared by the steps, or `[K, N, D]`, one per step, in fp32, fp16, bf16 or fp64. Strided views

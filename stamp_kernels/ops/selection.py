@@ -74,8 +74,10 @@ def select_tokens(
     Args:
         importance: `[T]`, any floating dtype. Rows from `cu_seqlens[-1]` on are tail rows and never chosen.
         cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
-        max_seqlen: the longest length, or an upper bound of it.
+        max_seqlen: the longest length, or an upper bound of it. On a GPU nothing checks that but lengths_cpu, and the
+            rows of a sequence that is longer may stay unwritten.
         keep_ratio: budget `ceil(keep_ratio * n)`, in [0, 1]. Exactly one of keep_ratio and keep_count must be given.
+            torch.compile specialises on its value: one that changes from step to step is better given as a keep_count.
         keep_count: the budget itself: one int, or an integer tensor `[B]` on the same device.
         min_keep: least budget of a sequence that has so many tokens.
         protect: bool `[T]`, tokens that always stay.
@@ -89,12 +91,12 @@ def select_tokens(
             after a sequence's last whole item are dropped.
 
     Returns:
-        TokenSelection. T' is exact with total_kept, with lengths_cpu (and `[B]` num_protected where protect is given)
-        and when cu_seqlens is on the CPU (outside torch.compile). Otherwise it is the capacity
-        `floor(keep_ratio * T) + B * max(1, min_keep) + num_protected`, for one count (or budget="max_seqlen")
-        `min(T, B * max(count, min_keep) + num_protected)`, and T for counts on the device or where num_protected is
-        needed and unknown (all in items, of which T makes `T // item_length`); the rows past
-        `selection.cu_seqlens[-1]` are tail rows with index -1.
+        TokenSelection. T' is total_kept where that is given. Outside torch.compile it is exact where cu_seqlens is on
+        the CPU, and with lengths_cpu unless keep_count is a tensor (and with `[B]` num_protected where protect is
+        given). Otherwise it is the capacity `min(T, floor(keep_ratio * T) + B * max(1, min_keep) + num_protected)`, for
+        one count (or budget="max_seqlen") `min(T, B * max(count, min_keep) + num_protected)`, and T for counts on the
+        device or where num_protected is needed and unknown (all in items, of which T makes `T // item_length`); the
+        rows past `selection.cu_seqlens[-1]` are tail rows with index -1.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
@@ -170,7 +172,7 @@ def mark_outputs_without_grad(ctx, inputs_need_grad: tuple[bool, ...], outputs: 
 def gradients_of_gathered(
     inputs_need_grad: tuple[bool, ...], grads: tuple[Tensor | None, ...], inverse: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of tensors from those of their gathered rows, in one launch."""
+    """The gradients of tensors from those of their gathered rows, all together."""
     wanted = [i for i, grad in enumerate(grads) if grad is not None and inputs_need_grad[i]]
     grad_x: list[Tensor | None] = [None] * len(grads)
     if wanted:
@@ -196,7 +198,7 @@ class _GatherTokens(torch.autograd.Function):
 
 
 def gather_tokens(x: Tensor | list[Tensor], selection: TokenSelection) -> Tensor | list[Tensor]:
-    """Take the rows that a selection keeps, of one tensor or of many in one launch.
+    """Take the rows that a selection keeps, of one tensor or of many together.
 
     `y[j] = x[selection.indices[j]]`; tail rows are 0. The gradient of row t is that of its kept row, or 0 where it was
     dropped: one write per row and no atomics, since the indices are unique.
@@ -226,6 +228,8 @@ def gather_tokens(x: Tensor | list[Tensor], selection: TokenSelection) -> Tensor
 
 
 def list_of_tensors(x: Tensor | list[Tensor]) -> list[Tensor]:
+    if not isinstance(x, Tensor | list | tuple):
+        raise ValueError(f"x must be a tensor or a non-empty list of tensors, got {type(x).__name__}")
     tensors = [x] if isinstance(x, Tensor) else list(x)
     if not tensors:
         raise ValueError("x must be a tensor or a non-empty list of tensors, got an empty list")

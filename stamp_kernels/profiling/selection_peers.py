@@ -44,18 +44,19 @@ def padded_topk(importance: Tensor, max_kept: int) -> Tensor:
 def sort_within_sequences(
     importance: Tensor, sequence: Tensor, cu_seqlens: Tensor, kept: Tensor, total_kept: int
 ) -> PackedSelection:
-    """Packed and without a loop: two stable sorts give every token its rank in its sequence.
+    """Packed and without a loop: one sort, by sequence and falling score, gives every token its rank in its sequence.
 
     Args:
-        importance: `[T]`.
+        importance: fp32 `[T]`.
         sequence: int64 `[T]`, the number of every token's sequence.
         cu_seqlens: int64 `[B + 1]`; kept: int64 `[B]`, tokens that each sequence keeps; total_kept: their sum.
     """
-    order = importance.argsort(descending=True, stable=True)
-    order = order[sequence[order].argsort(stable=True)]
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
-    stays = rank - cu_seqlens[sequence] < kept[sequence]
+    bits = importance.view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the scores
+    order = ((sequence << 32) - ordered.long()).argsort()
+    rank = torch.arange(len(order), device=order.device) - cu_seqlens[sequence]  # of order's entries: sequences stay
+    stays = torch.empty_like(order, dtype=torch.bool)
+    stays[order] = rank < kept[sequence]
     # As many indices as are known to come, so that no size has to be read from the device.
     indices = torch.nonzero_static(stays, size=total_kept).flatten()
     return PackedSelection(indices, torch.nn.functional.pad(kept.cumsum(0), (1, 0)).to(torch.int32))

@@ -206,13 +206,13 @@ def test_selection_gathers_what_belongs_to_the_tokens():
     assert torch.equal(packed.values[gather_tokens(labels, selection)], pruned.values)
 
 
-def test_values_and_positions_take_one_gather():
+def test_the_whole_of_it_is_one_op():
     batch = BATCHES["ragged"]
     packed, centrality = packed_of(batch), torch.rand(batch.total)
     with torch.profiler.profile() as profile:
         SemanticAdaptivePruning(THIRD)(packed, centrality)
-    names = [event.name for event in profile.events()]
-    assert names.count("stamp::prune") == 1
+    ops = [event.name for event in profile.events() if event.name.startswith("stamp::")]
+    assert ops == ["stamp::prune"]
 
 
 # Where only the device knows the lengths

@@ -30,7 +30,7 @@ def test_loop_over_the_sequences(importance, expected):
     assert torch.equal(selection.cu_seqlens, expected.cu_seqlens)
 
 
-def test_two_sorts(importance, expected):
+def test_one_sort(importance, expected):
     sequence = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
     kept = torch.tensor([num_kept(n, RATIO) for n in LENGTHS])

@@ -1,5 +1,6 @@
 """The selection and gather kernels, interpreted where there is no GPU, against the reference: exactly equal."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -123,6 +124,13 @@ def test_any_selection_in_several_blocks(arguments):
     with pytest.MonkeyPatch.context() as patch:
         use_small_blocks(patch)
         assert_selects_as_the_reference(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_order_of_any_two_values(dtype):
+    pairs = torch.tensor(list(itertools.product(VALUES, VALUES)), dtype=dtype)
+    batch = RaggedBatch((2,) * len(pairs), tail=0)
+    assert_selects_as_the_reference(*arguments_of(batch, pairs.flatten(), count=1))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1 / 3, 0.7, 1.0])

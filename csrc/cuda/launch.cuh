@@ -1,0 +1,50 @@
+// The launch of kernels by the ops on CUDA.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace stamp::cuda {
+
+// Makes a device the current one for its lifetime and launches on that device's current stream.
+class Launch {
+ public:
+  // Named in errors is `op`.
+  Launch(const char* op, int32_t device_index) : op_(op), guard_(device_index) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, const Arguments&... arguments) const {
+    kernel<<<grid, threads, 0, stream_>>>(arguments...);
+    const cudaError_t error = cudaGetLastError();
+    STD_TORCH_CHECK(error == cudaSuccess, op_, " could not be launched: ", cudaGetErrorString(error));
+  }
+
+  // Waits for what the device has there.
+  template <typename T>
+  std::vector<T> copy_to_host(const T* data, int64_t size, const char* name) const {
+    std::vector<T> host(size);
+    const cudaError_t copied = cudaMemcpyAsync(host.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost, stream_);
+    STD_TORCH_CHECK(
+        copied == cudaSuccess && cudaStreamSynchronize(stream_) == cudaSuccess,
+        "reading ", name, " from the device failed");
+    return host;
+  }
+
+ private:
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+}  // namespace stamp::cuda
