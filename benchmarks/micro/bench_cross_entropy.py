@@ -69,9 +69,7 @@ def run(measured, peers, implementation, hidden, weight, targets, case, classes_
         lambda: torch.autograd.grad(peers[implementation](hidden, weight, targets), (hidden, weight)),
         case=case,
         implementation=implementation,
-        kernels=[
-            KernelWork(6 * rows * steps * classes_per_step * weight.shape[1], 2 * (hidden.nbytes + weight.nbytes))
-        ],
+        kernels=[KernelWork(flops, 2 * (hidden.nbytes + weight.nbytes))],
         tokens=rows * steps,
         is_baseline=implementation == "multi_token_cross_entropy",
         min_rounds=3,
