@@ -35,6 +35,17 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def capability(request, monkeypatch):
+    """Run the test once with the CPU kernels of each instruction set that this processor has."""
+    if request.param == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("this processor has no AVX-512")
+    if request.param == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this processor has no AVX2")
+    monkeypatch.setenv("STAMP_KERNELS_CPU_CAPABILITY", request.param)
+    return request.param
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

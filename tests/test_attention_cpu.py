@@ -25,16 +25,6 @@ from stamp_kernels.relative_position import RelativePositionBias, relative_posit
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def capability(request, monkeypatch):
-    if request.param == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this processor has no AVX-512")
-    if request.param == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("this processor has no AVX2")
-    monkeypatch.setenv("STAMP_KERNELS_CPU_CAPABILITY", request.param)
-    return request.param
-
-
 # Instruction sets
 
 

@@ -15,16 +15,6 @@ from stamp_kernels.profiling.measure import peak_bytes
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def capability(request, monkeypatch):
-    if request.param == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this processor has no AVX-512")
-    if request.param == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("this processor has no AVX2")
-    monkeypatch.setenv("STAMP_KERNELS_CPU_CAPABILITY", request.param)
-    return request.param
-
-
 def make_inputs(
     rows: int, width: int, classes: int, steps: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,16 +18,6 @@ from stamp_kernels import TokenSelection, gather_tokens, prune, select_tokens, t
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def capability(request, monkeypatch):
-    if request.param == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("this processor has no AVX-512")
-    if request.param == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("this processor has no AVX2")
-    monkeypatch.setenv("STAMP_KERNELS_CPU_CAPABILITY", request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("op", ["token_importance", "select_tokens", "prune"])
 def test_unknown_instruction_set(monkeypatch, op):
     """Every op says what is wrong, whichever thread looks the kernels up."""
