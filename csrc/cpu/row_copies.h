@@ -84,10 +84,10 @@ void copy_wide_rows(const Rows& rows, const index_t* map, int64_t begin, int64_t
         __builtin_prefetch(next + i);
       }
     }
-    const char* source = rows.source + map[j] * rows.source_stride;
     if (map[j] < 0) {
       kStream ? stream_zeros(destination, bytes) : static_cast<void>(std::memset(destination, 0, bytes));
     } else {
+      const char* source = rows.source + map[j] * rows.source_stride;
       kStream ? stream_row(destination, source, bytes) : static_cast<void>(std::memcpy(destination, source, bytes));
     }
   }
@@ -100,6 +100,8 @@ void copy_wide_rows(const Rows& rows, const index_t* map, int64_t begin, int64_t
 template <typename index_t>
 void copy_rows(const Rows& rows, const index_t* map, int64_t begin, int64_t end, bool stream) {
   switch (rows.row_bytes) {
+    case 0:
+      return;
     case 1:
       return copy_small_rows<1>(rows, map, begin, end);
     case 2:
