@@ -64,6 +64,15 @@ def test_a_large_vocabulary():
     assert_matches_loop(make_inputs(260, 32, 32_000))
 
 
+def test_whole_chunks_of_classes_ruled_out_by_their_bias(capability):
+    """The largest logit of such a chunk is -inf, and the difference of two is no number."""
+    hidden, weight, targets, bias = make_inputs(40, 8, 600)
+    with torch.no_grad():
+        bias[:200], bias[400:500] = -torch.inf, -torch.inf
+    targets[targets >= 0] = 200 + targets[targets >= 0] % 200
+    assert_matches_loop((hidden, weight, targets, bias))
+
+
 def test_no_valid_target_anywhere():
     hidden, weight, targets, bias = make_inputs(40, 8, 50, steps=2)
     loss = multi_token_cross_entropy(hidden, weight, targets.fill_(-100), bias=bias)

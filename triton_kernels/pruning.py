@@ -6,8 +6,9 @@ writes the positions, and one gather per tensor.
 
 from torch import Tensor
 
+from stamp_kernels.triton_kernels.gather import gather_rows
 from stamp_kernels.triton_kernels.importance import token_importance
-from stamp_kernels.triton_kernels.selection import gather_rows, select
+from stamp_kernels.triton_kernels.selection import select
 
 
 def prune(

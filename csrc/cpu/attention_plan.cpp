@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -11,6 +10,7 @@
 
 #include "arguments.h"
 #include "capability.h"
+#include "tasks.h"
 
 namespace stamp::cpu {
 
@@ -269,14 +269,11 @@ void run_units(
   const int64_t num_units = static_cast<int64_t>(units.size());
   const int64_t num_threads =
       std::min<int64_t>({torch::stable::get_num_threads(), num_units, cost / kCostPerUnit + 1});
-  const int64_t stride = (scratch_bytes + kScratchAlignment - 1) / kScratchAlignment * kScratchAlignment;
-  const Tensor scratch = torch::stable::new_empty(like, {num_threads * stride}, torch::headeronly::ScalarType::Byte);
+  const Tensor scratch = torch::stable::new_empty(
+      like, {num_threads * scratch_of_thread(scratch_bytes)}, torch::headeronly::ScalarType::Byte);
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());
-  std::atomic<int64_t> next{0};  // units cost unlike much, so threads take them one by one
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t thread, int64_t) {
-    for (int64_t unit = next++; unit < num_units; unit = next++) {
-      run(units[unit], memory + thread * stride);
-    }
+  for_tasks(num_units, num_threads, memory, scratch_bytes, [&](int64_t unit, char* of_thread) {
+    run(units[unit], of_thread);
   });
 }
 

@@ -8,7 +8,6 @@
 // included), rows (their gradients). Nothing is added up by two threads, so the bits do not depend on their number.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -24,6 +23,7 @@
 #include "arguments.h"
 #include "capability.h"
 #include "cross_entropy_kernels.h"
+#include "tasks.h"
 
 namespace stamp::cpu {
 
@@ -163,19 +163,6 @@ struct Wanted {
   LossScale loss_scale;  // for the gradients
 };
 
-template <typename Run>
-void for_tasks(int64_t num_tasks, char* scratch, int64_t scratch_bytes, const Run& run) {
-  const int64_t num_threads = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task = next++; task < num_tasks; task = next++) {
-        run(task, scratch + thread * scratch_bytes);
-      }
-    }
-  });
-}
-
 template <typename scalar>
 scalar* numbers(const Tensor& x) {
   return x.mutable_data_ptr<scalar>();
@@ -281,9 +268,9 @@ class Pass {
     block_.label_weights = label_weights_ = take(rows * num_labels_);
     block_.label_slopes = take(block_.softcap > 0 ? rows * num_labels_ : 0);
     block_.grad_x = grad_x_ = take(grad_hidden_ != nullptr ? rows * block_.row : 0);
-    scratch_bytes_ = round_up(kernels_.scratch_bytes(block_), 64);
+    scratch_bytes_ = kernels_.scratch_bytes(block_);
     held_.push_back(torch::stable::new_empty(
-        inputs_.hidden, {torch::stable::get_num_threads() * scratch_bytes_}, ScalarType::Byte));
+        inputs_.hidden, {torch::stable::get_num_threads() * scratch_of_thread(scratch_bytes_)}, ScalarType::Byte));
     scratch_ = static_cast<char*>(held_.back().mutable_data_ptr());
   }
 
@@ -291,31 +278,39 @@ class Pass {
     return inputs_.targets[row * inputs_.num_steps + first_step_ + label];
   }
 
+  template <typename Run>
+  void for_parts(int64_t num_parts, const Run& run) {
+    const int64_t num_threads = std::min<int64_t>(num_parts, torch::stable::get_num_threads());
+    for_tasks(num_parts, num_threads, scratch_, scratch_bytes_, run);
+  }
+
   void run_group(const int64_t* rows, int64_t num_given) {
     block_.num_rows = round_up(num_given, kRowsPerVector);
-    for_tasks(block_.num_rows / kRowsPerVector, scratch_, scratch_bytes_, [&](int64_t task, char*) {
-      const int64_t begin = task * kRowsPerVector;
+    for_parts(block_.num_rows / kRowsPerVector, [&](int64_t part, char*) {
+      const int64_t begin = part * kRowsPerVector;
       kernels_.load_x(block_, hidden_, rows, num_given, begin, begin + kRowsPerVector);
     });
-    for_tasks(num_chunks_, scratch_, scratch_bytes_, [&](int64_t chunk, char* scratch) {
-      kernels_.logits(block_, chunk, scratch);
-    });
+    for_parts(num_chunks_, [&](int64_t chunk, char* scratch) { kernels_.logits(block_, chunk, scratch); });
     finish_rows(rows, num_given);
     if (wanted_.gradients == nullptr) {
       return;
     }
-    for_tasks(num_chunks_, scratch_, scratch_bytes_, [&](int64_t chunk, char*) { kernels_.gradients(block_, chunk); });
+    for_parts(num_chunks_, [&](int64_t chunk, char*) { kernels_.gradients(block_, chunk); });
     if (grad_hidden_ != nullptr) {
-      for_tasks((num_given + kRowsPerTask - 1) / kRowsPerTask, scratch_, scratch_bytes_, [&](int64_t task, char* scratch) {
-        const int64_t begin = task * kRowsPerTask, end = std::min(begin + kRowsPerTask, num_given);
-        kernels_.gradient_of_rows(block_, begin, end, scratch);
-        for (int64_t i = begin; i < end; ++i) {
-          scalar* to = grad_hidden_ + rows[i] * inputs_.width;
-          for (int64_t d = 0; d < inputs_.width; ++d) {
-            to[d] += grad_x_[i * block_.row + d];
-          }
-        }
+      for_parts((num_given + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t part, char* scratch) {
+        const int64_t begin = part * kRowsPerTask;
+        add_gradient_of_rows(rows, begin, std::min(begin + kRowsPerTask, num_given), scratch);
       });
+    }
+  }
+
+  void add_gradient_of_rows(const int64_t* rows, int64_t begin, int64_t end, char* scratch) {
+    kernels_.gradient_of_rows(block_, begin, end, scratch);
+    for (int64_t i = begin; i < end; ++i) {
+      scalar* to = grad_hidden_ + rows[i] * inputs_.width;
+      for (int64_t d = 0; d < inputs_.width; ++d) {
+        to[d] += grad_x_[i * block_.row + d];
+      }
     }
   }
 

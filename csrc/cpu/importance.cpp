@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "../scoring_arguments.h"
 #include "arguments.h"
 
 namespace stamp::cpu {
@@ -35,21 +36,13 @@ const uint8_t* votes_of(const std::optional<Tensor>& query_mask, std::vector<Ten
 Scoring scoring_of(
     const Tensor& hidden, const Tensor& centrality, int64_t norm_order, bool per_visible_query,
     std::vector<Tensor>& held) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have shape [total, width], got ", hidden.dim(), " dimensions");
-  STD_TORCH_CHECK(
-      centrality.dim() == 1 && centrality.size(0) == hidden.size(0),
-      "centrality must have one entry for each row of hidden");
-  STD_TORCH_CHECK(norm_order == 1 || norm_order == 2, "norm_order must be 1 or 2, got ", norm_order);
+  check_scoring_arguments(hidden, centrality, norm_order);
   const bool rows_are_contiguous = hidden.size(1) <= 1 || hidden.stride(1) == 1;
   const Tensor rows = rows_are_contiguous ? hidden : held_contiguous(hidden, held);
   const Tensor votes = held_contiguous(centrality, held);
-  const DType centrality_dtype = dtype_of("centrality", votes);
-  STD_TORCH_CHECK(
-      centrality_dtype == DType::kFloat32 || centrality_dtype == DType::kFloat64,
-      "centrality must be float32 or float64");
   return {
       dtype_of("hidden", rows), rows.const_data_ptr(), rows.stride(0), rows.size(1), votes.const_data_ptr(),
-      centrality_dtype == DType::kFloat64, norm_order == 2, per_visible_query};
+      votes.scalar_type() == torch::headeronly::ScalarType::Double, norm_order == 2, per_visible_query};
 }
 
 namespace {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../contents.h"
+#include "tasks.h"
 
 namespace stamp::cpu {
 
@@ -46,10 +47,8 @@ void for_sequences(
   const int64_t tokens = plan.cu_seqlens[plan.batch];
   const int64_t num_tasks =
       std::clamp<int64_t>(tokens / least_tokens_per_task, 1, torch::stable::get_num_threads());
-  constexpr int64_t kCacheLine = 64;
-  const int64_t stride = (scratch_bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
-  const Tensor scratch =
-      torch::stable::new_empty(plan.cu_seqlens_kept, {num_tasks * stride}, torch::headeronly::ScalarType::Byte);
+  const Tensor scratch = torch::stable::new_empty(
+      plan.cu_seqlens_kept, {num_tasks * scratch_of_thread(scratch_bytes)}, ScalarType::Byte);
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());
   // Task t begins with the first sequence that begins at or after its share of the tokens.
   const auto first_sequence = [&](int64_t task) {
@@ -57,10 +56,8 @@ void for_sequences(
         ? plan.batch
         : std::lower_bound(plan.cu_seqlens, plan.cu_seqlens + plan.batch, tokens * task / num_tasks) - plan.cu_seqlens;
   };
-  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      run(first_sequence(task), first_sequence(task + 1), memory + task * stride);
-    }
+  for_tasks(num_tasks, num_tasks, memory, scratch_bytes, [&](int64_t task, char* of_thread) {
+    run(first_sequence(task), first_sequence(task + 1), of_thread);
   });
 }
 

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "../scoring_arguments.h"
 #include "arguments.cuh"
 #include "scoring.h"
 
@@ -12,14 +13,7 @@ namespace stamp::cuda {
 Scoring scoring_of(
     const Tensor& hidden, const Tensor& centrality, int64_t norm_order, bool per_visible_query,
     std::vector<Tensor>& held) {
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have shape [total, width], got ", hidden.dim(), " dimensions");
-  STD_TORCH_CHECK(
-      centrality.dim() == 1 && centrality.size(0) == hidden.size(0),
-      "centrality must have one entry for each row of hidden");
-  STD_TORCH_CHECK(norm_order == 1 || norm_order == 2, "norm_order must be 1 or 2, got ", norm_order);
-  const bool is_double = centrality.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(
-      is_double || centrality.scalar_type() == ScalarType::Float, "centrality must be float32 or float64");
+  check_scoring_arguments(hidden, centrality, norm_order);
   const bool rows_are_contiguous = hidden.size(1) <= 1 || hidden.stride(1) == 1;
   const Tensor rows = rows_are_contiguous ? hidden : held_contiguous(hidden, held);
   const int64_t element_bytes = static_cast<int64_t>(rows.element_size());
@@ -31,7 +25,7 @@ Scoring scoring_of(
   scoring.lanes_per_row = lanes_for_row(scoring.row_bytes);
   scoring.centrality = held_contiguous(centrality, held).const_data_ptr();
   scoring.total = rows.size(0);
-  scoring.centrality_is_double = is_double;
+  scoring.centrality_is_double = centrality.scalar_type() == ScalarType::Double;
   scoring.per_visible_query = per_visible_query;
   return scoring;
 }

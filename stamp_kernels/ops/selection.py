@@ -136,13 +136,13 @@ def _gather_rows_reference(x, indices):
 
 
 def _gather_tokens_forward_triton(*args):
-    from stamp_kernels.triton_kernels.selection import gather_tokens_forward  # imports Triton
+    from stamp_kernels.triton_kernels.gather import gather_tokens_forward  # imports Triton
 
     return gather_tokens_forward(*args)
 
 
 def _gather_tokens_backward_triton(*args):
-    from stamp_kernels.triton_kernels.selection import gather_tokens_backward  # imports Triton
+    from stamp_kernels.triton_kernels.gather import gather_tokens_backward  # imports Triton
 
     return gather_tokens_backward(*args)
 
