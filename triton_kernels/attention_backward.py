@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.triton_kernels._aot import AotVariant
+from stamp_kernels.triton_kernels._device import compute_capability
 from stamp_kernels.triton_kernels.attention_tiles import (
     LOG2_E,
     bias_tile,
@@ -491,11 +492,6 @@ def backward_config(
     return shrunk(for_queries), shrunk(for_keys)
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    """The device's compute capability; Hopper's where kernels are interpreted."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
 def packed_attention_backward(
     grad_out: Tensor,
     q: Tensor,
@@ -540,7 +536,13 @@ def packed_attention_backward(
     delta = lse.new_empty(lse.shape) if need_dk else None  # [Hq, Tq], from the query kernel to the key kernel
 
     for_queries, for_keys = backward_config(
-        _capability(q.device), head_dim, q.dtype, max_seqlen_q, max_seqlen_k, bias_table is not None, dropout_p > 0
+        compute_capability(q.device),
+        head_dim,
+        q.dtype,
+        max_seqlen_q,
+        max_seqlen_k,
+        bias_table is not None,
+        dropout_p > 0,
     )
     num_buckets, buckets, ranges = 1, None, None
     if bias_table is not None:

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
+from stamp_kernels.triton_kernels._device import compute_capability
 from stamp_kernels.triton_kernels.attention_tiles import (
     LN_2,
     LOG2_E,
@@ -490,11 +491,6 @@ def forward_config(
     return ForwardConfig("general", block_m, block_n, 0, num_warps=num_warps, num_stages=num_stages)
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    """The interpreter runs on the CPU, with the tiles of sm_80."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-
-
 def packed_attention_forward(
     q: Tensor,
     k: Tensor,
@@ -527,7 +523,7 @@ def packed_attention_forward(
     total_k, num_heads_k = k.shape[0], k.shape[1]
     num_sequences = cu_seqlens_q.shape[0] - 1
     config = forward_config(
-        _capability(q.device), head_dim, max(max_seqlen_q, max_seqlen_k), element_size=q.element_size(),
+        compute_capability(q.device), head_dim, max(max_seqlen_q, max_seqlen_k), element_size=q.element_size(),
         has_bias=bias_table is not None, has_dropout=dropout_p > 0,
     )  # fmt: skip
     out = q.new_empty(q.shape)
@@ -615,6 +611,10 @@ def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
 def _aot_variant(
     config: ForwardConfig, length_name: str, head_dim: int, dtype: torch.dtype, causal: bool, features: tuple[str, ...]
 ) -> AotVariant:
+    # Decoders without T5's bias have longer prompts, and those with it shorter ones.
+    is_rare = causal and (
+        length_name == "long" if "bias" in features else length_name in ("slots16", "slots32", "short64")
+    )
     kernel = {"general": general_kernel, "short": short_kernel, "slots": slots_kernel}[config.kernel]
     rows = f"*{TRITON_TYPES[dtype]}"
     optional = dict(
@@ -651,5 +651,5 @@ def _aot_variant(
         signature=signature,
         constexprs=constexprs,
         options=dict(num_warps=config.num_warps, num_stages=config.num_stages),
-        hot=dtype == torch.bfloat16 and head_dim == 64 and features in ((), ("bias",)),
+        hot=dtype == torch.bfloat16 and head_dim == 64 and features in ((), ("bias",)) and not is_rare,
     )

@@ -54,7 +54,7 @@ def _guard_raw_call(op: torch._ops.OpOverload, public_name: str) -> Callable[...
 
 
 def _outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The public functions have cast the inputs; autocast must not reach the products inside a kernel."""
+    """The public functions have cast the inputs; autocast must not reach torch's products inside a kernel."""
 
     def run(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
@@ -101,7 +101,7 @@ def define_op(
     _LIBRARY.impl(name, _guard_raw_call(op, public_name), "Autograd", with_keyset=True)
     otherwise = {"CPU": _outside_autocast(reference), "CUDA": _outside_autocast(reference)}
     if triton is not None:
-        otherwise["CUDA"] = _on_device_of_first_tensor(triton)
+        otherwise["CUDA"] = _outside_autocast(_on_device_of_first_tensor(triton))
     for key, kernel in otherwise.items():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"stamp::{name}", key):
             _LIBRARY.impl(name, kernel, key)

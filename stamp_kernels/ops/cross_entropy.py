@@ -64,12 +64,25 @@ def _backward_flops(grad_loss, hidden, weight, targets, bias, lse, step_scale, v
     return 2 * products * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
 
 
+def _forward_triton(*args):
+    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy_forward  # imports Triton
+
+    return multi_token_cross_entropy_forward(*args)
+
+
+def _backward_triton(*args):
+    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy_backward  # imports Triton
+
+    return multi_token_cross_entropy_backward(*args)
+
+
 _forward = define_op(
     "multi_token_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
     "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, int reduction) -> (Tensor, Tensor, Tensor, Tensor)",
     public_name="multi_token_cross_entropy",
     reference=reference.multi_token_cross_entropy_forward,
+    triton=_forward_triton,
     fake=_forward_fake,
     flops=_forward_flops,
 )
@@ -79,6 +92,7 @@ _backward = define_op(
     "float? softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     public_name="multi_token_cross_entropy",
     reference=reference.multi_token_cross_entropy_backward,
+    triton=_backward_triton,
     fake=_backward_fake,
     flops=_backward_flops,
 )
@@ -103,6 +117,12 @@ def _with_gradients_flops(hidden, weight, targets, bias, step_weights, step_weig
     return 2 * products * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
 
 
+def _with_gradients_triton(*args):
+    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy_with_gradients  # imports Triton
+
+    return multi_token_cross_entropy_with_gradients(*args)
+
+
 _with_gradients = define_op(
     "multi_token_cross_entropy_with_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
     "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
@@ -110,6 +130,7 @@ _with_gradients = define_op(
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     public_name="multi_token_cross_entropy",
     reference=reference.multi_token_cross_entropy_with_gradients,
+    triton=_with_gradients_triton,
     fake=_with_gradients_fake,
     flops=_with_gradients_flops,
 )
@@ -177,6 +198,21 @@ class _MultiTokenCrossEntropy(torch.autograd.Function):
             computed = _backward(grad_loss, *ctx.saved_tensors, *ctx.options, *needs)
             grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
         return *grads, *[None] * 9
+
+
+# A gradient of wider rows does not fit the registers of a GPU's program: logits are then computed for each part of it.
+_WIDEST_RECOMPUTED = 256
+
+
+def gradients_come_with_the_loss(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether gradients made with the loss, 6 N V D FLOPs and logits in memory chunk by chunk, are faster than logits
+    computed three times over, 10 N V D FLOPs (14 and more past _WIDEST_RECOMPUTED) and none in memory.
+
+    On a CPU always: chunks stay in its caches. On a GPU a logit's way to memory and back costs 18 bytes beside 4 D
+    FLOPs saved, about the same at D = 400 on an H100, by counting: it has not been measured. fp32 is exact, without
+    matrix units, and so too dear to be computed again.
+    """
+    return device.type == "cpu" or width > _WIDEST_RECOMPUTED or dtype == torch.float32
 
 
 def _check_shared_or_per_step(
@@ -249,8 +285,9 @@ def multi_token_cross_entropy(
             every row's loss, unweighted, 0 where ignored.
         return_step_losses: return a MultiTokenLoss with every step's loss beside the total.
         memory: `"minimal"` keeps nothing but the lse and computes the logits again in the backward. `"auto"` makes the
-            gradients with the loss where that is faster (on a CPU, unless reduction is "none") and keeps them until
-            the backward.
+            gradients with the loss where that is faster (on a CPU, and on a GPU for states wider than 256 and in fp32;
+            never with reduction "none") and keeps them until the backward. On a GPU rows without a valid target cost
+            nothing where the logits are computed again: with few valid rows of wide states `"minimal"` is faster too.
 
     Returns:
         A scalar, `[N, K]` with reduction="none", or MultiTokenLoss(loss, step_losses `[K]`, unweighted and detached).
@@ -308,7 +345,12 @@ def multi_token_cross_entropy(
             )  # fmt: skip
     is_tensor = isinstance(step_weights, Tensor)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    in_forward = needs_grad and reduction != "none" and memory == "auto" and device.type == "cpu"
+    in_forward = (
+        needs_grad
+        and reduction != "none"
+        and memory == "auto"
+        and gradients_come_with_the_loss(device, hidden.dtype, hidden.shape[-1])
+    )
     function = _GradientsInForward if in_forward else _MultiTokenCrossEntropy
     loss, step_losses = function.apply(
         hidden,
@@ -331,10 +373,17 @@ def _shift_targets_fake(labels, cu_seqlens, steps, stride, ignore_index):
     return labels.new_empty((labels.shape[0], steps), dtype=torch.int64)
 
 
+def _shift_targets_triton(*args):
+    from stamp_kernels.triton_kernels.shift_targets import shift_targets  # imports Triton
+
+    return shift_targets(*args)
+
+
 _shift_targets = define_op(
     "shift_targets(Tensor labels, Tensor cu_seqlens, int steps, int stride, int ignore_index) -> Tensor",
     public_name="shift_targets",
     reference=reference.shift_targets,
+    triton=_shift_targets_triton,
     fake=_shift_targets_fake,
 )
 

@@ -64,7 +64,8 @@ def _of_step(x: Tensor, k: int, shared_dims: int) -> Tensor:
     return x if x.dim() == shared_dims else x[k]
 
 
-def _check_targets_contents(targets: Tensor, ranges: list[tuple[int, int]], ignore_index: int) -> None:
+def check_targets_contents(targets: Tensor, ranges: Sequence[tuple[int, int]], ignore_index: int) -> None:
+    """Every target is ignore_index or in its step's range."""
     if not contents_are_checked(targets.device):
         return
     for k, (start, end) in enumerate(ranges):
@@ -160,7 +161,7 @@ def multi_token_cross_entropy(
     hidden, weight = hidden.to(dtype), weight.to(dtype)  # once, so that autograd rounds their gradients once
     bias = None if bias is None else bias.to(dtype)
     ranges = [(0, weight.shape[-2])] * targets.shape[1] if vocab_ranges is None else list(vocab_ranges)
-    _check_targets_contents(targets, ranges, ignore_index)
+    check_targets_contents(targets, ranges, ignore_index)
     losses = []
     for step in _steps(hidden, weight, targets, bias, ranges, ignore_index):
         logits = _logits(_read_rows(step, slice(None)), step, slice(None), softcap)
@@ -215,7 +216,7 @@ def multi_token_cross_entropy_forward(
     """
     num_rows, num_steps = targets.shape
     ranges = step_ranges(vocab_ranges, num_steps, weight.shape[-2])
-    _check_targets_contents(targets, ranges, ignore_index)
+    check_targets_contents(targets, ranges, ignore_index)
     losses = hidden.new_empty((num_steps, num_rows), dtype=compute_dtype(hidden.dtype))
     lse = torch.empty_like(losses)
     for k, step in enumerate(_steps(hidden, weight, targets, bias, ranges, ignore_index)):
@@ -328,11 +329,12 @@ def shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, i
     """The op `stamp::shift_targets`: int64 `[T, steps]`, column k - 1 the label k * stride ahead in its sequence."""
     total = labels.shape[0]
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total)
+    if total == 0:
+        return labels.new_empty((0, steps), dtype=torch.int64)
+    stride = min(stride, total)  # past every end already; a longer one could overflow
     # Tail rows count as the sequence after the last; it ends at 0, so they have no label ahead.
     ends = torch.cat([cu_seqlens[1:], cu_seqlens.new_zeros(1)])[sequence_of_row(cu_seqlens, total)]
     rows = torch.arange(total, device=labels.device)
     ahead = rows[:, None] + stride * torch.arange(1, steps + 1, device=labels.device)
     inside = ahead < ends[:, None]
-    if total == 0:
-        return labels.new_empty((0, steps), dtype=torch.int64)
     return torch.where(inside, labels[torch.where(inside, ahead, 0)].to(torch.int64), ignore_index)

@@ -1,0 +1,368 @@
+"""The cross-entropy kernels, interpreted where there is no GPU, against the reference in float64.
+
+What the loss is, test_cross_entropy.py checks; here are the kernels' own ways through it: tiles, splits, lists of rows,
+chunks.
+"""
+
+import pytest
+import torch
+from closeness import assert_close
+from test_cross_entropy import CASES, Case, forward_arguments
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import stamp_kernels.reference.cross_entropy as reference
+import stamp_kernels.triton_kernels.cross_entropy as kernels
+from stamp_kernels.reference.cross_entropy import REDUCTIONS
+from stamp_kernels.triton_kernels import (
+    cross_entropy_backward,
+    cross_entropy_chunked,
+    cross_entropy_forward,
+    cross_entropy_tiles,
+)
+from stamp_kernels.triton_kernels.cross_entropy_tiles import list_rows, softmaxes_of
+
+# Infinities and NaN that the kernels mean, and what a masked lane of the interpreter computes.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# bf16 products are wrong in Triton's interpreter.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_few_logits_too(monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_LOGITS_IN_CHUNKS", 0)
+
+
+@pytest.fixture(autouse=True)
+def products_of_half_precision_on_a_cpu(monkeypatch):
+    """torch multiplies 16-bit factors into fp32 on a GPU alone."""
+
+    def set_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(cross_entropy_chunked, "_set_product", set_product)
+
+
+def arguments_in(dtype: torch.dtype, device: str, arguments: tuple) -> list:
+    """Arguments of an op; what is floating in another dtype, but for the losses' own fp32."""
+    return [
+        x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x for x in arguments
+    ]
+
+
+def assert_matches_reference(
+    arguments: tuple, dtype: torch.dtype, ways: tuple[str, ...] = ("twice", "chunked")
+) -> None:
+    """Losses, lse and gradients by the kernels' two ways equal the reference's.
+
+    Args:
+        arguments: of the forward op, in float64; what is floating must be exact in `dtype`.
+        ways: "twice", logits computed again in the backward, and "chunked", gradients with the loss.
+    """
+    arguments = arguments_in(torch.float64, "cpu", arguments)
+    given = arguments_in(dtype, DEVICE, arguments)
+    options, reduction = arguments[6:11], arguments[-1]
+    needs = (True, True, arguments[3] is not None)
+    loss, step_losses, step_scale, lse = reference.multi_token_cross_entropy_forward(*arguments)
+    grad_loss = torch.rand(loss.shape, dtype=torch.float64) + 0.5
+    grads = reference.multi_token_cross_entropy_backward(grad_loss, *arguments[:4], lse, step_scale, *options, *needs)
+    if "twice" in ways:
+        got = kernels.multi_token_cross_entropy_forward(*given)
+        for out, ref in zip(got, (loss, step_losses, step_scale, lse), strict=True):
+            assert out.dtype == torch.float32
+            assert_close(out.cpu(), ref, dtype)
+        got = kernels.multi_token_cross_entropy_backward(
+            grad_loss.to(DEVICE, torch.float32), *given[:4], got[3], got[2], *options, *needs
+        )
+        for out, ref in zip(got, grads, strict=True):
+            assert out.dtype == dtype
+            assert_close(out.cpu(), ref)
+    if "chunked" in ways and reduction != REDUCTIONS["none"]:
+        got = kernels.multi_token_cross_entropy_with_gradients(*given, *needs)
+        for out, ref in zip(got[:2], (loss, step_losses), strict=True):
+            assert_close(out.cpu(), ref, dtype)
+        for out, ref in zip(got[2:], grads, strict=True):
+            assert out.dtype == dtype
+            assert_close(out.cpu(), ref / grad_loss)
+
+
+def inputs_of(
+    rows: int, width: int, classes: int, steps: int = 1, per_step: tuple[str, ...] = ("hidden",), **options: object
+) -> tuple:
+    """Arguments of the forward op with a bias, exact in every dtype; a quarter of the targets is ignored."""
+    ranges = options.get("vocab_ranges", ((0, classes),) * steps)
+    shapes = {"hidden": (rows, width), "weight": (classes, width), "bias": (classes,)}
+    inputs = {
+        name: torch.randn((steps, *shape) if name in per_step else shape).bfloat16().double()
+        for name, shape in shapes.items()
+    }
+    inputs["weight"] = (inputs["weight"] / width**0.5).bfloat16().double()
+    targets = torch.stack([torch.randint(start, end, (rows,)) for start, end in ranges], dim=1)
+    targets = targets.masked_fill(torch.rand(rows, steps) < 0.25, -100)
+    return forward_arguments(inputs | {"targets": targets} | options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_contract(name, dtype):
+    assert_matches_reference(forward_arguments(CASES[name].inputs(dtype)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", ["shared", "everything", "all_ignored", "no_rows"])
+def test_reductions(name, reduction, dtype):
+    assert_matches_reference(forward_arguments(CASES[name].inputs(dtype), reduction), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width", "classes"),
+    [(1, 1, 1), (140, 20, 255), (33, 33, 256), (40, 128, 1025), (70, 300, 80), (5, 16, 31), (65, 257, 64)],
+)
+def test_tiles(rows, width, classes, dtype):
+    """More rows and classes than a tile has, and widths of more than one block."""
+    assert_matches_reference(inputs_of(rows, width, classes, steps=2), dtype)
+
+
+@pytest.mark.parametrize("per_step", [(), ("hidden",), ("weight", "bias"), ("hidden", "weight", "bias")], ids=str)
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_steps(steps, per_step):
+    assert_matches_reference(inputs_of(20, 16, 50, steps, per_step, label_smoothing=0.1, z_loss=0.01), torch.float32)
+
+
+@pytest.mark.parametrize("per_step", [(), ("hidden",)], ids=str)
+def test_classes_split_among_programs(monkeypatch, per_step):
+    monkeypatch.setattr(cross_entropy_forward, "CLASSES_PER_SPLIT", 96)
+    arguments = inputs_of(70, 16, 500, 3, per_step, label_smoothing=0.1, z_loss=0.01)
+    assert_matches_reference(arguments, torch.float32, ("twice",))
+    # Ranges of fewer classes than there are splits
+    ranges = ((0, 500), (3, 40), (400, 500))
+    assert_matches_reference(inputs_of(40, 16, 500, 3, per_step, vocab_ranges=ranges), torch.float32, ("twice",))
+
+
+@pytest.mark.parametrize("number", [1, 3, 7])
+@pytest.mark.parametrize("per_step", [(), ("hidden", "weight")], ids=str)
+def test_sums_of_gradients_split_among_programs(monkeypatch, number, per_step):
+    monkeypatch.setattr(cross_entropy_backward, "num_splits", lambda *_: number)
+    assert_matches_reference(inputs_of(150, 40, 170, 2, per_step), torch.float32, ("twice",))
+    assert_matches_reference(inputs_of(3, 40, 5, 2, per_step), torch.float16, ("twice",))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("per_step", [(), ("hidden",), ("weight", "bias")], ids=str)
+def test_chunks_of_rows(monkeypatch, per_step, dtype):
+    monkeypatch.setattr(cross_entropy_chunked, "rows_per_chunk", lambda *_: 16)
+    for options in ({}, {"vocab_ranges": ((0, 40), (0, 77), (5, 6))}):
+        assert_matches_reference(inputs_of(39, 24, 77, 3, per_step, **options), dtype, ("chunked",))
+
+
+@pytest.mark.parametrize("name", ["shared", "everything", "all_ignored", "no_rows"])
+def test_few_logits_are_not_chunked(monkeypatch, name):
+    monkeypatch.undo()
+    monkeypatch.delattr(cross_entropy_chunked, "softmax_gradient_kernel")
+    assert_matches_reference(forward_arguments(CASES[name].inputs(torch.float32)), torch.float32, ("chunked",))
+
+
+@pytest.mark.parametrize("classes", [4097, 9000])
+def test_rows_of_several_blocks_in_place(classes):
+    """Gradients of 16 bits over logits of 32, block after block."""
+    assert_matches_reference(inputs_of(5, 8, classes), torch.float16, ("chunked",))
+
+
+@pytest.mark.parametrize("num_rows", [1, 64, 1000, 5000, 100_000])
+@pytest.mark.parametrize("num_classes", [1, 256, 4096, 152_960, 10_000_000])
+def test_chunks_are_sized_by_memory(num_rows, num_classes):
+    rows = cross_entropy_chunked.rows_per_chunk(num_rows, num_classes)
+    assert rows % 64 == 0 and rows >= 64
+    assert rows == 64 or 4 * rows * num_classes <= cross_entropy_chunked.CHUNK_BYTES
+    assert rows < num_rows + 64
+    # Never all logits of a small vocabulary
+    assert num_rows < 10_000 or rows <= num_rows / 7
+
+
+# Which rows
+
+
+@pytest.mark.parametrize("pattern", ["none", "all", "prefix", "suffix", "every other", "blocks", "but one"])
+def test_lists_of_rows(monkeypatch, pattern):
+    monkeypatch.setattr(cross_entropy_tiles, "_ROWS_PER_PROGRAM", 512)
+    num_rows = 2500
+    rows = torch.arange(num_rows)
+    ignored = {
+        "none": rows < 0,
+        "all": rows >= 0,
+        "prefix": rows < 1300,
+        "suffix": rows >= 1300,
+        "every other": rows % 2 == 0,
+        "blocks": rows // 100 % 2 == 0,
+        "but one": rows != 1777,
+    }[pattern]
+    targets = torch.zeros(num_rows, 2, dtype=torch.int64)
+    targets[ignored, 0] = -1
+    targets[rows % 5 != 0, 1] = -1
+    hidden, weight = torch.zeros(2, num_rows, 4), torch.zeros(3, 4)
+    for shared in (False, True):
+        of_steps = softmaxes_of(
+            (hidden[0] if shared else hidden).to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), None, [(0, 3)] * 2
+        )
+        lists = list_rows(of_steps, -1)
+        is_valid = targets != -1
+        for of_hidden, valid in enumerate([is_valid.any(1)] if shared else is_valid.unbind(1)):
+            length = int(lists.lengths[of_hidden])
+            got = lists.rows[of_hidden].cpu()
+            assert torch.equal(got[:length], rows[valid].int())
+            assert torch.equal(got[length:].sort().values, rows[~valid].int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("ways", ["twice", "chunked"])
+def test_nan_in_ignored_rows_reaches_nothing(ways, dtype):
+    arguments = inputs_of(75, 16, 40, 2)
+    hidden, _, targets, _ = arguments[:4]
+    targets[20:60] = -100
+    hidden[:, 20:50], hidden[:, 50:60] = torch.nan, torch.inf
+    assert_matches_reference(arguments, dtype, (ways,))
+    shared = inputs_of(75, 16, 40, 2, per_step=())
+    shared[2][20:60] = -100
+    shared[0][20:60] = torch.nan
+    assert_matches_reference(shared, dtype, (ways,))
+
+
+def test_nan_in_a_valid_row_shows():
+    arguments = inputs_of(40, 16, 40)
+    arguments[2][3] = 1
+    arguments[0][:, 3] = torch.nan
+    given = arguments_in(torch.float32, DEVICE, arguments)
+    assert kernels.multi_token_cross_entropy_forward(*given)[0].isnan()
+    assert kernels.multi_token_cross_entropy_with_gradients(*given, True, True, True)[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_classes_ruled_out_by_their_bias(dtype):
+    """Whole tiles of them: the largest logit so far is -inf, and the difference of two is no number."""
+    arguments = inputs_of(40, 8, 600)
+    targets, bias = arguments[2:4]
+    bias[:200], bias[400:500] = -torch.inf, -torch.inf
+    targets[targets >= 0] = 200 + targets[targets >= 0] % 200
+    assert_matches_reference(arguments, dtype)
+
+
+def test_targets_outside_the_range_are_not_read():
+    """Only STAMP_KERNELS_CHECK=1 finds them on a GPU; until then they must not lead outside the weight."""
+    arguments = list(inputs_of(40, 8, 50))
+    arguments[2][5], arguments[2][6] = 10**12, -(10**12)
+    given = arguments_in(torch.float32, "cpu", arguments)
+    softmaxes = softmaxes_of(*(x.to(DEVICE) for x in given[:4]), [(0, 50)])
+    lists = list_rows(softmaxes, -100)
+    loss, _, scale, lse = cross_entropy_forward.forward(softmaxes, lists, None, -100, 0.0, 0.0, None, 1)
+    grads = cross_entropy_backward.backward(softmaxes, lists, lse, scale, -100, 0.0, 0.0, None, True, True, True)
+    chunked = cross_entropy_chunked.with_gradients(softmaxes, scale, -100, 0.0, 0.0, None, True, True, True)
+    assert all(torch.isfinite(x).all() for x in (loss, *grads, *chunked))
+
+
+def test_contents_are_checked_where_asked(monkeypatch):
+    monkeypatch.setenv("STAMP_KERNELS_CHECK", "1")
+    arguments = inputs_of(40, 8, 50)
+    arguments[2][5, 0] = 50
+    given = arguments_in(torch.float32, DEVICE, arguments)
+    message = r"targets\[5, 0\] is 50, .*range \[0, 50\) of step 0 nor ignore_index \(-100\)"
+    with pytest.raises(RuntimeError, match=message):
+        kernels.multi_token_cross_entropy_forward(*given)
+    with pytest.raises(RuntimeError, match=message):
+        kernels.multi_token_cross_entropy_with_gradients(*given, True, True, True)
+
+
+# Scales
+
+
+@pytest.mark.parametrize("ways", ["twice", "chunked"])
+def test_small_probabilities_in_half_precision(ways):
+    """Of 1e-6, where fp16 has steps of 6e-8. States are large, so that the gradient itself is an ordinary number."""
+    hidden, weight, targets, bias, *rest = inputs_of(260, 8, 300)
+    bias[150:] = -7.0
+    targets[targets >= 150] -= 150
+    arguments = (64 * hidden, weight / 64, targets, bias, *rest[:-1], REDUCTIONS["sum"])
+    given, exact = arguments_in(torch.float16, DEVICE, arguments), arguments_in(torch.float64, "cpu", arguments)
+    _, _, _, want, _ = reference.multi_token_cross_entropy_with_gradients(*exact, True, True, True)
+    if ways == "chunked":
+        got = kernels.multi_token_cross_entropy_with_gradients(*given, False, True, False)[3]
+    else:
+        _, _, scale, lse = kernels.multi_token_cross_entropy_forward(*given)
+        one = torch.ones((), device=DEVICE)
+        _, got, _ = kernels.multi_token_cross_entropy_backward(
+            one, *given[:4], lse, scale, *given[6:11], False, True, False
+        )
+    assert_close(got[150:].cpu(), want[150:])
+
+
+def test_gradients_scale_with_that_of_the_loss_in_half_precision():
+    """That of a mean over many rows, times a small step weight, is far below what fp16 holds."""
+    arguments = arguments_in(torch.float16, DEVICE, inputs_of(70, 8, 60, steps=2))
+    _, _, scale, lse = kernels.multi_token_cross_entropy_forward(*arguments)
+    small, large = (
+        kernels.multi_token_cross_entropy_backward(
+            torch.tensor(grad, device=DEVICE), *arguments[:4], lse, scale, *arguments[6:11], False, False, True
+        )[2]
+        for grad in (2.0**-12, 1.0)
+    )
+    assert_close(small * 2.0**12, large.double())
+
+
+@pytest.mark.parametrize("grad", [0.0, torch.inf, torch.nan])
+def test_gradients_of_the_loss_that_are_no_ordinary_numbers(grad):
+    arguments = inputs_of(40, 8, 50, steps=2)
+    given = arguments_in(torch.float32, DEVICE, arguments)
+    _, _, scale, lse = kernels.multi_token_cross_entropy_forward(*given)
+    grads = kernels.multi_token_cross_entropy_backward(
+        torch.tensor(grad, device=DEVICE), *given[:4], lse, scale, *given[6:11], True, True, True
+    )
+    for x in grads:
+        assert not x.any() if grad == 0 else not torch.isfinite(x[x != 0]).any()
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_only_what_is_needed(needs):
+    arguments = arguments_in(torch.float32, DEVICE, inputs_of(40, 8, 50, steps=2))
+    _, _, scale, lse = kernels.multi_token_cross_entropy_forward(*arguments)
+    one = torch.ones((), device=DEVICE)
+    every, some = (
+        kernels.multi_token_cross_entropy_backward(one, *arguments[:4], lse, scale, *arguments[6:11], *wanted)
+        for wanted in ((True,) * 3, needs)
+    )
+    chunked = kernels.multi_token_cross_entropy_with_gradients(*arguments, *needs)[2:]
+    for want, got, by_chunks, needed in zip(every, some, chunked, needs, strict=True):
+        assert torch.equal(got, want) if needed else got.shape == (0,)
+        assert_close(by_chunks, want.double()) if needed else by_chunks.shape == (0,)
+
+
+def test_no_rows_and_no_features():
+    for rows, width in ((0, 8), (5, 0)):
+        assert_matches_reference(inputs_of(rows, width, 30, steps=2), torch.float32)
+
+
+def test_strided_inputs():
+    hidden, weight, targets, bias, *rest = inputs_of(50, 24, 60, steps=3, per_step=("hidden", "weight", "bias"))
+
+    def interleaved(x: Tensor) -> Tensor:
+        return torch.stack([x, torch.full_like(x, 7)], dim=-2).flatten(-3, -2)[..., ::2, :]
+
+    views = {
+        "rows apart": (interleaved(hidden), interleaved(weight)),
+        "features apart": tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (hidden, weight)),
+        "steps inside": tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (hidden, weight)),
+    }
+    for view in views.values():
+        assert_matches_reference((*view, targets.t().contiguous().t(), bias.t().contiguous().t(), *rest), torch.float32)
+
+
+def test_fp64_goes_to_the_reference():
+    arguments = forward_arguments(Case(("hidden",), bias=True).inputs(torch.float64))
+    got = kernels.multi_token_cross_entropy_forward(*arguments)
+    for out, want in zip(got, reference.multi_token_cross_entropy_forward(*arguments), strict=True):
+        assert out.dtype == torch.float64 and torch.equal(out, want)

@@ -1,0 +1,450 @@
+"""Multi-token cross-entropy, forward, without logits in memory: two kernels, three where the classes are many.
+
+For a row x of a softmax over the classes v of a range, with labels y_k:
+
+    z_v = W_v x + b_v        (capped: c tanh(z_v / c))
+    lse = log sum_v exp(z_v)
+    loss_k = lse - (1 - eps) z_{y_k} - eps / V sum_v z_v + zeta lse^2        eps: label_smoothing, zeta: z_loss
+
+- `forward_kernel`: rows in place, classes pass by, an online softmax. Many classes are shared among programs
+  (`CLASSES_PER_SPLIT`, which depends on the classes alone: a row has the same bits alone or in a batch);
+- `combine_kernel` joins the splits of a row, where there are several;
+- `reduce_kernel`: from sums over blocks of rows to the loss of each step and the total.
+
+Labels' logits are products of their own, a row of the weight for each label: a look at every class of every tile
+whether it is a label would cost more.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stamp_kernels.reference.cross_entropy import REDUCTIONS
+from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
+from stamp_kernels.triton_kernels.cross_entropy_tiles import (
+    SCALARS,
+    SIZES,
+    RowLists,
+    Softmaxes,
+    cap,
+    exp_of_difference,
+    finite_pivot,
+    label_logits,
+    listed_rows,
+    load_features,
+    load_label,
+    multiply,
+)
+
+# Classes that a program passes over one after the other: few rows still are many programs, and what a split leaves
+# behind (three numbers a row) is nothing beside a pass over so many classes.
+CLASSES_PER_SPLIT = 4096
+
+
+@triton.jit
+def _add_classes(
+    row_max, row_sum, sum_logits, x, row, is_listed, first_class, end_class,
+    hidden_ptr, weight_ptr, bias_ptr, stride_hidden_row, stride_weight_class, softcap,
+    MASKED: tl.constexpr, SUM_LOGITS: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the classes `first_class ... end_class - 1`, BLOCK_V at a time.
+
+    The state after some classes, each [BLOCK_N]: row_max = max_v z_v, row_sum = sum_v exp(z_v - row_max), sum_logits =
+    sum_v z_v. MASKED False promises whole blocks.
+    """
+    for start in range(first_class, end_class, BLOCK_V):
+        class_ = start + tl.arange(0, BLOCK_V)
+        exists = (class_ < end_class) if MASKED else tl.full([BLOCK_V], True, tl.int1)
+        if RESIDENT:
+            w = load_features(weight_ptr, class_, stride_weight_class, exists, 0, WIDTH, BLOCK_D)
+            z = tl.dot(x, tl.trans(w), input_precision="ieee")  # [BLOCK_N, BLOCK_V]
+        else:
+            z = multiply(
+                hidden_ptr, row, stride_hidden_row, is_listed, weight_ptr, class_, stride_weight_class, exists,
+                WIDTH, BLOCK_D,
+            )  # fmt: skip
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + class_, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if softcap is not None:
+            z = cap(z, softcap)
+        if SUM_LOGITS:
+            sum_logits += tl.sum(tl.where(exists[None, :], z, 0.0) if MASKED else z, axis=1)
+        if MASKED:
+            z = tl.where(exists[None, :], z, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(z, axis=1))
+        pivot = finite_pivot(new_max)
+        row_sum = row_sum * exp_of_difference(row_max, pivot) + tl.sum(exp_of_difference(z, pivot[:, None]), axis=1)
+        row_max = new_max
+    return row_max, row_sum, sum_logits
+
+
+@triton.jit
+def _finish_rows(
+    loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, lse, sum_logits, block, row, is_listed, softmax, num_classes,
+    first_class, end_class, hidden_ptr, weight_ptr, bias_ptr, targets_ptr,
+    stride_hidden_row, stride_weight_class, stride_target_row, stride_target_step,
+    num_rows, num_steps, num_blocks, ignore_index, label_smoothing, z_loss, softcap,
+    LABELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Losses of a block of rows from their lse, and their sum and number for each step of the softmax."""
+    for i in tl.static_range(LABELS):
+        step = softmax * LABELS + i
+        label, is_valid = load_label(
+            targets_ptr, row, is_listed, step, stride_target_row, stride_target_step, ignore_index
+        )
+        # A label outside the range, which only STAMP_KERNELS_CHECK=1 would find, must not be read.
+        is_label = is_valid & (label >= first_class) & (label < end_class)
+        label_logit = label_logits(
+            hidden_ptr, row, stride_hidden_row, weight_ptr, label, stride_weight_class, bias_ptr, is_label, softcap,
+            WIDTH, BLOCK_K,
+        )  # fmt: skip
+        loss = lse - (1.0 - label_smoothing) * label_logit + z_loss * lse * lse
+        loss -= label_smoothing / num_classes * sum_logits
+        loss = tl.where(is_valid, loss, 0.0)
+        tl.store(lse_ptr + tl.cast(step, tl.int64) * num_rows + row, tl.where(is_valid, lse, 0.0), mask=is_listed)
+        if losses_ptr is not None:
+            tl.store(losses_ptr + row * num_steps + step, loss, mask=is_listed)
+        tl.store(loss_sums_ptr + step * num_blocks + block, tl.sum(loss, axis=0))
+        tl.store(counts_ptr + step * num_blocks + block, tl.sum(is_valid.to(tl.int32), axis=0))
+
+
+@triton.jit(do_not_specialize=[*SCALARS, *SIZES, "num_blocks"])
+def forward_kernel(
+    loss_sums_ptr,  # fp32 [K, num_blocks]
+    counts_ptr,  # int32 [K, num_blocks]
+    losses_ptr,  # fp32 [N, K] or None
+    lse_ptr,  # fp32 [K, N]
+    partials_ptr,  # fp32 [3, num_softmaxes, num_splits, N], by place in the list, or None: one split
+    hidden_ptr,  # [N, WIDTH] or [K, N, WIDTH]
+    weight_ptr,  # [V, WIDTH] or [K, V, WIDTH]
+    bias_ptr,  # [V] or [K, V], or None
+    targets_ptr,  # int64 [N, K]
+    ranges_ptr,  # int32 [num_softmaxes, 2]
+    rows_ptr,  # int32 [num_hidden, N]
+    lengths_ptr,  # int32 [num_hidden]
+    stride_hidden_step, stride_hidden_row, stride_weight_step, stride_weight_class, stride_bias_step,
+    stride_target_row, stride_target_step,
+    num_rows, num_steps, num_softmaxes, num_splits, num_blocks, ignore_index, label_smoothing, z_loss, softcap,
+    LABELS: tl.constexpr, HIDDEN_PER_STEP: tl.constexpr, SUM_LOGITS: tl.constexpr, CLASSES_PER_SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of one softmax against one split of its classes; losses too, where that is all of them.
+
+    Grid: [num_blocks, num_softmaxes, num_splits].
+    """
+    block = tl.program_id(0)
+    softmax = tl.program_id(1)
+    split = tl.program_id(2)
+    hidden = softmax if HIDDEN_PER_STEP else 0 * softmax
+    num_listed = tl.load(lengths_ptr + hidden)
+    first = block * BLOCK_N
+    if first >= num_listed:
+        if partials_ptr is None:
+            for i in tl.static_range(LABELS):
+                tl.store(loss_sums_ptr + (softmax * LABELS + i) * num_blocks + block, 0.0)
+                tl.store(counts_ptr + (softmax * LABELS + i) * num_blocks + block, 0)
+        return
+
+    row, is_listed, _ = listed_rows(rows_ptr, hidden, first, num_listed, num_rows, BLOCK_N)
+    first_class = tl.load(ranges_ptr + 2 * softmax)
+    end_class = tl.load(ranges_ptr + 2 * softmax + 1)
+    softmax_64 = tl.cast(softmax, tl.int64)
+    hidden_ptr += softmax_64 * stride_hidden_step
+    weight_ptr += softmax_64 * stride_weight_step
+    if bias_ptr is not None:
+        bias_ptr += softmax_64 * stride_bias_step
+    RESIDENT: tl.constexpr = WIDTH <= BLOCK_D
+    x = 0.0
+    if RESIDENT:
+        x = load_features(hidden_ptr, row, stride_hidden_row, is_listed, 0, WIDTH, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+
+    split_first = first_class + split * CLASSES_PER_SPLIT
+    split_end = tl.minimum(split_first + CLASSES_PER_SPLIT, end_class)
+    whole_end = split_first + tl.maximum(split_end - split_first, 0) // BLOCK_V * BLOCK_V
+    row_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_N], tl.float32)
+    sum_logits = tl.zeros([BLOCK_N], tl.float32)
+    for masked in tl.static_range(2):
+        row_max, row_sum, sum_logits = _add_classes(
+            row_max, row_sum, sum_logits, x, row, is_listed,
+            whole_end if masked else split_first, split_end if masked else whole_end,
+            hidden_ptr, weight_ptr, bias_ptr, stride_hidden_row, stride_weight_class, softcap,
+            masked, SUM_LOGITS, RESIDENT, WIDTH, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+
+    if partials_ptr is None:
+        _finish_rows(
+            loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, row_max + tl.log(row_sum), sum_logits, block, row,
+            is_listed, softmax, end_class - first_class, first_class, end_class, hidden_ptr, weight_ptr, bias_ptr,
+            targets_ptr, stride_hidden_row, stride_weight_class, stride_target_row, stride_target_step,
+            num_rows, num_steps, num_blocks, ignore_index, label_smoothing, z_loss, softcap, LABELS, WIDTH,
+            BLOCK_D if BLOCK_D < 64 else 64,
+        )  # fmt: skip
+    else:
+        entry = first + tl.arange(0, BLOCK_N)
+        of_split = partials_ptr + (softmax_64 * num_splits + split) * num_rows + entry
+        kind = tl.cast(num_softmaxes, tl.int64) * num_splits * num_rows
+        tl.store(of_split, row_max, mask=is_listed)
+        tl.store(of_split + kind, row_sum, mask=is_listed)
+        tl.store(of_split + 2 * kind, sum_logits, mask=is_listed)
+
+
+@triton.jit(do_not_specialize=[*SCALARS, *SIZES, "num_blocks"])
+def combine_kernel(
+    loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, partials_ptr, hidden_ptr, weight_ptr, bias_ptr, targets_ptr,
+    ranges_ptr, rows_ptr, lengths_ptr,
+    stride_hidden_step, stride_hidden_row, stride_weight_step, stride_weight_class, stride_bias_step,
+    stride_target_row, stride_target_step,
+    num_rows, num_steps, num_softmaxes, num_splits, num_blocks, ignore_index, label_smoothing, z_loss, softcap,
+    LABELS: tl.constexpr, HIDDEN_PER_STEP: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Losses of BLOCK_N rows of one softmax from the partial sums of its splits, in their order.
+
+    Grid: [num_blocks, num_softmaxes]. The arguments are those of `forward_kernel`.
+    """
+    block = tl.program_id(0)
+    softmax = tl.program_id(1)
+    hidden = softmax if HIDDEN_PER_STEP else 0 * softmax
+    num_listed = tl.load(lengths_ptr + hidden)
+    first = block * BLOCK_N
+    if first >= num_listed:
+        for i in tl.static_range(LABELS):
+            tl.store(loss_sums_ptr + (softmax * LABELS + i) * num_blocks + block, 0.0)
+            tl.store(counts_ptr + (softmax * LABELS + i) * num_blocks + block, 0)
+        return
+
+    row, is_listed, _ = listed_rows(rows_ptr, hidden, first, num_listed, num_rows, BLOCK_N)
+    softmax_64 = tl.cast(softmax, tl.int64)
+    kind = tl.cast(num_softmaxes, tl.int64) * num_splits * num_rows
+    row_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_N], tl.float32)
+    sum_logits = tl.zeros([BLOCK_N], tl.float32)
+    for split in range(num_splits):
+        of_split = partials_ptr + (softmax_64 * num_splits + split) * num_rows + first + tl.arange(0, BLOCK_N)
+        split_max = tl.load(of_split, mask=is_listed, other=0.0)
+        new_max = tl.maximum(row_max, split_max)
+        pivot = finite_pivot(new_max)
+        split_sum = tl.load(of_split + kind, mask=is_listed, other=0.0)
+        row_sum = row_sum * exp_of_difference(row_max, pivot) + split_sum * exp_of_difference(split_max, pivot)
+        sum_logits += tl.load(of_split + 2 * kind, mask=is_listed, other=0.0)
+        row_max = new_max
+    first_class = tl.load(ranges_ptr + 2 * softmax)
+    end_class = tl.load(ranges_ptr + 2 * softmax + 1)
+    _finish_rows(
+        loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, row_max + tl.log(row_sum), sum_logits, block, row, is_listed,
+        softmax, end_class - first_class, first_class, end_class, hidden_ptr + softmax_64 * stride_hidden_step,
+        weight_ptr + softmax_64 * stride_weight_step,
+        None if bias_ptr is None else bias_ptr + softmax_64 * stride_bias_step, targets_ptr,
+        stride_hidden_row, stride_weight_class, stride_target_row, stride_target_step,
+        num_rows, num_steps, num_blocks, ignore_index, label_smoothing, z_loss, softcap, LABELS, WIDTH, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_steps", "num_blocks"])
+def reduce_kernel(
+    loss_ptr,  # fp32 []
+    step_losses_ptr,  # fp32 [K]
+    step_scale_ptr,  # fp32 [K]
+    loss_sums_ptr,  # fp32 [K, num_blocks]
+    counts_ptr,  # int32 [K, num_blocks]
+    step_weights_ptr,  # floating [K], or None: all 1
+    num_steps, num_blocks,
+    MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`sum_k w_k loss_k`, each loss_k a mean over its valid rows (0 where there are none) or a sum.
+
+    Grid: [1]. Sums run block after block, in an order that the number of rows alone decides.
+    """
+    total = 0.0
+    for step in range(num_steps):
+        sums = tl.zeros([BLOCK], tl.float32)
+        counts = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, num_blocks, BLOCK):
+            block = start + tl.arange(0, BLOCK)
+            sums += tl.load(loss_sums_ptr + step * num_blocks + block, mask=block < num_blocks, other=0.0)
+            counts += tl.load(counts_ptr + step * num_blocks + block, mask=block < num_blocks, other=0)
+        scale = 1.0
+        if MEAN:
+            scale = 1.0 / tl.maximum(tl.sum(counts, axis=0), 1).to(tl.float32)
+        step_loss = tl.sum(sums, axis=0)
+        weight = 1.0
+        if step_weights_ptr is not None:
+            weight = tl.load(step_weights_ptr + step).to(tl.float32)
+        tl.store(step_losses_ptr + step, step_loss * scale)
+        tl.store(step_scale_ptr + step, scale * weight)
+        total += step_loss * scale * weight
+    tl.store(loss_ptr, total)
+
+
+class ForwardConfig(NamedTuple):
+    """Tile of rows x classes, and the features that are in place at a time."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def forward_config(width: int, *, element_size: int) -> ForwardConfig:
+    """Tiles by counting, unmeasured: a thread of 256 holds 64 logits of a 128 x 128 tile. Shared memory holds the rows,
+    128 * BLOCK_D elements, and `num_stages` blocks of classes: 128 KB at width 128, within the 163 KB of an A100.
+    fp32 goes without matrix units; its products are unrolled in registers, so its tiles are small.
+    """
+    block_d = max(16, triton.next_power_of_2(width))
+    if element_size == 4:
+        return ForwardConfig(32, 32, min(block_d, 64), num_warps=4, num_stages=2)
+    if block_d > 256:
+        return ForwardConfig(128, 128, 64, num_warps=8, num_stages=3)
+    if block_d == 256:
+        return ForwardConfig(128, 64, 256, num_warps=8, num_stages=2)
+    return ForwardConfig(128, 128, block_d, num_warps=8, num_stages=3)
+
+
+def forward(
+    softmaxes: Softmaxes,
+    lists: RowLists,
+    step_weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, step_losses, step_scale, lse), as the op `stamp::multi_token_cross_entropy_forward` gives them.
+
+    Two or three launches, and the zeros of rows without a label. No host sync.
+    """
+    hidden, weight, targets, bias, *_ = softmaxes
+    num_rows, num_steps = targets.shape
+    config = forward_config(softmaxes.width, element_size=hidden.element_size())
+    num_blocks = triton.cdiv(num_rows, config.block_n)
+    num_splits = triton.cdiv(softmaxes.widest_range, CLASSES_PER_SPLIT)
+    is_reduced = reduction != REDUCTIONS["none"]
+    lse = hidden.new_zeros((num_steps, num_rows), dtype=torch.float32)
+    losses = None if is_reduced else lse.new_zeros((num_rows, num_steps))
+    loss_sums = lse.new_empty((num_steps, num_blocks))
+    counts = lse.new_empty((num_steps, num_blocks), dtype=torch.int32)
+    partials = None
+    if num_splits > 1:
+        partials = lse.new_empty((3, softmaxes.num_softmaxes, num_splits, num_rows))
+    arguments: dict[str, Any] = dict(
+        loss_sums_ptr=loss_sums,
+        counts_ptr=counts,
+        losses_ptr=losses,
+        lse_ptr=lse,
+        partials_ptr=partials,
+        hidden_ptr=hidden,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        targets_ptr=targets,
+        ranges_ptr=softmaxes.ranges_on_device,
+        rows_ptr=lists.rows,
+        lengths_ptr=lists.lengths,
+        stride_hidden_step=softmaxes.step_stride(hidden, 2),
+        stride_hidden_row=hidden.stride(-2),
+        stride_weight_step=softmaxes.step_stride(weight, 2),
+        stride_weight_class=weight.stride(-2),
+        stride_bias_step=softmaxes.step_stride(bias, 1),
+        stride_target_row=targets.stride(0),
+        stride_target_step=targets.stride(1),
+        num_rows=num_rows,
+        num_steps=num_steps,
+        num_softmaxes=softmaxes.num_softmaxes,
+        num_splits=num_splits,
+        num_blocks=num_blocks,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        LABELS=softmaxes.num_labels,
+        HIDDEN_PER_STEP=softmaxes.num_hidden > 1,
+        WIDTH=softmaxes.width,
+        BLOCK_N=config.block_n,
+    )
+    if num_blocks > 0:
+        forward_kernel[(num_blocks, softmaxes.num_softmaxes, num_splits)](
+            **arguments,
+            SUM_LOGITS=label_smoothing > 0,
+            CLASSES_PER_SPLIT=CLASSES_PER_SPLIT,
+            BLOCK_V=config.block_v,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        if num_splits > 1:
+            combine_kernel[(num_blocks, softmaxes.num_softmaxes)](
+                **arguments, BLOCK_K=min(config.block_d, 64), num_warps=4
+            )
+    if not is_reduced:
+        return losses, lse.new_empty(0), lse.new_empty(0), lse
+    loss, step_losses, step_scale = lse.new_empty(()), lse.new_empty(num_steps), lse.new_empty(num_steps)
+    reduce_kernel[(1,)](
+        loss, step_losses, step_scale, loss_sums, counts, step_weights, num_steps, num_blocks,
+        MEAN=reduction == REDUCTIONS["mean"], BLOCK=512, num_warps=4,
+    )  # fmt: skip
+    return loss, step_losses, step_scale, lse
+
+
+# Ahead-of-time compilation
+
+
+def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
+    """Typical configurations of the kernels, the same on every device."""
+    for width, dtype, features in itertools.product(
+        (64, 128, 200, 256, 1024), (torch.bfloat16, torch.float32),
+        ((), ("splits",), ("labels", "bias", "softcap", "smoothing", "rows")),
+    ):  # fmt: skip
+        config = forward_config(width, element_size=dtype.itemsize)
+        name = "-".join((str(width), TRITON_TYPES[dtype], *features))
+        tile = dict(BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d)
+        options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+        hot = dtype == torch.bfloat16 and width == 128 and not features
+        yield _aot_variant(f"rows-{name}", forward_kernel, width, dtype, features, tile, options, hot)
+        if "splits" in features:
+            tile = dict(BLOCK_N=config.block_n, BLOCK_K=min(config.block_d, 64))
+            options = dict(num_warps=4, num_stages=3)
+            yield _aot_variant(f"combine-{name}", combine_kernel, width, dtype, features, tile, options, hot=False)
+    types = {name: "*fp32" for name in reduce_kernel.arg_names if name.endswith("_ptr")} | dict(counts_ptr="*i32")
+    yield AotVariant(
+        name="reduce",
+        kernel=reduce_kernel,
+        signature={n: types.get(n, "i32") for n in reduce_kernel.arg_names if n not in ("MEAN", "BLOCK")},
+        constexprs=dict(MEAN=True, BLOCK=512),
+        options=dict(num_warps=4, num_stages=3),
+        hot=False,
+    )
+
+
+def _aot_variant(
+    name: str,
+    kernel: triton.runtime.JITFunction,
+    width: int,
+    dtype: torch.dtype,
+    features: tuple[str, ...],
+    tile: dict[str, int],
+    options: dict[str, int],
+    hot: bool,
+) -> AotVariant:
+    inputs = f"*{TRITON_TYPES[dtype]}"
+    types = dict(hidden_ptr=inputs, weight_ptr=inputs, bias_ptr="*fp32", targets_ptr="*i64", counts_ptr="*i32")
+    types |= {f"{integers}_ptr": "*i32" for integers in ("ranges", "rows", "lengths")}
+    types |= dict(label_smoothing="fp32", z_loss="fp32", softcap="fp32")
+    constexprs: dict[str, Any] = tile | dict(
+        LABELS=4 if "labels" in features else 1, HIDDEN_PER_STEP=False, WIDTH=width
+    )
+    if kernel is forward_kernel:
+        constexprs |= dict(SUM_LOGITS="smoothing" in features, CLASSES_PER_SPLIT=CLASSES_PER_SPLIT)
+    optional = dict(bias_ptr="bias", softcap="softcap", losses_ptr="rows", partials_ptr="splits")
+    constexprs |= {argument: None for argument, feature in optional.items() if feature not in features}
+    signature = {
+        n: types.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in kernel.arg_names if n not in constexprs
+    }
+    return AotVariant(name, kernel, signature, constexprs, options, hot)
