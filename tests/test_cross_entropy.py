@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from closeness import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from ragged import BATCHES, ragged_batches
+from ragged import BATCHES, RaggedBatch, ragged_batches
 from torch.utils.flop_counter import FlopCounterMode
 
 import stamp_kernels.flops  # noqa: F401  (registers the formulas)
@@ -618,6 +618,54 @@ def test_shift_targets_keeps_labels_that_are_ignored():
     assert got[:, 0].tolist() == [-100, 3, -100]
 
 
+def test_shift_targets_of_strided_inputs(backend):
+    batch = BATCHES["ragged"]
+    labels = torch.randint(0, 100, (batch.total, 3))[:, 1]
+    cu_seqlens = torch.stack([batch.cu_seqlens, batch.cu_seqlens + 1], dim=1)[:, 0]
+    got = shift_targets(labels, cu_seqlens, steps=2)
+    assert torch.equal(got, shifted_by_loop(batch, labels, 2, 1, -100))
+    one_label = torch.tensor(7).expand(batch.total)
+    got = shift_targets(one_label, cu_seqlens, steps=2)
+    assert torch.equal(got, shifted_by_loop(batch, one_label, 2, 1, -100))
+
+
+def test_shift_targets_of_many_rows(backend):
+    """Enough for several threads, and a part that begins inside a sequence or among empty ones."""
+    batch = RaggedBatch((4001, 0, 0, 7, *range(0, 300, 2), 9001, 0), tail=5)
+    labels = torch.arange(batch.total)
+    got = shift_targets(labels, batch.cu_seqlens, steps=3, stride=2)
+    assert torch.equal(got, shifted_by_loop(batch, labels, 3, 2, -100))
+
+
+@pytest.mark.parametrize(("steps", "stride"), [(1, 1), (2, 1), (3, 2), (40, 1), (2, 40)])
+def test_shift_targets_reads_no_tail_label(backend, steps, stride):
+    """Neither as the label ahead of the last sequence's rows, nor for the tail rows themselves."""
+    lengths = (4, 0, 6)
+    batch = RaggedBatch(lengths, tail=50)
+    labels = torch.arange(batch.total)
+    labels[batch.valid :] = 999
+    got = shift_targets(labels, batch.cu_seqlens, steps=steps, stride=stride)
+    assert not (got == 999).any()
+    assert (got[batch.valid :] == -100).all()
+    for k in range(1, steps + 1):
+        assert (got[:, k - 1] != -100).sum() == sum(max(n - k * stride, 0) for n in lengths)
+
+
+@pytest.mark.parametrize("stride", [98, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1])
+def test_shift_targets_past_every_end(backend, stride):
+    """`steps * stride` may be more than any integer type holds."""
+    batch = BATCHES["long_among_short"]
+    got = shift_targets(torch.arange(batch.total), batch.cu_seqlens, steps=5, stride=stride)
+    assert got.shape == (batch.total, 5)
+    assert (got == -100).all()
+
+
+@pytest.mark.parametrize(("offsets", "total"), [([0], 0), ([0, 0, 0], 0), ([0], 4), ([0, 0], 4)])
+def test_shift_targets_without_rows_in_sequences(backend, offsets, total):
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    assert shift_targets(torch.arange(total), cu_seqlens, steps=3).tolist() == [[-100] * 3] * total
+
+
 def test_loss_of_shifted_targets_is_that_of_padded_labels():
     """A step's loss over a packed batch equals F.cross_entropy of the padded batch's shifted labels."""
     batch = BATCHES["ragged"]
@@ -659,10 +707,33 @@ def test_shift_targets_bad_arguments(arguments, message):
         shift_targets(**good | arguments)
 
 
-@pytest.mark.parametrize("offsets", [[1, 5], [0, 3, 2], [0, 6]], ids=str)
-def test_shift_targets_bad_contents(backend, offsets):
-    with pytest.raises(RuntimeError, match="cu_seqlens"):
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 5], r"cu_seqlens\[0\] must be 0, got 1"),
+        ([0, 3, 2], "cu_seqlens must never decrease, got 3 then 2 at index 1"),
+        ([0, 6], r"cu_seqlens\[-1\] must be at most the number of rows 5, got 6"),
+    ],
+    ids=str,
+)
+def test_shift_targets_bad_contents(backend, offsets, message):
+    with pytest.raises(RuntimeError, match=message):
         shift_targets(torch.arange(5), torch.tensor(offsets, dtype=torch.int32), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "steps", "stride", "message"),
+    [
+        (torch.zeros(5, 1, dtype=torch.int64), 1, 1, "labels must have one dimension, got 2"),
+        (torch.zeros(5), 1, 1, "labels must be int64, int32, int16, int8 or uint8"),
+        (torch.arange(5), 0, 1, "steps and stride must be at least 1, got 0 and 1"),
+        (torch.arange(5), 1, -2, "steps and stride must be at least 1, got 1 and -2"),
+    ],
+)
+def test_shift_targets_raw_op_bad_arguments(labels, steps, stride, message):
+    """What the public function refuses must not make the op read elsewhere."""
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.stamp.shift_targets(labels, torch.tensor([0, 5], dtype=torch.int32), steps, stride, -100)
 
 
 def test_examples():

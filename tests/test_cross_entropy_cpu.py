@@ -1,4 +1,4 @@
-"""The compiled cross-entropy of the CPU: every instruction set, many groups and chunks, bits, memory.
+"""The compiled cross-entropy of the CPU: every instruction set, many groups and tiles, bits, memory.
 
 What the loss is, test_cross_entropy.py checks; here is what only these kernels could get wrong.
 """
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stamp_kernels import multi_token_cross_entropy
 from stamp_kernels.profiling.measure import peak_bytes
+from stamp_kernels.reference import cross_entropy as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -64,8 +65,31 @@ def test_a_large_vocabulary():
     assert_matches_loop(make_inputs(260, 32, 32_000))
 
 
-def test_whole_chunks_of_classes_ruled_out_by_their_bias(capability):
-    """The largest logit of such a chunk is -inf, and the difference of two is no number."""
+@pytest.mark.parametrize("memory", ["auto", "minimal"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "label_smoothing": 0.1, "z_loss": 1e-3}], ids=str)
+def test_many_tiles(capability, options, memory):
+    """Blocks of rows, slices of several chunks, and rows whose first labels are ignored, with shared hidden states."""
+    hidden, weight, targets, bias = make_inputs(700, 24, 4500, steps=3)
+    hidden = hidden.detach()[0].requires_grad_()
+    targets[:200, :2] = -100
+    results = []
+    for run, to in ((multi_token_cross_entropy, torch.float32), (reference.multi_token_cross_entropy, torch.float64)):
+        leaves = [x.detach().to(to).requires_grad_() for x in (hidden, weight, bias)]
+        kept = {"memory": memory} if run is multi_token_cross_entropy else {}
+        loss = run(leaves[0], leaves[1], targets, bias=leaves[2], **options, **kept)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("width", [1000, 4100])
+def test_wide_rows(width):
+    """Fewer classes in a chunk, slices and rows in a group."""
+    assert_matches_loop(make_inputs(150, width, 1500))
+
+
+def test_whole_slices_of_classes_ruled_out_by_their_bias(capability):
+    """The largest logit of such a slice is -inf, and the difference of two is no number."""
     hidden, weight, targets, bias = make_inputs(40, 8, 600)
     with torch.no_grad():
         bias[:200], bias[400:500] = -torch.inf, -torch.inf
@@ -100,8 +124,9 @@ def test_rows_past_which_nothing_is_read():
 
 
 @pytest.mark.parametrize("memory", ["auto", "minimal"])
-def test_bits_do_not_depend_on_the_number_of_threads(memory):
-    hidden, weight, targets, bias = make_inputs(500, 40, 700, steps=2)
+@pytest.mark.parametrize("classes", [700, 5000])
+def test_bits_do_not_depend_on_the_number_of_threads(classes, memory):
+    hidden, weight, targets, bias = make_inputs(500, 40, classes, steps=2)
 
     def run() -> list[Tensor]:
         loss = multi_token_cross_entropy(hidden, weight, targets, bias=bias, memory=memory)

@@ -203,23 +203,85 @@ def test_prune(device, dtype, lengths):
         assert torch.equal(out[: len(ref)].cpu(), ref)
 
 
+def cross_entropy_step(
+    hidden: Tensor, weight: Tensor, targets: Tensor, memory: str = "auto", reduction: str = "mean"
+) -> list[Tensor]:
+    """Loss and gradients of three steps with all options."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = multi_token_cross_entropy(
+        hidden, weight, targets, step_weights=[1.0, 0.5, 0.25], label_smoothing=0.1, z_loss=1e-3, memory=memory,
+        reduction=reduction,
+    )  # fmt: skip
+    return [loss.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight))]
+
+
+def cross_entropy_inputs(width: int, dtype: torch.dtype, hidden_steps: int = 1) -> list[Tensor]:
+    """hidden, weight and targets; so many classes that wide states are worked through in chunks."""
+    labels = torch.randint(0, 2200, (sum(LENGTHS) + TAIL,))
+    hidden = torch.stack([random_like_trained(len(labels), width) for _ in range(hidden_steps)])
+    weight = torch.randn(2200, width, dtype=torch.float64) / width**0.5
+    hidden = hidden[0] if hidden_steps == 1 else hidden
+    return [hidden.to(dtype).double(), weight.to(dtype).double(), shift_targets(labels, offsets(), steps=3)]
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy(device, dtype):
-    labels = torch.randint(0, 1000, (sum(LENGTHS) + TAIL,))
-    targets = shift_targets(labels, offsets(), steps=3)
-    assert torch.equal(shift_targets(labels.to(device), offsets().to(device), steps=3).cpu(), targets)
-    hidden, weight = random_like_trained(len(labels), 64).to(dtype), (torch.randn(1000, 64) / 8).to(dtype)
-
-    def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
-        hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-        loss = multi_token_cross_entropy(hidden, weight, targets, step_weights=[1.0, 0.5, 0.25], label_smoothing=0.1)
-        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
-
-    expected = loss_and_gradients(hidden.double(), weight.double(), targets)
-    got = loss_and_gradients(hidden.to(device), weight.to(device), targets.to(device))
-    for out, ref in zip(got, expected, strict=True):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", ["auto", "minimal"])
+@pytest.mark.parametrize(("width", "hidden_steps"), [(64, 1), (64, 3), (200, 1), (512, 1), (512, 3)])
+def test_cross_entropy(device, dtype, memory, width, hidden_steps):
+    hidden, weight, targets = cross_entropy_inputs(width, dtype, hidden_steps)
+    with use_backend("reference"):
+        expected = cross_entropy_step(hidden, weight, targets)
+    given = hidden.to(device, dtype), weight.to(device, dtype), targets.to(device)
+    runs = [cross_entropy_step(*given, memory) for _ in range(2)]
+    for out, again, ref in zip(*runs, expected, strict=True):
+        assert torch.equal(out, again)
         assert_close(out.cpu(), ref, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("width", [64, 512])
+def test_shifted_targets_and_losses_of_a_row_are_the_same_alone_and_in_a_batch(device, width):
+    hidden, weight, targets = cross_entropy_inputs(width, torch.float32)
+    labels = torch.arange(len(targets))
+    on_device = shift_targets(labels.to(device), offsets().to(device), steps=3, stride=4)
+    assert torch.equal(on_device.cpu(), shift_targets(labels, offsets(), steps=3, stride=4))
+    hidden, weight, targets = hidden.to(device, torch.float32), weight.to(device, torch.float32), targets.to(device)
+    losses = multi_token_cross_entropy(hidden, weight, targets, reduction="none")
+    for rows in (slice(0, 1), slice(33, 34), slice(40, 300)):
+        alone = multi_token_cross_entropy(hidden[rows], weight, targets[rows], reduction="none")
+        assert torch.equal(alone, losses[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 512], ids=["computed again", "chunked"])
+def test_cross_entropy_in_a_cuda_graph(width):
+    """Captured once with its targets, forward and backward, replayed on other contents, lengths and ignored rows."""
+    hidden, weight, _ = cross_entropy_inputs(width, torch.bfloat16)
+    hidden, weight = (x.nan_to_num().to("cuda", torch.bfloat16).requires_grad_() for x in (hidden, weight))
+    labels, cu_seqlens = torch.randint(0, 2200, (len(hidden),), device="cuda"), offsets().to("cuda")
+    step_weights = torch.ones(3, device="cuda")
+
+    def step() -> list[Tensor]:
+        targets = shift_targets(labels, cu_seqlens, steps=3)
+        loss = multi_token_cross_entropy(hidden, weight, targets, step_weights=step_weights)
+        return [loss, *torch.autograd.grad(loss, (hidden, weight))]
+
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
+        step()
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in (hidden, weight, step_weights):
+            x.normal_()
+    labels.copy_(torch.randint(0, 2200, labels.shape)).masked_fill_(torch.rand(labels.shape, device="cuda") < 0.3, -100)
+    cu_seqlens.copy_(torch.tensor([0, *reversed(LENGTHS)]).cumsum(0))
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("device", DEVICES)

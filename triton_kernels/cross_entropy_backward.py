@@ -433,13 +433,11 @@ def backward(
     In fp32 where they are sums of parts.
 
     Args:
-        lse: fp32 `[K, N]`, of the forward.
         softmaxes: of at least one row.
+        lse: fp32 `[K, N]`, of the forward.
         scale: fp32 `[N, K]`, or `[K]` where all rows have the same: the gradient of a row's loss of a step.
     """
     hidden, weight, bias = softmaxes.hidden, softmaxes.weight, softmaxes.bias
-    num_rows, num_classes, width = softmaxes.num_rows, weight.shape[-2], softmaxes.width
-    num_hidden, num_weights = softmaxes.num_hidden, softmaxes.num_weights
     terms = _row_terms(softmaxes, lists, lse, scale, ignore_index, label_smoothing, z_loss)
     inputs = dict(
         hidden_ptr=hidden,
@@ -454,51 +452,74 @@ def backward(
         stride_weight_step=softmaxes.step_stride(weight, 2),
         stride_weight_class=weight.stride(-2),
         stride_bias_step=softmaxes.step_stride(bias, 1),
-        num_rows=num_rows,
+        num_rows=softmaxes.num_rows,
         num_entries=terms["lse_ptr"].shape[1],
         num_softmaxes=softmaxes.num_softmaxes,
         softcap=softcap,
         LABELS=softmaxes.num_labels,
-        HIDDEN_PER_STEP=num_hidden > 1,
+        HIDDEN_PER_STEP=softmaxes.num_hidden > 1,
         PLAIN=softmaxes.num_labels == 1 and label_smoothing == 0 and z_loss == 0,
         GAIN=gain(hidden.dtype),
-        WIDTH=width,
+        WIDTH=softmaxes.width,
     )
-    capability = compute_capability(hidden.device)
-    grad_hidden = grad_weight = grad_bias = None
-    if need_hidden:
-        config = hidden_gradient_config(capability, width, element_size=hidden.element_size())
-        blocks = triton.cdiv(num_rows, config.block_n) * triton.cdiv(width, config.block_d)
-        splits = num_splits(blocks * num_hidden, triton.cdiv(softmaxes.widest_range, config.block_v), hidden.device)
-        parts = hidden.new_empty(
-            (splits, num_hidden, num_rows, width), dtype=hidden.dtype if splits == 1 else torch.float32
-        )
-        if parts.numel() > 0:
-            grid = (triton.cdiv(num_rows, config.block_n), num_hidden, triton.cdiv(width, config.block_d) * splits)
-            hidden_gradient_kernel[grid](parts, **inputs, num_splits=splits, **_tile(config))
-        grad_hidden = parts[0] if splits == 1 else parts.sum(0)
+    grad_hidden = _hidden_gradient(softmaxes, inputs) if need_hidden else None
+    grad_weight = grad_bias = None
     if need_weight or need_bias:
-        config = weight_gradient_config(capability, width, element_size=hidden.element_size())
-        blocks = triton.cdiv(num_classes, config.block_v) * triton.cdiv(width, config.block_d)
-        splits = num_splits(blocks * num_weights, triton.cdiv(num_rows, config.block_n), hidden.device)
-        parts = bias_parts = None
-        if need_weight:
-            parts = weight.new_empty(
-                (splits, num_weights, num_classes, width), dtype=weight.dtype if splits == 1 else torch.float32
-            )
-        if need_bias:
-            bias_parts = lse.new_empty((splits, softmaxes.num_softmaxes, num_classes))
-        grid = (triton.cdiv(num_classes, config.block_v), num_weights, triton.cdiv(width, config.block_d) * splits)
-        if grid[2] > 0:
-            weight_gradient_kernel[grid](
-                parts, bias_parts, **inputs, num_splits=splits, num_classes=num_classes,
-                WEIGHT_PER_STEP=num_weights > 1, **_tile(config),
-            )  # fmt: skip
-        if need_weight:
-            grad_weight = parts[0] if splits == 1 else parts.sum(0)
-        if need_bias:
-            grad_bias = bias_parts.sum(0 if bias.dim() == 2 else (0, 1))
+        grad_weight, grad_bias = _weight_gradients(softmaxes, inputs, need_weight, need_bias)
     return grad_hidden, grad_weight, grad_bias
+
+
+def _hidden_gradient(softmaxes: Softmaxes, inputs: dict[str, Any]) -> Tensor:
+    hidden, width = softmaxes.hidden, softmaxes.width
+    config = hidden_gradient_config(compute_capability(hidden.device), width, element_size=hidden.element_size())
+    row_blocks, feature_blocks = triton.cdiv(softmaxes.num_rows, config.block_n), triton.cdiv(width, config.block_d)
+    splits = num_splits(
+        row_blocks * feature_blocks * softmaxes.num_hidden,
+        triton.cdiv(softmaxes.widest_range, config.block_v),
+        hidden.device,
+    )
+    parts = _parts(splits, (softmaxes.num_hidden, softmaxes.num_rows, width), hidden)
+    hidden_gradient_kernel[(row_blocks, softmaxes.num_hidden, feature_blocks * splits)](
+        parts, **inputs, num_splits=splits, **_tile(config)
+    )
+    return parts[0] if splits == 1 else parts.sum(0)
+
+
+def _weight_gradients(
+    softmaxes: Softmaxes, inputs: dict[str, Any], need_weight: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    weight, num_classes, width = softmaxes.weight, softmaxes.weight.shape[-2], softmaxes.width
+    config = weight_gradient_config(compute_capability(weight.device), width, element_size=weight.element_size())
+    class_blocks, feature_blocks = triton.cdiv(num_classes, config.block_v), triton.cdiv(width, config.block_d)
+    splits = num_splits(
+        class_blocks * feature_blocks * softmaxes.num_weights,
+        triton.cdiv(softmaxes.num_rows, config.block_n),
+        weight.device,
+    )
+    parts = _parts(splits, (softmaxes.num_weights, num_classes, width), weight) if need_weight else None
+    bias_parts = None
+    if need_bias:
+        bias_parts = weight.new_empty((splits, softmaxes.num_softmaxes, num_classes), dtype=torch.float32)
+    weight_gradient_kernel[(class_blocks, softmaxes.num_weights, feature_blocks * splits)](
+        parts,
+        bias_parts,
+        **inputs,
+        num_splits=splits,
+        num_classes=num_classes,
+        WEIGHT_PER_STEP=softmaxes.num_weights > 1,
+        **_tile(config),
+    )
+    grad_weight = grad_bias = None
+    if need_weight:
+        grad_weight = parts[0] if splits == 1 else parts.sum(0)
+    if need_bias:
+        grad_bias = bias_parts.sum(0 if softmaxes.bias.dim() == 2 else (0, 1))
+    return grad_weight, grad_bias
+
+
+def _parts(splits: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for the parts of a gradient: itself where there is one, in fp32 where they are to be added up."""
+    return like.new_empty((splits, *shape), dtype=like.dtype if splits == 1 else torch.float32)
 
 
 def _tile(config: GradientConfig) -> dict[str, int]:

@@ -3,96 +3,128 @@
     pytest benchmarks/micro/bench_cross_entropy.py --benchmark-only --benchmark-json=cross_entropy.json
     python benchmarks/table.py cross_entropy.json
 
-The floor counts three products for the logits and the two gradients, and no logits in memory.
+The floor counts three products for the logits and the two gradients, and no logits in memory. Where all targets share
+their logits they count once.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from kernel_work import KernelWork
-from torch import Tensor
 
 from stamp_kernels import multi_token_cross_entropy
-from stamp_kernels.profiling.cross_entropy_peers import chunked, full_logits, linear_cross_entropy
+from stamp_kernels.profiling import cross_entropy_peers as peers
+from stamp_kernels.profiling.cross_entropy_peers import CrossEntropyProblem, LossFunction, PeerUnavailableError
+
+ON_GPU = torch.cuda.is_available()
+ROWS = 32_768 if ON_GPU else 4096
+LARGE_FLOPS = 1e11  # from here on a CPU takes around a second for a step
 
 
-class Shape(NamedTuple):
-    """Rows, width, vocabulary, and steps, each with hidden states of its own."""
+class Case(NamedTuple):
+    """Rows, width, vocabulary; steps, and what they do not share."""
 
     rows: int
     width: int
     vocabulary: int
     steps: int = 1
+    hidden_per_step: bool = False
+    codebooks: bool = False
 
 
-ON_GPU = torch.cuda.is_available()
-ROWS = 32_768 if ON_GPU else 4096
-SHAPES = [
-    Shape(ROWS, 128, 1024),
-    Shape(ROWS, 128, 4096),
-    Shape(ROWS, 128, 32_768),
-    Shape(ROWS, 128, 1024, steps=4),
-    Shape(ROWS, 512, 32_000),
-]
-LEVELS = [(256 * level, 256 * (level + 1)) for level in range(4)]
-
-
-def auto(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return multi_token_cross_entropy(hidden, weight, targets)
-
-
-def minimal(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return multi_token_cross_entropy(hidden, weight, targets, memory="minimal")
-
-
-def by_level(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return multi_token_cross_entropy(hidden, weight, targets, vocab_ranges=LEVELS)
-
-
-PEERS = {
-    "multi_token_cross_entropy": auto,
-    'memory="minimal"': minimal,
-    "F.cross_entropy": full_logits,
-    "F.linear_cross_entropy": linear_cross_entropy,
-    "chunked, recomputed": chunked,
+CASES = {
+    "vocabulary 1,024": Case(ROWS, 128, 1024),
+    "vocabulary 4,096": Case(ROWS, 128, 4096),
+    "vocabulary 32,768": Case(ROWS, 128, 32_768),
+    "vocabulary 32,000": Case(ROWS, 512, 32_000),
+    "4 steps, hidden states of their own": Case(ROWS, 128, 1024, steps=4, hidden_per_step=True),
+    "4 targets of one softmax": Case(ROWS, 128, 1024, steps=4),
+    "4 levels of 256": Case(ROWS, 128, 1024, steps=4, codebooks=True),
+    "4 tiny heads": Case(256, 128, 256, steps=4, hidden_per_step=True),
 }
+if ON_GPU:
+    CASES["a language model's head"] = Case(16_384, 1024, 152_960)
 
 
-def run(measured, peers, implementation, hidden, weight, targets, case, classes_per_step) -> None:
-    if implementation == "F.linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("needs torch 2.13")
-    rows, steps = targets.shape
-    flops = 6 * rows * steps * classes_per_step * weight.shape[1]
-    measured(
-        lambda: torch.autograd.grad(peers[implementation](hidden, weight, targets), (hidden, weight)),
-        case=case,
-        implementation=implementation,
-        kernels=[KernelWork(flops, 2 * (hidden.nbytes + weight.nbytes))],
-        tokens=rows * steps,
-        is_baseline=implementation == "multi_token_cross_entropy",
-        min_rounds=3,
+def auto(problem: CrossEntropyProblem) -> LossFunction:
+    ranges = problem.vocab_ranges
+    return lambda hidden, weight: multi_token_cross_entropy(hidden, weight, problem.targets, vocab_ranges=ranges)
+
+
+def minimal(problem: CrossEntropyProblem) -> LossFunction:
+    ranges = problem.vocab_ranges
+    return lambda hidden, weight: multi_token_cross_entropy(
+        hidden, weight, problem.targets, vocab_ranges=ranges, memory="minimal"
     )
 
 
-@pytest.mark.parametrize("implementation", PEERS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_cross_entropy(measured, device, dtype, shape, implementation):
-    rows, width, vocabulary, steps = shape
-    hidden = torch.randn(steps, rows, width, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype).requires_grad_()
-    targets = torch.randint(0, vocabulary, (rows, steps), device=device)
-    case = f"cross-entropy, {rows} rows x {steps}, width {width}, vocabulary {vocabulary}, forward+backward"
-    run(measured, PEERS, implementation, hidden, weight, targets, case, vocabulary)
+IMPLEMENTATIONS = {
+    "multi_token_cross_entropy": auto,
+    'memory="minimal"': minimal,
+    "F.cross_entropy": peers.full_logits,
+    "F.linear_cross_entropy, chunks": peers.linear_cross_entropy,
+    "chunked torch, recomputed": peers.chunked_recomputed,
+    "chunked torch, in place": peers.chunked,
+}
+if ON_GPU:
+    IMPLEMENTATIONS |= {
+        "compiled F.cross_entropy": peers.compiled_full_logits,
+        "compiled chunked torch": peers.compiled_chunked,
+        "Liger": peers.liger,
+        "cut_cross_entropy": peers.cut_cross_entropy,
+    }
+COMPILED = ("compiled F.cross_entropy", "compiled chunked torch")
+# Compiling takes longer than everything else: one case for each way that the work is divided.
+CASES_TO_COMPILE = ("vocabulary 1,024", "vocabulary 32,000", "4 tiny heads", "a language model's head")
 
 
-@pytest.mark.parametrize("implementation", ["multi_token_cross_entropy", "F.cross_entropy", "F.linear_cross_entropy"])
-def test_levels_of_a_semantic_id(measured, device, dtype, implementation):
-    """Four codebooks of 256: ours computes each level's own, the others all 1,024."""
-    hidden = torch.randn(ROWS, 128, device=device).to(dtype).requires_grad_()
-    weight = (torch.randn(1024, 128, device=device) / 128**0.5).to(dtype).requires_grad_()
-    targets = torch.stack([torch.randint(*level, (ROWS,), device=device) for level in LEVELS], dim=1)
-    peers = PEERS | {"multi_token_cross_entropy": by_level}
-    case = f"cross-entropy, {ROWS} rows, 4 levels of 256, width 128, forward+backward"
-    run(measured, peers, implementation, hidden, weight, targets, case, 256)
+def make_problem(case: Case, device: torch.device, dtype: torch.dtype) -> CrossEntropyProblem:
+    torch.manual_seed(0)
+    rows, width, vocabulary, steps, hidden_per_step, codebooks = case
+    hidden = torch.randn(*([steps] if hidden_per_step else []), rows, width, device=device).to(dtype)
+    weight = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype)
+    num_classes = vocabulary // steps if codebooks else vocabulary
+    targets = torch.randint(num_classes, (rows, steps), device=device)
+    if codebooks:
+        targets += num_classes * torch.arange(steps, device=device)
+    return CrossEntropyProblem(hidden, weight, targets, (num_classes,) * steps if codebooks else None)
+
+
+def prepare(implementation: str, name: str, problem: CrossEntropyProblem) -> LossFunction:
+    is_large = CASES[name].vocabulary > 4096
+    if implementation in COMPILED and name not in CASES_TO_COMPILE:
+        pytest.skip("compiling takes longer than everything else here")
+    if implementation == "chunked torch, recomputed" and is_large:
+        pytest.skip("the weight's gradient, made anew for every chunk, takes longer than everything else here")
+    if implementation == "cut_cross_entropy":  # all cases in one child process
+        problems = (make_problem(case, torch.device("meta"), problem.hidden.dtype) for case in CASES.values())
+        peers.probe_cut_cross_entropy([shape for other in problems for shape in other.shapes()])
+    try:
+        return IMPLEMENTATIONS[implementation](problem)
+    except PeerUnavailableError as error:
+        pytest.skip(str(error))
+
+
+# Of stacked decorators the first varies fastest: the implementations of one case run next to each other.
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_cross_entropy(
+    measured: Callable[..., None], device: torch.device, dtype: torch.dtype, name: str, implementation: str
+) -> None:
+    case = CASES[name]
+    problem = make_problem(case, device, dtype)
+    loss_of, inputs = prepare(implementation, name, problem), problem.leaves()
+    flops = sum(6 * rows * width * classes for rows, width, classes, _ in problem.shapes())
+    measured(
+        lambda: torch.autograd.grad(loss_of(*inputs), inputs),
+        case=f"cross-entropy, {case.rows:,} rows, width {case.width}, {name}, forward+backward",
+        implementation=implementation,
+        kernels=[KernelWork(flops, 2 * sum(x.nbytes for x in inputs))],
+        tokens=problem.targets.numel(),
+        is_baseline=implementation == "multi_token_cross_entropy",
+        min_rounds=2 if flops > LARGE_FLOPS and not ON_GPU else 3,
+    )

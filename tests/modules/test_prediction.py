@@ -1,6 +1,8 @@
 """MultiStepPrediction against the sum of weighted F.cross_entropy that it stands for, and its heads and options."""
 
 import doctest
+import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +13,10 @@ from torch import nn
 
 from stamp_kernels.modules import prediction
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
+from stamp_kernels.modules.pruning import SemanticAdaptivePruning
 from stamp_kernels.ops.cross_entropy import shift_targets
+from stamp_kernels.ops.selection import gather_tokens
+from stamp_kernels.packed import PackedSequence
 
 WIDTH, VOCAB, NUM_STEPS = 32, 40, 3
 HEADS = ["linear", "residual", "transformer"]
@@ -170,6 +175,106 @@ def test_no_targets_no_rows():
     loss.backward()
     assert all(parameter.grad.count_nonzero() == 0 for parameter in aux.parameters())
     assert aux(hidden[:0], targets[:0], **others) == 0
+
+
+# Targets of pruned batches
+
+
+LEVELS, CODEBOOKS = 4, [(0, 10), (10, 25), (25, 31), (31, 40)]
+ITEMS = RaggedBatch((12, 0, 4, 28, 20), tail=3)  # whole items of four tokens
+
+
+def trunk_states(batch):
+    """[T, D], the leaf of the gradients, NaN on tail rows, and the attention that every token received."""
+    states = torch.randn(batch.total, WIDTH, dtype=torch.float64)
+    states[batch.valid :] = torch.nan
+    return states.requires_grad_(), torch.rand(batch.total, dtype=torch.float64)
+
+
+def pruned_loss(aux, prune, batch, states, centrality, tokens, stride, unembedding):
+    """As a model does it: shift on the whole sequences, prune, gather the targets of what is left, predict."""
+    targets = shift_targets(tokens, batch.cu_seqlens, steps=aux.num_steps, stride=stride)
+    packed = PackedSequence(states, batch.cu_seqlens, batch.max_seqlen)
+    pruned, selection = prune(packed, centrality)
+    return aux(
+        pruned.values,
+        gather_tokens(targets, selection),
+        unembedding=unembedding,
+        cu_seqlens=pruned.cu_seqlens,
+        max_seqlen=pruned.max_seqlen,
+    )
+
+
+def kept_tokens(batch, states, centrality, item_length=1) -> Iterator[tuple[slice, list[int]]]:
+    """Every sequence's rows, and which of its tokens belong to the third of the items that scores highest."""
+    for rows in batch.slices():
+        scores = (states[rows].detach().abs().sum(1) * centrality[rows]).view(-1, item_length).sum(1)
+        best = sorted(range(len(scores)), key=lambda item: -scores[item])[: math.ceil(len(scores) / 3)]
+        yield rows, [item * item_length + i for item in sorted(best) for i in range(item_length)]
+
+
+def loss_of_target(state, unembedding, target, codebook=(0, VOCAB)):
+    start, end = codebook
+    return F.cross_entropy(unembedding[start:end] @ state, target - start)
+
+
+def assert_same_gradients(loss, expected, leaves):
+    for got, want in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("stride", [1, LEVELS], ids=["next tokens", "next items"])
+@pytest.mark.parametrize("head", HEADS)
+def test_kept_tokens_keep_their_true_targets(head, stride):
+    """Counted in the unpruned sequence; pruned tokens have none. The head attends to what is left."""
+    weights, batch = (1.0, 0.5, 0.25), RaggedBatch((9, 0, 1, 24, 5, 16), tail=3)
+    aux = module(head, step_weights=weights)
+    states, centrality = trunk_states(batch)
+    tokens = torch.randint(VOCAB, (batch.total,))
+    unembedding = (torch.randn(VOCAB, WIDTH, dtype=torch.float64) * 0.3).requires_grad_()
+
+    losses = [[] for _ in weights]
+    for rows, kept in kept_tokens(batch, states, centrality):
+        sequence, labels = states[rows][kept], tokens[rows]
+        for k, head_k in enumerate(aux.heads):
+            outputs = head_output(head_k, sequence, RaggedBatch((len(kept),), tail=0))
+            for token, output in zip(kept, outputs, strict=True):
+                ahead = token + (k + 1) * stride
+                if ahead < len(labels):
+                    losses[k].append(loss_of_target(output, unembedding, labels[ahead]))
+    assert all(losses)
+    expected = 0.3 * sum(weight * torch.stack(of_step).mean() for weight, of_step in zip(weights, losses, strict=True))
+
+    prune = SemanticAdaptivePruning(1 / 3)
+    loss = pruned_loss(aux, prune, batch, states, centrality, tokens, stride, unembedding)
+    assert_close(loss, expected)
+    assert_same_gradients(loss, expected, [states, unembedding, *aux.parameters()])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_kept_items_keep_their_levels(head):
+    """Pruned as whole items, every row predicts its own level of the next items over that level's codebook."""
+    aux = module(head, num_steps=2, levels=LEVELS, vocab_ranges=CODEBOOKS * 2)
+    states, centrality = trunk_states(ITEMS)
+    starts, ends = (torch.tensor(bounds).repeat(ITEMS.total)[: ITEMS.total] for bounds in zip(*CODEBOOKS, strict=True))
+    tokens = starts + (torch.rand(ITEMS.total) * (ends - starts)).long()
+    unembedding = (torch.randn(VOCAB, WIDTH, dtype=torch.float64) * 0.3).requires_grad_()
+
+    losses = [[[] for _ in CODEBOOKS] for _ in aux.heads]
+    for rows, kept in kept_tokens(ITEMS, states, centrality, item_length=LEVELS):
+        sequence, labels = states[rows][kept], tokens[rows]
+        for k, head_k in enumerate(aux.heads):
+            outputs = head_output(head_k, sequence, RaggedBatch((len(kept),), tail=0))
+            for token, output in zip(kept, outputs, strict=True):
+                ahead, level = token + (k + 1) * LEVELS, token % LEVELS
+                if ahead < len(labels):
+                    losses[k][level].append(loss_of_target(output, unembedding, labels[ahead], CODEBOOKS[level]))
+    expected = 0.3 * sum(torch.stack(of_level).mean() / LEVELS for of_step in losses for of_level in of_step)
+
+    prune = SemanticAdaptivePruning(1 / 3, unit="item", item_length=LEVELS)
+    loss = pruned_loss(aux, prune, ITEMS, states, centrality, tokens, LEVELS, unembedding)
+    assert_close(loss, expected)
+    assert_same_gradients(loss, expected, [states, unembedding, *aux.parameters()])
 
 
 # lambda

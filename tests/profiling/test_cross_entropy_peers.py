@@ -4,21 +4,161 @@ import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close
+from torch import Tensor
 
 from stamp_kernels import multi_token_cross_entropy
-from stamp_kernels.profiling.cross_entropy_peers import chunked, full_logits, linear_cross_entropy
+from stamp_kernels.profiling import cross_entropy_peers as peers
+from stamp_kernels.profiling.attention_peers import PeerUnavailableError
+from stamp_kernels.profiling.cross_entropy_peers import CrossEntropyProblem
+
+ROWS, WIDTH, VOCABULARY, STEPS = 300, 16, 48, 3
+RANGES = [(0, 5), (5, 35), (35, 48)]
+CODEBOOKS = (5, 30, 13)
+SHARINGS = {
+    "all shared": (False, False),
+    "hidden per step": (True, False),
+    "codebooks": (False, True),
+    "hidden per step, codebooks": (True, True),
+}
+ON_CPU = [peers.full_logits, peers.linear_cross_entropy, peers.chunked_recomputed, peers.chunked]
+ON_GPU = [*ON_CPU, peers.compiled_full_logits, peers.compiled_chunked, peers.liger, peers.cut_cross_entropy]
 
 
-@pytest.mark.parametrize("per_step", [False, True], ids=["hidden shared", "hidden per step"])
-@pytest.mark.parametrize("peer", [full_logits, linear_cross_entropy, chunked])
-def test_peers_agree(peer, per_step):
-    if peer is linear_cross_entropy and not hasattr(F, "linear_cross_entropy"):
+def make_problem(sharing: str = "all shared") -> CrossEntropyProblem:
+    """float64, values that bf16 holds exactly."""
+    per_step, by_codebook = SHARINGS[sharing]
+    hidden = torch.randn(*([STEPS] if per_step else []), ROWS, WIDTH).bfloat16().double()
+    weight = torch.randn(VOCABULARY, WIDTH).bfloat16().double()
+    ranges = RANGES if by_codebook else [(0, VOCABULARY)] * STEPS
+    targets = torch.stack([torch.randint(start, end, (ROWS,)) for start, end in ranges], dim=1)
+    return CrossEntropyProblem(hidden, weight, targets, CODEBOOKS if by_codebook else None)
+
+
+def moved(problem: CrossEntropyProblem, device: str, dtype: torch.dtype) -> CrossEntropyProblem:
+    hidden, weight = (x.to(device, dtype) for x in (problem.hidden, problem.weight))
+    return CrossEntropyProblem(hidden, weight, problem.targets.to(device), problem.codebook_sizes)
+
+
+def loss_and_gradients(problem: CrossEntropyProblem, peer) -> list[Tensor]:
+    """The loss is scaled by three, so that a gradient made in the forward pass is scaled, too."""
+    loss_of, inputs = peer(problem), problem.leaves()
+    loss = loss_of(*inputs)
+    return [loss.detach(), *torch.autograd.grad(3 * loss, inputs)]
+
+
+def by_loop(problem: CrossEntropyProblem):
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        losses = []
+        for k, (start, end) in enumerate(RANGES if problem.codebook_sizes else [(0, VOCABULARY)] * STEPS):
+            logits = (hidden if hidden.dim() == 2 else hidden[k]) @ weight[start:end].T
+            losses.append(F.cross_entropy(logits, problem.targets[:, k] - start))
+        return sum(losses)
+
+    return loss_of
+
+
+def assert_same(got: list[Tensor], want: list[Tensor], dtype: torch.dtype | None = None) -> None:
+    for x, y in zip(got, want, strict=True):
+        assert_close(x.cpu(), y, dtype)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks, the last one smaller."""
+    monkeypatch.setattr(peers, "CHUNK_ROWS", 128)
+    monkeypatch.setattr(peers, "RECOMPUTED_ROWS", 128)
+    monkeypatch.setattr(peers, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("peer", ON_CPU)
+def test_peers_of_a_cpu(small_chunks, peer, sharing):
+    if peer is peers.linear_cross_entropy and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("needs torch 2.13")
-    hidden = torch.randn(*([2] if per_step else []), 600, 12, requires_grad=True)
-    weight = torch.randn(30, 12, requires_grad=True)
-    targets = torch.randint(0, 30, (600, 2))
-    want = multi_token_cross_entropy(hidden.double(), weight.double(), targets)
-    got = peer(hidden, weight, targets)
-    assert_close(got, want)
-    for x, y in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (got, want)), strict=True):
-        assert_close(x, y.double())
+    problem = make_problem(sharing)
+    assert_same(loss_and_gradients(moved(problem, "cpu", torch.float32), peer), loss_and_gradients(problem, by_loop))
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_the_op_solves_the_same_problem(sharing):
+    def ours(problem: CrossEntropyProblem):
+        ranges = problem.vocab_ranges
+        return lambda *inputs: multi_token_cross_entropy(*inputs, problem.targets, vocab_ranges=ranges)
+
+    problem = make_problem(sharing)
+    assert_same(loss_and_gradients(problem, ours), loss_and_gradients(problem, by_loop))
+
+
+def test_chunks_are_made_of_whole_powers_of_two():
+    assert peers._chunk_rows(torch.empty(1024, 128)) == 2048
+    assert peers._chunk_rows(torch.empty(1000, 128)) == 2048
+    assert peers._chunk_rows(torch.empty(32_000, 1)) == peers.CHUNK_ROWS
+
+
+def test_a_softmax_that_all_steps_share_is_one():
+    shared, per_step = make_problem("all shared"), make_problem("codebooks")
+    assert shared.shapes() == [(ROWS, WIDTH, VOCABULARY, torch.float64)]
+    assert [shape.classes for shape in per_step.shapes()] == list(CODEBOOKS)
+
+
+# Peers that need a GPU
+
+
+@pytest.mark.parametrize("peer", [peers.liger, peers.cut_cross_entropy])
+def test_peers_say_why_they_are_unavailable(peer):
+    with pytest.raises(PeerUnavailableError, match=f"{peer.__name__}.* needs a GPU"):
+        peer(make_problem())
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "ending"),
+    [
+        ("print('returned')", "returned\n", "ended with 0"),
+        (
+            "print('returned', flush=True); raise ValueError('no such shape')",
+            "returned\n",
+            "ended with 1: ValueError: no",
+        ),
+        ("import time; print('returned', flush=True); time.sleep(60)", "returned\n", "did not come back within 1 s"),
+    ],
+    ids=["returns", "fails", "hangs"],
+)
+def test_a_child_process_cannot_take_this_one_with_it(code, output, ending):
+    got, got_ending = peers.run_in_child(code, seconds=1)
+    assert got == output
+    assert got_ending.startswith(ending)
+
+
+def test_shapes_that_a_child_process_did_not_reach_are_unavailable(monkeypatch):
+    """One process for all that is unknown; nothing is tried twice."""
+    calls = []
+
+    def child(code: str, seconds: float) -> tuple[str, str]:
+        calls.append(code)
+        return "returned\nreturned\n", "did not come back within 60 s"
+
+    monkeypatch.setattr(peers, "run_in_child", child)
+    monkeypatch.setattr(peers, "_why_not_cut_cross_entropy", {})
+    shapes = [peers.SoftmaxShape(8, 16, classes, torch.bfloat16) for classes in (10, 20, 20, 30)]
+    peers.probe_cut_cross_entropy(shapes)
+    peers.probe_cut_cross_entropy(shapes)
+    assert len(calls) == 1
+    assert "[(8, 16, 10, 'bfloat16'), (8, 16, 20, 'bfloat16'), (8, 16, 30, 'bfloat16')]" in calls[0]
+    assert list(peers._why_not_cut_cross_entropy.values()) == [
+        None,
+        None,
+        "cut_cross_entropy in a process of its own did not come back within 60 s",
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("peer", ON_GPU)
+def test_peers_of_a_gpu(peer, sharing):
+    """In bf16, to its bound: what they sum in fp32 differs."""
+    problem = make_problem(sharing)
+    try:
+        got = loss_and_gradients(moved(problem, "cuda", torch.bfloat16), peer)
+    except PeerUnavailableError as error:
+        pytest.skip(str(error))
+    assert_same(got, loss_and_gradients(problem, by_loop), torch.bfloat16)

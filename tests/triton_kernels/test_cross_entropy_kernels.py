@@ -253,6 +253,14 @@ def test_classes_ruled_out_by_their_bias(dtype):
     assert_matches_reference(arguments, dtype)
 
 
+@pytest.mark.parametrize("shift", [-200.0, 200.0])
+def test_logits_far_from_zero(shift):
+    """A masked class, whose logit is 0, must not overflow beside an lse of -195; nor a row without a label."""
+    arguments = inputs_of(40, 8, 50, steps=2)
+    arguments[3][:] += shift
+    assert_matches_reference(arguments, torch.float32)
+
+
 def test_targets_outside_the_range_are_not_read():
     """Only STAMP_KERNELS_CHECK=1 finds them on a GPU; until then they must not lead outside the weight."""
     arguments = list(inputs_of(40, 8, 50))
