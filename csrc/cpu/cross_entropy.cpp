@@ -8,8 +8,11 @@
 // want them. Logits are kept in between, where both rounds are run. (To compute them again instead, a third more of the
 // arithmetic for far less memory traffic, took 11 to 28 % longer, for 32,768 to 1,024 classes on cores of 105 GFLOP/s.)
 //
-// In both rounds threads share slices of classes. A slice makes the gradients of its own classes, and its part of the
-// rows' gradients, which are added up in the order of the slices: the bits do not depend on the number of threads.
+// Threads share a pass in one of two ways, which its sizes alone decide, so that the bits do not depend on their number:
+// - few classes: parts of the rows. A part has a gradient of the weight to itself; they are added up in order. Threads
+//   meet twice in a pass;
+// - many classes: slices of them, in both rounds of every group. A slice makes the gradients of its own classes, and its
+//   part of the rows' gradients, which are added up in the order of the slices.
 
 #include <algorithm>
 #include <cmath>
@@ -62,9 +65,13 @@ constexpr int64_t kLeastClassesPerChunk = 32, kMostClassesPerChunk = 128;
 // Threads share a group by slices, each of which has a part of the rows' gradients in memory.
 constexpr int64_t kSlicesOfFewClasses = 8, kMostSlices = 16;
 constexpr int64_t kGradientPartBytes = 16 << 20;
-// The logits of a group should stay in the second cache, but one block is the least.
-constexpr int64_t kLogitBytesPerGroup = 1 << 20;
+// The logits of a group should stay in the second cache of the threads that share it, but one block is the least.
+constexpr int64_t kLogitBytesOfThread = 512 << 10;
 constexpr int64_t kMostRowsPerGroup = 4 * kBlockRows;
+// Threads share rows where the weight's gradients of enough parts and the logits of a block are small. To wake a thread
+// can take 0.1 ms, which is a third of the time of a group of 128 rows and 1,024 classes.
+constexpr int64_t kWeightGradientBytes = 4 << 20;
+constexpr int64_t kLeastParts = 8, kMostParts = 16, kLeastRowsPerPart = 64;
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
@@ -157,6 +164,11 @@ Inputs inputs_of(
   return inputs;
 }
 
+// Scalars from a row of a gradient to the next: whole vectors.
+int64_t padded_width(const Inputs& inputs) {
+  return round_up(inputs.width, cross_entropy_kernels(inputs.dtype).vector_width);
+}
+
 // Gradients in the compute type, which every pass adds to; empty where not needed.
 struct Gradients {
   OptionalTensor hidden;  // [(K,) N, D]
@@ -198,31 +210,36 @@ ClassSizes class_sizes(int64_t num_classes, int64_t row_bytes) {
   return {round_up(divide_up(num_classes, most_slices), most_in_chunk), most_in_chunk};
 }
 
-// One softmax: the steps [first_step, end_step) of the rows that have a label in one of them.
+// One softmax: the steps [first_step, end_step) of rows that have a label in one of them. Memory is allocated by the
+// constructor, so that a thread can run what the caller's has made.
 template <typename scalar>
 class Pass {
  public:
-  Pass(const Inputs& inputs, int64_t first_step, int64_t end_step, const Wanted& wanted)
+  // At most `most_rows` rows a run. If `is_shared`, threads share its slices; otherwise a thread has it to itself.
+  Pass(
+      const Inputs& inputs, int64_t first_step, int64_t end_step, const Wanted& wanted, int64_t most_rows,
+      bool is_shared)
       : inputs_(inputs), wanted_(wanted), kernels_(cross_entropy_kernels(inputs.dtype)), first_step_(first_step),
-        num_labels_(end_step - first_step), first_class_(inputs.starts[first_step]) {
-    for (int64_t row = 0; row < inputs.num_rows; ++row) {
-      for (int64_t k = first_step; k < end_step; ++k) {
-        if (inputs.targets[row * inputs.num_steps + k] != inputs.ignore_index) {
-          rows_.push_back(row);
-          break;
-        }
-      }
-    }
-    choose_sizes();
+        num_labels_(end_step - first_step), first_class_(inputs.starts[first_step]), is_shared_(is_shared) {
+    choose_sizes(most_rows);
     point_into_inputs();
     allocate();
   }
 
-  void run() {
-    const int64_t num_rows = static_cast<int64_t>(rows_.size());
+  void run(const int64_t* rows, int64_t num_rows) {
     for (int64_t first = 0; first < num_rows; first += rows_per_group_) {
-      run_group(rows_.data() + first, std::min(rows_per_group_, num_rows - first));
+      run_group(rows + first, std::min(rows_per_group_, num_rows - first));
     }
+  }
+
+  // Where the gradients of the weight [num_classes, row] and the bias [num_classes] of this softmax are added to.
+  scalar* grad_weight() const { return static_cast<scalar*>(group_.grad_weight); }
+  scalar* grad_bias() const { return static_cast<scalar*>(group_.grad_bias); }
+
+  // To elsewhere, if they are needed.
+  void add_weight_gradients_to(scalar* grad_weight, scalar* grad_bias) {
+    group_.grad_weight = group_.grad_weight == nullptr ? nullptr : grad_weight;
+    group_.grad_bias = group_.grad_bias == nullptr ? nullptr : grad_bias;
   }
 
  private:
@@ -232,24 +249,25 @@ class Pass {
     return {static_cast<const char*>(x.const_data_ptr()) + offset * size, dtype, row_stride};
   }
 
-  void choose_sizes() {
+  void choose_sizes(int64_t most_rows) {
     group_.width = inputs_.width;
-    group_.row = round_up(inputs_.width, kernels_.vector_width);
+    group_.row = padded_width(inputs_);
     group_.num_classes = inputs_.ends[first_step_] - first_class_;
     const int64_t scalar_bytes = static_cast<int64_t>(sizeof(scalar));
     const int64_t row_bytes = std::max<int64_t>(group_.row, 1) * scalar_bytes;
     const ClassSizes sizes = class_sizes(group_.num_classes, row_bytes);
-    group_.slice_classes = sizes.slice;
+    group_.slice_classes = is_shared_ ? sizes.slice : round_up(group_.num_classes, sizes.chunk);
     group_.chunk_classes = sizes.chunk;
     num_slices_ = divide_up(group_.num_classes, group_.slice_classes);
     keeps_logits_ = wanted_.gradients != nullptr && wanted_.known_lse == nullptr;
-    int64_t most_rows = std::min(kMostRowsPerGroup, kGradientPartBytes / (num_slices_ * row_bytes));
+    int64_t rows = std::min(kMostRowsPerGroup, kGradientPartBytes / (num_slices_ * row_bytes));
     if (keeps_logits_) {
-      most_rows = std::min(most_rows, kLogitBytesPerGroup / (group_.num_classes * scalar_bytes));
+      const int64_t logit_bytes = is_shared_ ? 2 * kLogitBytesOfThread : kLogitBytesOfThread;
+      rows = std::min(rows, logit_bytes / (group_.num_classes * scalar_bytes));
     }
-    const int64_t num_rows = round_up(std::max<int64_t>(rows_.size(), 1), kRowsPerVector);
-    group_.block_rows = std::min(kBlockRows, num_rows);
-    rows_per_group_ = std::min(std::max(most_rows / kBlockRows, int64_t{1}) * kBlockRows, num_rows);
+    most_rows = round_up(std::max<int64_t>(most_rows, 1), kRowsPerVector);
+    group_.block_rows = std::min(kBlockRows, most_rows);
+    rows_per_group_ = std::min(std::max(rows / kBlockRows, int64_t{1}) * kBlockRows, most_rows);
   }
 
   void point_into_inputs() {
@@ -306,8 +324,9 @@ class Pass {
     group_.label_weights = label_weights_ = take(rows * num_labels_);
     group_.grad_x = grad_x_ = grad_hidden_ == nullptr ? nullptr : take(num_slices_ * rows * group_.row);
     scratch_bytes_ = kernels_.scratch_bytes(group_);
+    const int64_t num_threads = is_shared_ ? torch::stable::get_num_threads() : 1;
     held_.push_back(torch::stable::new_empty(
-        inputs_.hidden, {torch::stable::get_num_threads() * scratch_of_thread(scratch_bytes_)}, ScalarType::Byte));
+        inputs_.hidden, {num_threads * scratch_of_thread(scratch_bytes_)}, ScalarType::Byte));
     scratch_ = static_cast<char*>(held_.back().mutable_data_ptr());
   }
 
@@ -317,6 +336,12 @@ class Pass {
 
   template <typename Run>
   void for_parts(int64_t num_parts, const Run& run) {
+    if (!is_shared_) {
+      for (int64_t part = 0; part < num_parts; ++part) {
+        run(part, scratch_);
+      }
+      return;
+    }
     const int64_t num_threads = std::min<int64_t>(num_parts, torch::stable::get_num_threads());
     for_tasks(num_parts, num_threads, scratch_, scratch_bytes_, run);
   }
@@ -443,8 +468,8 @@ class Pass {
   int64_t first_class_;
   int64_t rows_per_group_;
   int64_t num_slices_;
+  bool is_shared_;
   bool keeps_logits_;
-  std::vector<int64_t> rows_;
   MatrixRows hidden_;
   CrossEntropyGroup group_ = {};
   scalar *slice_max_, *slice_sum_, *slice_sum_logits_, *lse_, *probability_scale_, *offset_;
@@ -464,11 +489,102 @@ bool is_one_softmax(const Inputs& inputs) {
   return is_shared && all_equal(inputs.starts) && all_equal(inputs.ends);
 }
 
+std::vector<int64_t> rows_with_labels(const Inputs& inputs, int64_t first_step, int64_t end_step) {
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < inputs.num_rows; ++row) {
+    const int64_t* targets = inputs.targets + row * inputs.num_steps;
+    if (std::any_of(targets + first_step, targets + end_step, [&](int64_t target) {
+          return target != inputs.ignore_index;
+        })) {
+      rows.push_back(row);
+    }
+  }
+  return rows;
+}
+
+// Parts of the rows that threads share; 1: they share slices of the classes instead.
+int64_t number_of_parts(int64_t num_rows, int64_t num_classes, int64_t row_bytes, int64_t scalar_bytes) {
+  const int64_t most_by_memory = kWeightGradientBytes / std::max<int64_t>(num_classes * row_bytes, 1);
+  if (most_by_memory < kLeastParts || kBlockRows * num_classes * scalar_bytes > kLogitBytesOfThread) {
+    return 1;
+  }
+  return std::clamp(num_rows / kLeastRowsPerPart, int64_t{1}, std::min(most_by_memory, kMostParts));
+}
+
+// to[i] += sum of the parts' [num_parts, size], in their order.
+template <typename scalar>
+void add_parts(scalar* to, const scalar* parts, int64_t num_parts, int64_t size) {
+  constexpr int64_t kNumbersPerTask = 16 << 10;
+  const int64_t num_tasks = divide_up(size, kNumbersPerTask);
+  const int64_t num_threads = std::min<int64_t>(num_tasks, torch::stable::get_num_threads());
+  for_tasks_of_threads(num_tasks, num_threads, [&](int64_t task, int64_t) {
+    const int64_t end = std::min((task + 1) * kNumbersPerTask, size);
+    for (int64_t part = 0; part < num_parts; ++part) {
+      for (int64_t i = task * kNumbersPerTask; i < end; ++i) {
+        to[i] += parts[part * size + i];
+      }
+    }
+  });
+}
+
+// The rows of one softmax in parts, each by one thread.
+template <typename scalar>
+void run_parts(
+    const Inputs& inputs, int64_t first_step, int64_t end_step, const Wanted& wanted, const std::vector<int64_t>& rows,
+    int64_t num_parts) {
+  const int64_t num_rows = static_cast<int64_t>(rows.size());
+  const int64_t rows_per_part = round_up(divide_up(num_rows, num_parts), kRowsPerVector);
+  const int64_t num_threads = std::min<int64_t>(num_parts, torch::stable::get_num_threads());
+  std::vector<Pass<scalar>> passes;
+  passes.reserve(num_threads);
+  for (int64_t thread = 0; thread < num_threads; ++thread) {
+    passes.emplace_back(inputs, first_step, end_step, wanted, rows_per_part, false);
+  }
+  scalar* const grad_weight = passes[0].grad_weight();
+  scalar* const grad_bias = passes[0].grad_bias();
+  const int64_t num_classes = inputs.ends[first_step] - inputs.starts[first_step];
+  const int64_t weight_size = num_classes * padded_width(inputs);
+  const auto memory_of_parts = [&](bool is_needed, int64_t size) {
+    return torch::stable::new_empty(inputs.hidden, {is_needed ? num_parts * size : 0}, compute_type(inputs.dtype));
+  };
+  const Tensor weight_parts = memory_of_parts(grad_weight != nullptr, weight_size);
+  const Tensor bias_parts = memory_of_parts(grad_bias != nullptr, num_classes);
+  for_tasks_of_threads(num_parts, num_threads, [&](int64_t part, int64_t thread) {
+    scalar* const of_weight = numbers<scalar>(weight_parts) + part * weight_size;
+    scalar* const of_bias = numbers<scalar>(bias_parts) + part * num_classes;
+    if (grad_weight != nullptr) {
+      std::fill_n(of_weight, weight_size, scalar{0});
+    }
+    if (grad_bias != nullptr) {
+      std::fill_n(of_bias, num_classes, scalar{0});
+    }
+    passes[thread].add_weight_gradients_to(of_weight, of_bias);
+    const int64_t first = std::min(part * rows_per_part, num_rows);
+    passes[thread].run(rows.data() + first, std::min(rows_per_part, num_rows - first));
+  });
+  if (grad_weight != nullptr) {
+    add_parts(grad_weight, weight_parts.const_data_ptr<scalar>(), num_parts, weight_size);
+  }
+  if (grad_bias != nullptr) {
+    add_parts(grad_bias, bias_parts.const_data_ptr<scalar>(), num_parts, num_classes);
+  }
+}
+
 template <typename scalar>
 void run_passes(const Inputs& inputs, const Wanted& wanted) {
   const int64_t steps_per_pass = is_one_softmax(inputs) ? inputs.num_steps : 1;
   for (int64_t step = 0; step < inputs.num_steps; step += steps_per_pass) {
-    Pass<scalar>(inputs, step, step + steps_per_pass, wanted).run();
+    const int64_t end_step = step + steps_per_pass;
+    const std::vector<int64_t> rows = rows_with_labels(inputs, step, end_step);
+    const int64_t num_rows = static_cast<int64_t>(rows.size());
+    const int64_t num_classes = inputs.ends[step] - inputs.starts[step];
+    const int64_t scalar_bytes = static_cast<int64_t>(sizeof(scalar)), row_bytes = padded_width(inputs) * scalar_bytes;
+    const int64_t num_parts = number_of_parts(num_rows, num_classes, row_bytes, scalar_bytes);
+    if (num_parts > 1) {
+      run_parts<scalar>(inputs, step, end_step, wanted, rows, num_parts);
+    } else {
+      Pass<scalar>(inputs, step, end_step, wanted, num_rows, true).run(rows.data(), num_rows);
+    }
   }
 }
 
@@ -496,7 +612,7 @@ Gradients zero_gradients(
   }
   if (need_weight) {
     std::vector<int64_t> shape = shape_of(inputs.weight);
-    shape.back() = round_up(shape.back(), cross_entropy_kernels(inputs.dtype).vector_width);
+    shape.back() = padded_width(inputs);
     gradients.weight = zeros(inputs.hidden, shape, inputs.dtype);
   }
   if (need_bias) {

@@ -15,18 +15,25 @@ constexpr int64_t scratch_of_thread(int64_t bytes) {
   return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
 }
 
-// Calls run(task, scratch) for every task, from num_threads threads, thread t with the memory from
-// t * scratch_of_thread(scratch_bytes) on. Tasks cost unlike much, so threads take them one by one, in rising order.
-// `run` must not throw: the text would be lost.
+// Calls run(task, thread) for every task, from the threads 0 to num_threads - 1. Tasks cost unlike much, so threads take
+// them one by one, in rising order. `run` must not throw: the text would be lost.
 template <typename Run>
-void for_tasks(int64_t num_tasks, int64_t num_threads, char* scratch, int64_t scratch_bytes, const Run& run) {
+void for_tasks_of_threads(int64_t num_tasks, int64_t num_threads, const Run& run) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
       for (int64_t task = next++; task < num_tasks; task = next++) {
-        run(task, scratch + thread * scratch_of_thread(scratch_bytes));
+        run(task, thread);
       }
     }
+  });
+}
+
+// Calls run(task, scratch) likewise, thread t with the memory from t * scratch_of_thread(scratch_bytes) on.
+template <typename Run>
+void for_tasks(int64_t num_tasks, int64_t num_threads, char* scratch, int64_t scratch_bytes, const Run& run) {
+  for_tasks_of_threads(num_tasks, num_threads, [&](int64_t task, int64_t thread) {
+    run(task, scratch + thread * scratch_of_thread(scratch_bytes));
   });
 }
 
