@@ -11,7 +11,7 @@
 // Threads share a pass in one of two ways, which its sizes alone decide, so that the bits do not depend on their number:
 // - few classes: parts of the rows. A part has a gradient of the weight to itself; they are added up in order. Threads
 //   meet twice in a pass;
-// - many classes: slices of them, in both rounds of every group. A slice makes the gradients of its own classes, and its
+// - many classes: slices of them, in every group's sums and gradients. A slice makes the gradients of its own classes, and its
 //   part of the rows' gradients, which are added up in the order of the slices.
 
 #include <algorithm>
@@ -227,9 +227,19 @@ class Pass {
   }
 
   void run(const int64_t* rows, int64_t num_rows) {
-    for (int64_t first = 0; first < num_rows; first += rows_per_group_) {
-      run_group(rows + first, std::min(rows_per_group_, num_rows - first));
-    }
+    const int64_t num_groups = divide_up(num_rows, rows_per_group_);
+    for_rounds(
+        num_groups * kPhases, num_threads_,
+        [&](int64_t round) {
+          if (round % kPhases == 0) {
+            const int64_t first = round / kPhases * rows_per_group_;
+            begin_group(rows + first, std::min(rows_per_group_, num_rows - first));
+          }
+          return num_tasks_of(static_cast<Phase>(round % kPhases));
+        },
+        [&](int64_t round, int64_t task, int64_t thread) {
+          run_task(static_cast<Phase>(round % kPhases), task, scratch_ + thread * scratch_of_thread(scratch_bytes_));
+        });
   }
 
   // Where the gradients of the weight [num_classes, row] and the bias [num_classes] of this softmax are added to.
@@ -310,6 +320,7 @@ class Pass {
     group_.x_transposed = take(rows * group_.width);
     if (keeps_logits_) {
       group_.logits = take(round_up(rows, group_.block_rows) * group_.num_classes);
+      group_.chunk_max = take(rows * divide_up(group_.num_classes, group_.chunk_classes));
     }
     group_.slice_max = slice_max_ = take(rows * num_slices_);
     group_.slice_sum = slice_sum_ = take(rows * num_slices_);
@@ -324,9 +335,9 @@ class Pass {
     group_.label_weights = label_weights_ = take(rows * num_labels_);
     group_.grad_x = grad_x_ = grad_hidden_ == nullptr ? nullptr : take(num_slices_ * rows * group_.row);
     scratch_bytes_ = kernels_.scratch_bytes(group_);
-    const int64_t num_threads = is_shared_ ? torch::stable::get_num_threads() : 1;
+    num_threads_ = is_shared_ ? std::min<int64_t>(num_slices_, torch::stable::get_num_threads()) : 1;
     held_.push_back(torch::stable::new_empty(
-        inputs_.hidden, {num_threads * scratch_of_thread(scratch_bytes_)}, ScalarType::Byte));
+        inputs_.hidden, {num_threads_ * scratch_of_thread(scratch_bytes_)}, ScalarType::Byte));
     scratch_ = static_cast<char*>(held_.back().mutable_data_ptr());
   }
 
@@ -334,58 +345,65 @@ class Pass {
     return inputs_.targets[row * inputs_.num_steps + first_step_ + label];
   }
 
-  template <typename Run>
-  void for_parts(int64_t num_parts, const Run& run) {
-    if (!is_shared_) {
-      for (int64_t part = 0; part < num_parts; ++part) {
-        run(part, scratch_);
-      }
-      return;
-    }
-    const int64_t num_threads = std::min<int64_t>(num_parts, torch::stable::get_num_threads());
-    for_tasks(num_parts, num_threads, scratch_, scratch_bytes_, run);
-  }
+  // The rounds of a group. Tasks are slices of the classes in those of the logits, and some rows in the others.
+  enum Phase : int64_t { kLoad, kSums, kFinish, kGradients, kAdd, kPhases };
 
-  void run_group(const int64_t* rows, int64_t num_given) {
+  void begin_group(const int64_t* rows, int64_t num_given) {
+    group_rows_ = rows;
+    num_given_ = num_given;
     group_.num_rows = round_up(num_given, kRowsPerVector);
-    const int64_t num_parts = group_.num_rows / kRowsPerVector;
-    for_parts(num_parts, [&](int64_t part, char* scratch) {
-      kernels_.load_x(group_, hidden_, rows, num_given, part * kRowsPerVector, scratch);
-      find_labels(rows, num_given, part * kRowsPerVector);
-    });
-    if (wanted_.known_lse == nullptr) {
-      for_parts(num_slices_, [&](int64_t slice, char* scratch) { kernels_.sums(group_, slice, scratch); });
-    }
-    for (int64_t i = 0; i < group_.num_rows; ++i) {
-      finish_row(i < num_given ? rows[i] : -1, i);
-    }
-    if (wanted_.gradients == nullptr) {
-      return;
-    }
-    // Backwards: the last slices' logits and weight are those that may still be in a cache.
-    for_parts(num_slices_, [&](int64_t part, char* scratch) {
-      kernels_.gradients(group_, num_slices_ - 1 - part, scratch);
-    });
-    if (grad_hidden_ != nullptr) {
-      for_parts(num_parts, [&](int64_t part, char*) {
-        const int64_t begin = part * kRowsPerVector;
-        add_gradients_of_rows(rows, begin, std::min(begin + kRowsPerVector, num_given));
-      });
+  }
+
+  int64_t num_tasks_of(Phase phase) const {
+    const bool has_gradients = wanted_.gradients != nullptr;
+    switch (phase) {
+      case kSums:
+        return wanted_.known_lse == nullptr ? num_slices_ : 0;
+      case kGradients:
+        return has_gradients ? num_slices_ : 0;
+      case kAdd:
+        return has_gradients && grad_hidden_ != nullptr ? group_.num_rows / kRowsPerVector : 0;
+      default:
+        return group_.num_rows / kRowsPerVector;
     }
   }
 
-  void find_labels(const int64_t* rows, int64_t num_given, int64_t begin) {
+  void run_task(Phase phase, int64_t task, char* scratch) {
+    const int64_t first = task * kRowsPerVector, end = first + kRowsPerVector;
+    switch (phase) {
+      case kLoad:
+        kernels_.load_x(group_, hidden_, group_rows_, num_given_, first, scratch);
+        find_labels(first);
+        break;
+      case kSums:
+        kernels_.sums(group_, task, scratch);
+        break;
+      case kFinish:
+        for (int64_t i = first; i < end; ++i) {
+          finish_row(i < num_given_ ? group_rows_[i] : -1, i);
+        }
+        break;
+      case kGradients:
+        // Backwards: the last slices' logits and weight are those that may still be in a cache.
+        kernels_.gradients(group_, num_slices_ - 1 - task, scratch);
+        break;
+      default:
+        add_gradients_of_rows(first, std::min(end, num_given_));
+    }
+  }
+
+  void find_labels(int64_t begin) {
     for (int64_t label = 0; label < num_labels_; ++label) {
       for (int64_t i = begin; i < begin + kRowsPerVector; ++i) {
-        const bool has_label = i < num_given && target(rows[i], label) != inputs_.ignore_index;
-        labels_[label * group_.num_rows + i] = has_label ? target(rows[i], label) - first_class_ : -1;
+        const bool has_label = i < num_given_ && target(group_rows_[i], label) != inputs_.ignore_index;
+        labels_[label * group_.num_rows + i] = has_label ? target(group_rows_[i], label) - first_class_ : -1;
       }
     }
   }
 
-  void add_gradients_of_rows(const int64_t* rows, int64_t begin, int64_t end) {
+  void add_gradients_of_rows(int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      scalar* to = grad_hidden_ + rows[i] * inputs_.width;
+      scalar* to = grad_hidden_ + group_rows_[i] * inputs_.width;
       for (int64_t slice = 0; slice < num_slices_; ++slice) {
         const scalar* from = grad_x_ + (slice * group_.num_rows + i) * group_.row;
         for (int64_t d = 0; d < inputs_.width; ++d) {
@@ -468,8 +486,11 @@ class Pass {
   int64_t first_class_;
   int64_t rows_per_group_;
   int64_t num_slices_;
+  int64_t num_threads_;
   bool is_shared_;
   bool keeps_logits_;
+  const int64_t* group_rows_;
+  int64_t num_given_;
   MatrixRows hidden_;
   CrossEntropyGroup group_ = {};
   scalar *slice_max_, *slice_sum_, *slice_sum_logits_, *lse_, *probability_scale_, *offset_;

@@ -37,7 +37,9 @@ struct CrossEntropyGroup {
   const void* bias;    // scalar [num_classes]; null: none
   double softcap;      // 0: none
   bool sum_logits;     // wanted for label smoothing
-  void* logits;        // scalar [num_blocks, num_classes, block_rows]; null: not kept
+  void* logits;        // scalar [num_blocks, num_classes, block_rows]; null: not kept. What is kept without a softcap is
+                       // exp(logit - chunk_max): an exponential less for the gradients
+  void* chunk_max;     // scalar [num_chunks, num_rows], where logits are kept
   int64_t num_labels;     // per row
   const int64_t* labels;  // [num_labels, num_rows], from the first class; -1: none
   void* label_logits;     // scalar [num_labels, num_rows]

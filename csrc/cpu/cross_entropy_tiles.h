@@ -136,20 +136,27 @@ struct Scratch {
   scalar* tile;    // [chunk_classes, block_rows]
   scalar* rows;    // weight of a chunk in the compute type: [chunk_classes, row], or the rows that load_x reads
   scalar* panels;  // the same in panels of columns
+  scalar* factors;  // [block_rows]
 };
+
+// Columns of whole panels.
+template <typename V>
+int64_t panels_width(const CrossEntropyGroup& group) {
+  return (group.row + kPanelWidth<V> - 1) / kPanelWidth<V> * kPanelWidth<V>;
+}
 
 template <typename V>
 Scratch<typename V::scalar> scratch_of(const CrossEntropyGroup& group, char* memory) {
   using scalar = typename V::scalar;
   scalar* tile = reinterpret_cast<scalar*>(memory);
   scalar* rows = tile + group.chunk_classes * group.block_rows;
-  return {tile, rows, rows + group.chunk_classes * group.row};
+  scalar* panels = rows + group.chunk_classes * group.row;
+  return {tile, rows, panels, panels + group.chunk_classes * panels_width<V>(group)};
 }
 
 template <typename V>
 int64_t cross_entropy_scratch_bytes(const CrossEntropyGroup& group) {
-  const int64_t panels = (group.row + kPanelWidth<V> - 1) / kPanelWidth<V>;
-  return (group.chunk_classes * (group.block_rows + group.row + panels * kPanelWidth<V>)) *
+  return (group.chunk_classes * (group.block_rows + group.row + panels_width<V>(group)) + group.block_rows) *
       static_cast<int64_t>(sizeof(typename V::scalar));
 }
 
@@ -182,6 +189,17 @@ void prefetch(const scalar* from, int64_t size) {
   for (int64_t i = 0; i < size; i += kCacheLine) {
     __builtin_prefetch(from + i, to_write, 2);
   }
+}
+
+// Whether exponentials are kept in place of the logits. The slope of a cap wants the logits themselves.
+inline bool keeps_exponentials(const CrossEntropyGroup& group) {
+  return group.logits != nullptr && group.softcap == 0;
+}
+
+// chunk_max of a tile's first row.
+template <typename scalar>
+scalar* chunk_max_of(const CrossEntropyGroup& group, Span block, Span chunk) {
+  return numbers<scalar>(group.chunk_max) + chunk.first / group.chunk_classes * group.num_rows + block.first;
 }
 
 // The logits of a tile, where they are kept.
@@ -228,11 +246,11 @@ void for_labels(const CrossEntropyGroup& group, Span block, Span chunk, const Vi
   }
 }
 
-// Adds the logits of a tile to the maxima and sums of its slice, which `is_first` begins.
+// Adds the logits of a tile to the maxima and sums of its slice, which `is_first` begins. Their exponentials take their
+// place where those are kept.
 template <typename V>
 void add_to_sums(
-    const CrossEntropyGroup& group, int64_t slice, Span block, Span chunk, const typename V::scalar* logits,
-    bool is_first) {
+    const CrossEntropyGroup& group, int64_t slice, Span block, Span chunk, typename V::scalar* logits, bool is_first) {
   using scalar = typename V::scalar;
   using vector = typename V::vector;
   const int64_t of_block = slice * group.num_rows + block.first;
@@ -251,8 +269,18 @@ void add_to_sums(
     // Where all logits are -inf the sum is 0, not the NaN of a difference of infinities.
     const vector finite_largest = largest == V::broadcast(-__builtin_inff()) ? vector{} : largest;
     vector sum = is_first ? vector{} : V::load(sum_at) * V::exp(largest_before - finite_largest);
-    for (int64_t c = 0; c < chunk.size; ++c) {
-      sum += V::exp(V::load(logits + c * group.block_rows + i) - finite_largest);
+    if (keeps_exponentials(group)) {
+      V::store(chunk_max_of<scalar>(group, block, chunk) + i, finite_largest);
+      for (int64_t c = 0; c < chunk.size; ++c) {
+        scalar* at = logits + c * group.block_rows + i;
+        const vector exponential = V::exp(V::load(at) - finite_largest);
+        V::store(at, exponential);
+        sum += exponential;
+      }
+    } else {
+      for (int64_t c = 0; c < chunk.size; ++c) {
+        sum += V::exp(V::load(logits + c * group.block_rows + i) - finite_largest);
+      }
     }
     V::store(max_at, largest);
     V::store(sum_at, sum);
@@ -275,19 +303,19 @@ void sums_of_slice(const CrossEntropyGroup& group, int64_t slice, char* memory) 
     for_blocks(group, [&](Span block) {
       scalar* logits = group.logits == nullptr ? scratch.tile : kept_logits<scalar>(group, block, chunk);
       logits_of_tile<V>(group, block, chunk, weight, logits);
-      add_to_sums<V>(group, slice, block, chunk, logits, chunk.first == slice * group.slice_classes);
       for_labels(group, block, chunk, [&](int64_t entry, int64_t c, int64_t i) {
         numbers<scalar>(group.label_logits)[entry] = logits[c * group.block_rows + i];
       });
+      add_to_sums<V>(group, slice, block, chunk, logits, chunk.first == slice * group.slice_classes);
     });
   });
 }
 
-// The gradients of the logits of a tile.
+// The gradients of the logits of a tile, from the logits or what is kept of them.
 template <typename V>
 void gradients_of_tile(
     const CrossEntropyGroup& group, Span block, Span chunk, const typename V::scalar* logits,
-    typename V::scalar* gradients) {
+    typename V::scalar* gradients, typename V::scalar* factors) {
   using scalar = typename V::scalar;
   using vector = typename V::vector;
   const scalar cap = static_cast<scalar>(group.softcap);
@@ -301,6 +329,13 @@ void gradients_of_tile(
   const scalar* lse = numbers<scalar>(group.lse) + block.first;
   const scalar* scale = numbers<scalar>(group.probability_scale) + block.first;
   const scalar* offset = numbers<scalar>(group.offset) + block.first;
+  const bool has_exponentials = keeps_exponentials(group);
+  if (has_exponentials) {  // exp(logit - lse) = exp(logit - chunk_max) exp(chunk_max - lse)
+    const scalar* chunk_max = chunk_max_of<scalar>(group, block, chunk);
+    for (int64_t i = 0; i < block.size; i += V::width) {
+      V::store(factors + i, V::exp(V::load(chunk_max + i) - V::load(lse + i)) * V::load(scale + i));
+    }
+  }
   // Class by class: kept logits come from far away, in the order in which they lie there.
   for (int64_t c = 0; c < chunk.size; ++c) {
     if (group.grad_weight != nullptr) {
@@ -308,7 +343,9 @@ void gradients_of_tile(
     }
     for (int64_t i = 0; i < block.size; i += V::width) {
       const vector logit = V::load(logits + c * group.block_rows + i);
-      vector gradient = V::exp(logit - V::load(lse + i)) * V::load(scale + i) - V::load(offset + i);
+      vector gradient = has_exponentials ? logit * V::load(factors + i)
+                                         : V::exp(logit - V::load(lse + i)) * V::load(scale + i);
+      gradient -= V::load(offset + i);
       if (cap > 0) {
         gradient *= slope(logit);
       }
@@ -340,7 +377,7 @@ void gradients_of_slice(const CrossEntropyGroup& group, int64_t slice, char* mem
         logits = kept_logits<scalar>(group, block, chunk);
       }
       scalar* gradients = scratch.tile;
-      gradients_of_tile<V>(group, block, chunk, logits, gradients);
+      gradients_of_tile<V>(group, block, chunk, logits, gradients, scratch.factors);
       if (group.grad_bias != nullptr) {
         for (int64_t c = 0; c < chunk.size; ++c) {
           vector sum{};
