@@ -94,8 +94,7 @@ class MultiStepPrediction(nn.Module):
     model's own loss, which stays the model's business. The module is for training only: in evaluation forward runs
     no head and returns 0, and a deployed model leaves it out.
 
-    A decoder-only model predicts tokens (or, with stride=L, items) past the next one. Step 1 of the targets is the
-    main loss's:
+    A decoder-only model predicts tokens past the next one. Step 1 of the targets is the main loss's:
 
         >>> hidden, unembedding = torch.randn(7, 64), torch.randn(768, 64)
         >>> tokens, cu_seqlens = torch.randint(768, (7,)), torch.tensor([0, 4, 7], dtype=torch.int32)
@@ -103,6 +102,11 @@ class MultiStepPrediction(nn.Module):
         >>> targets = shift_targets(tokens, cu_seqlens, steps=1 + 2)
         >>> loss = multi_token_cross_entropy(hidden, unembedding, targets[:, :1])
         >>> loss = loss + prediction(hidden, targets[:, 1:], unembedding=unembedding)
+
+    Or, with items of L codes, what stands in the next token's place 1, 2, ... items further on:
+
+        >>> items = shift_targets(targets[:, 0], cu_seqlens, steps=2, stride=3)
+        >>> loss = loss + prediction(hidden, items, unembedding=unembedding)
 
     An encoder-decoder over semantic IDs of L codes has L decoder states per user, one for each code of the next item.
     Step k's head turns state h into a prediction of code h of the item k further on. With levels=L the rows come as L
@@ -123,7 +127,8 @@ class MultiStepPrediction(nn.Module):
         vocab_size: for an unembedding of its own, of this many rows. None: forward is given the model's (tied).
         step_weights: w_k, K floats. None: all 1.
         lambda_: a float, or a function of the training step such as LinearDecay(0.3, 0.1, 10_000).
-        levels: L, how many consecutive rows make an item. A step's loss is the mean over its levels' losses.
+        levels: L, how many consecutive rows make an item. A step's loss is the mean over its levels' losses. Where
+            sequences are pruned, whole items must stay: `SemanticAdaptivePruning(unit="item")`.
         vocab_ranges: one (start, end) for each (step, level), the levels of step 1 first: K * levels. None: the whole
             vocabulary for all.
         num_attention_heads: for head="transformer"; its head dimension must be a multiple of 8.
