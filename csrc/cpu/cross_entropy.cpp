@@ -69,7 +69,7 @@ constexpr int64_t kLogitBytesOfThread = 512 << 10;
 constexpr int64_t kMostRowsPerGroup = 4 * kBlockRows;
 // Where even one does not, a group is one larger block, which reads the weight and its gradient less often (5 % of the
 // time of 32,768 classes), of a share of the rows: all logits together would be so many times as much memory.
-constexpr int64_t kMostRowsOfOneBlock = 2 * kBlockRows, kLogitShare = 20;
+constexpr int64_t kMostRowsOfOneBlock = 2 * kBlockRows, kLogitShare = 18;
 // Threads share rows where the weight's gradients of enough parts and the logits of a block are small. To wake a thread
 // can take 0.1 ms, which is a third of the time of a group of 128 rows and 1,024 classes.
 constexpr int64_t kWeightGradientBytes = 4 << 20;
