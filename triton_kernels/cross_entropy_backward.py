@@ -437,30 +437,16 @@ def backward(
         lse: fp32 `[K, N]`, of the forward.
         scale: fp32 `[N, K]`, or `[K]` where all rows have the same: the gradient of a row's loss of a step.
     """
-    hidden, weight, bias = softmaxes.hidden, softmaxes.weight, softmaxes.bias
     terms = _row_terms(softmaxes, lists, lse, scale, ignore_index, label_smoothing, z_loss)
     inputs = dict(
-        hidden_ptr=hidden,
-        weight_ptr=weight,
-        bias_ptr=bias,
+        **softmaxes.arguments(),
         **terms,
-        ranges_ptr=softmaxes.ranges_on_device,
         rows_ptr=lists.rows,
         lengths_ptr=lists.lengths,
-        stride_hidden_step=softmaxes.step_stride(hidden, 2),
-        stride_hidden_row=hidden.stride(-2),
-        stride_weight_step=softmaxes.step_stride(weight, 2),
-        stride_weight_class=weight.stride(-2),
-        stride_bias_step=softmaxes.step_stride(bias, 1),
-        num_rows=softmaxes.num_rows,
         num_entries=terms["lse_ptr"].shape[1],
-        num_softmaxes=softmaxes.num_softmaxes,
         softcap=softcap,
-        LABELS=softmaxes.num_labels,
-        HIDDEN_PER_STEP=softmaxes.num_hidden > 1,
         PLAIN=softmaxes.num_labels == 1 and label_smoothing == 0 and z_loss == 0,
-        GAIN=gain(hidden.dtype),
-        WIDTH=softmaxes.width,
+        GAIN=gain(softmaxes.hidden.dtype),
     )
     grad_hidden = _hidden_gradient(softmaxes, inputs) if need_hidden else None
     grad_weight = grad_bias = None

@@ -322,7 +322,7 @@ def forward(
 
     Two or three launches, and the zeros of rows without a label. No host sync.
     """
-    hidden, weight, targets, bias, *_ = softmaxes
+    hidden, targets = softmaxes.hidden, softmaxes.targets
     num_rows, num_steps = targets.shape
     config = forward_config(softmaxes.width, element_size=hidden.element_size())
     num_blocks = triton.cdiv(num_rows, config.block_n)
@@ -336,37 +336,24 @@ def forward(
     if num_splits > 1:
         partials = lse.new_empty((3, softmaxes.num_softmaxes, num_splits, num_rows))
     arguments: dict[str, Any] = dict(
+        **softmaxes.arguments(),
         loss_sums_ptr=loss_sums,
         counts_ptr=counts,
         losses_ptr=losses,
         lse_ptr=lse,
         partials_ptr=partials,
-        hidden_ptr=hidden,
-        weight_ptr=weight,
-        bias_ptr=bias,
         targets_ptr=targets,
-        ranges_ptr=softmaxes.ranges_on_device,
         rows_ptr=lists.rows,
         lengths_ptr=lists.lengths,
-        stride_hidden_step=softmaxes.step_stride(hidden, 2),
-        stride_hidden_row=hidden.stride(-2),
-        stride_weight_step=softmaxes.step_stride(weight, 2),
-        stride_weight_class=weight.stride(-2),
-        stride_bias_step=softmaxes.step_stride(bias, 1),
         stride_target_row=targets.stride(0),
         stride_target_step=targets.stride(1),
-        num_rows=num_rows,
         num_steps=num_steps,
-        num_softmaxes=softmaxes.num_softmaxes,
         num_splits=num_splits,
         num_blocks=num_blocks,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
-        LABELS=softmaxes.num_labels,
-        HIDDEN_PER_STEP=softmaxes.num_hidden > 1,
-        WIDTH=softmaxes.width,
         BLOCK_N=config.block_n,
     )
     if num_blocks > 0:

@@ -97,9 +97,28 @@ class Softmaxes(NamedTuple):
         bounds = tuple(bound for span in self.ranges for bound in span)
         return constants(bounds, torch.int32, self.hidden.device)
 
-    def step_stride(self, x: Tensor | None, shared_dims: int) -> int:
-        """Elements from a step's part to the next one's; 0 where all share `x`, or where there is none."""
-        return 0 if x is None or x.dim() == shared_dims else x.stride(0)
+    def arguments(self) -> dict[str, Tensor | int | None]:
+        """What the kernels take of it, by their arguments' names; step strides are 0 where all steps share."""
+
+        def step_stride(x: Tensor | None, shared_dims: int) -> int:
+            return 0 if x is None or x.dim() == shared_dims else x.stride(0)
+
+        return dict(
+            hidden_ptr=self.hidden,
+            weight_ptr=self.weight,
+            bias_ptr=self.bias,
+            ranges_ptr=self.ranges_on_device,
+            stride_hidden_step=step_stride(self.hidden, 2),
+            stride_hidden_row=self.hidden.stride(-2),
+            stride_weight_step=step_stride(self.weight, 2),
+            stride_weight_class=self.weight.stride(-2),
+            stride_bias_step=step_stride(self.bias, 1),
+            num_rows=self.num_rows,
+            num_softmaxes=self.num_softmaxes,
+            LABELS=self.num_labels,
+            HIDDEN_PER_STEP=self.num_hidden > 1,
+            WIDTH=self.width,
+        )
 
 
 def softmaxes_of(
