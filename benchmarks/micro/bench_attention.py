@@ -23,7 +23,6 @@ from torch import Tensor
 from stamp_kernels import RelativePositionBias, attention_centrality, packed_attention
 from stamp_kernels.profiling.attention_peers import (
     AttentionProblem,
-    PeerUnavailableError,
     PreparedAttention,
     centrality_by_second_attention,
     centrality_eager,
@@ -35,6 +34,7 @@ from stamp_kernels.profiling.attention_peers import (
     turbo_t5,
     varlen,
 )
+from stamp_kernels.profiling.peer_availability import PeerUnavailableError
 
 HEADS, HEAD_DIM = 6, 64
 NUM_BUCKETS = 32

@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention, eager_attention_forward
 
-
-class PeerUnavailableError(RuntimeError):
-    """A peer does not run here, or cannot do what is asked; the text says why."""
+from stamp_kernels.profiling.peer_availability import PeerUnavailableError
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stamp_kernels.profiling.attention_peers import PeerUnavailableError
+from stamp_kernels.profiling.peer_availability import PeerUnavailableError
 from stamp_kernels.reference._precision import compute_dtype
 
 # Logits of one chunk, but no fewer rows than CHUNK_ROWS: each chunk reads and writes the gradient of the whole weight.

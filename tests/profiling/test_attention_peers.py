@@ -10,7 +10,6 @@ from torch import Tensor
 from stamp_kernels import RelativePositionBias, packed_attention
 from stamp_kernels.profiling.attention_peers import (
     AttentionProblem,
-    PeerUnavailableError,
     PreparedAttention,
     centrality_by_second_attention,
     centrality_eager,
@@ -22,6 +21,7 @@ from stamp_kernels.profiling.attention_peers import (
     turbo_t5,
     varlen,
 )
+from stamp_kernels.profiling.peer_availability import PeerUnavailableError
 
 LENGTHS = (5, 0, 1, 37, 2, 13)
 NUM_BUCKETS = 16  # the exact distances, the logarithmic ranges and the shared last bucket all occur

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from stamp_kernels import multi_token_cross_entropy
 from stamp_kernels.profiling import cross_entropy_peers as peers
-from stamp_kernels.profiling.attention_peers import PeerUnavailableError
 from stamp_kernels.profiling.cross_entropy_peers import CrossEntropyProblem
+from stamp_kernels.profiling.peer_availability import PeerUnavailableError
 
 ROWS, WIDTH, VOCABULARY, STEPS = 300, 16, 48, 3
 RANGES = [(0, 5), (5, 35), (35, 48)]
