@@ -41,6 +41,7 @@ CASES = {
     "vocabulary 4,096": Case(ROWS, 128, 4096),
     "vocabulary 32,768": Case(ROWS, 128, 32_768),
     "vocabulary 32,000": Case(ROWS, 512, 32_000),
+    "wide, vocabulary 4,096": Case(ROWS, 1024, 4096),
     "4 steps, hidden states of their own": Case(ROWS, 128, 1024, steps=4, hidden_per_step=True),
     "4 targets of one softmax": Case(ROWS, 128, 1024, steps=4),
     "4 levels of 256": Case(ROWS, 128, 1024, steps=4, hidden_per_step=True, codebooks=True),
