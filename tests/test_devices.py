@@ -3,6 +3,8 @@
 The other test files say what is right; this one says that a GPU computes the same, bf16 included.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from closeness import assert_close
@@ -39,6 +41,25 @@ def random_like_trained(*shape: int) -> Tensor:
     x = torch.randn(*shape, dtype=torch.float64)
     x[sum(LENGTHS) :] = torch.nan
     return x
+
+
+def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """A CUDA graph of the step, which has run once before, and what it will write."""
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
+        step()
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
+def assert_replays(graph: torch.cuda.CUDAGraph, captured: list[Tensor], step: Callable[[], list[Tensor]]) -> None:
+    """With other inputs in the same memory, the graph gives the bits that the step gives."""
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
 
 
 # A batch for each way that kernels divide the work, by the longest sequence.
@@ -139,20 +160,12 @@ def test_attention_in_a_cuda_graph():
         )
         return [*result, *torch.autograd.grad(result.out, (q, k, v, table), grad)]
 
-    side_stream = torch.cuda.Stream()
-    with torch.cuda.stream(side_stream):
-        step()
-    torch.cuda.current_stream().wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         for x in (q, k, v, table):
             x.normal_()
     cu_seqlens.copy_(torch.tensor([0, *other_lengths]).cumsum(0))
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
+    assert_replays(graph, captured, step)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -267,21 +280,13 @@ def test_cross_entropy_in_a_cuda_graph(width):
         loss = multi_token_cross_entropy(hidden, weight, targets, step_weights=step_weights)
         return [loss, *torch.autograd.grad(loss, (hidden, weight))]
 
-    side_stream = torch.cuda.Stream()
-    with torch.cuda.stream(side_stream):
-        step()
-    torch.cuda.current_stream().wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         for x in (hidden, weight, step_weights):
             x.normal_()
     labels.copy_(torch.randint(0, 2200, labels.shape)).masked_fill_(torch.rand(labels.shape, device="cuda") < 0.3, -100)
     cu_seqlens.copy_(torch.tensor([0, *reversed(LENGTHS)]).cumsum(0))
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
+    assert_replays(graph, captured, step)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -324,18 +329,10 @@ def test_pruning_in_a_cuda_graph(item_length):
         tensors = [x for x in (*kept.selection, *selection) if isinstance(x, Tensor)]
         return [*kept.x, kept.positions, *tensors, rows, gradient]
 
-    side_stream = torch.cuda.Stream()
-    with torch.cuda.stream(side_stream):
-        step()
-    torch.cuda.current_stream().wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         for x in (q, k, v, hidden):
             x.normal_()
     protect.copy_(torch.rand(total) < 0.2)
     cu_seqlens.copy_(torch.tensor([0, *other_lengths]).cumsum(0))
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
+    assert_replays(graph, captured, step)

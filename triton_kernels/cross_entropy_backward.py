@@ -33,6 +33,7 @@ from stamp_kernels.triton_kernels.cross_entropy_tiles import (
     SIZES,
     RowLists,
     Softmaxes,
+    biased_and_capped,
     cap,
     exp_of_difference,
     gain,
@@ -122,10 +123,7 @@ def _add_hidden_gradient(
                 hidden_ptr, row, stride_hidden_row, is_listed, weight_ptr, class_, stride_weight_class, exists,
                 WIDTH, BLOCK_K,
             )  # fmt: skip
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + class_, mask=exists, other=0.0).to(tl.float32)[None, :]
-        if softcap is not None:
-            z = cap(z, softcap)
+        z = biased_and_capped(z, bias_ptr, class_, exists, softcap)
         dz = exp_of_difference(z, lse[:, None]) * factor[:, None] - offset[:, None]
         if softcap is not None:
             dz *= slope(z, softcap)

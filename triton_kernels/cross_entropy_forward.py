@@ -31,7 +31,7 @@ from stamp_kernels.triton_kernels.cross_entropy_tiles import (
     SIZES,
     RowLists,
     Softmaxes,
-    cap,
+    biased_and_capped,
     exp_of_difference,
     finite_pivot,
     label_logits,
@@ -69,10 +69,7 @@ def _add_classes(
                 hidden_ptr, row, stride_hidden_row, is_listed, weight_ptr, class_, stride_weight_class, exists,
                 WIDTH, BLOCK_D,
             )  # fmt: skip
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + class_, mask=exists, other=0.0).to(tl.float32)[None, :]
-        if softcap is not None:
-            z = cap(z, softcap)
+        z = biased_and_capped(z, bias_ptr, class_, exists, softcap)
         if SUM_LOGITS:
             sum_logits += tl.sum(tl.where(exists[None, :], z, 0.0) if MASKED else z, axis=1)
         if MASKED:

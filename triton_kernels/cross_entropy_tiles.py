@@ -266,6 +266,16 @@ def multiply(a_ptr, a_row, a_stride, is_a, b_ptr, b_row, b_stride, is_b, WIDTH: 
 
 
 @triton.jit
+def biased_and_capped(z, bias_ptr, class_, exists, softcap):
+    """The logits [ROWS, CLASSES] of products with the rows `class_` of the weight."""
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + class_, mask=exists, other=0.0).to(tl.float32)[None, :]
+    if softcap is not None:
+        z = cap(z, softcap)
+    return z
+
+
+@triton.jit
 def cap(z, softcap):
     """`softcap * tanh(z / softcap)`."""
     return softcap * (2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0)
