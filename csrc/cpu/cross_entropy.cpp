@@ -9,7 +9,8 @@
 // arithmetic for far less memory traffic, took 11 to 28 % longer, for 32,768 to 1,024 classes on cores of 105 GFLOP/s.)
 //
 // Products are our own blocks (matrix_product.h), at every width. Against chunks of logits by BLAS (MKL, two threads,
-// 220 GFLOP/s) they are 1.2 to 1.7 times as fast up to width 256, 1.05 times at 512, and up to 15 % slower from 1,024 on.
+// 220 GFLOP/s) they are 1.2 to 1.7 times as fast up to width 256, 1.05 times at 512, and from 1,024 on
+// as fast or up to a fifth slower, with few classes.
 //
 // Threads share a pass in one of two ways, which its sizes alone decide, so that the bits do not depend on their number:
 // - few classes: parts of the rows. A part has a gradient of the weight to itself; they are added up in order. Threads
