@@ -15,8 +15,8 @@
 // Threads share a pass in one of two ways, which its sizes alone decide, so that the bits do not depend on their number:
 // - few classes: parts of the rows. A part has a gradient of the weight to itself; they are added up in order. Threads
 //   meet twice in a pass;
-// - many classes: slices of them, in every group's sums and gradients. A slice makes the gradients of its own classes, and its
-//   part of the rows' gradients, which are added up in the order of the slices.
+// - many classes: slices of them, in every group's sums and gradients. A slice makes the gradients of its own classes,
+//   and its part of the rows' gradients, which are added up in the order of the slices.
 
 #include <algorithm>
 #include <cmath>
