@@ -14,7 +14,6 @@ from transformers import T5Config, T5ForConditionalGeneration
 from stamp_kernels import (
     PackedSequence,
     RelativePositionBias,
-    SemanticAdaptivePruning,
     attention_centrality,
     gather_tokens,
     multi_token_cross_entropy,
@@ -25,7 +24,7 @@ from stamp_kernels import (
     token_importance,
     use_backend,
 )
-from stamp_kernels.integrations.transformers_t5 import encode_packed, use_packed_attention
+from stamp_kernels.integrations.transformers_t5 import PruningConfig, apply_stamp
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = (33, 0, 1, 257, 64, 5, 5, 120)
@@ -293,13 +292,13 @@ def test_cross_entropy_in_a_cuda_graph(width):
 def test_pruned_t5_trunk(device):
     config = T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, use_cache=False)
     model = T5ForConditionalGeneration(config).eval()
-    use_packed_attention(model)
+    apply_stamp(model, pruning=PruningConfig(schedule=[(2, 0.5)]))
     ids = torch.randint(0, 61, (sum(LENGTHS),))
 
     def states(device: str, dtype: torch.dtype) -> Tensor:
         packed = PackedSequence(ids, offsets(), max(LENGTHS), lengths_cpu=torch.tensor(LENGTHS)).to(device)
         encoder = model.encoder.to(device, dtype)
-        return encode_packed(encoder, packed, pruning={2: SemanticAdaptivePruning(0.5)}).packed.values
+        return encoder(packed_inputs=packed).packed.values
 
     expected = states("cpu", torch.float64)
     assert_close(states(device, torch.float32).cpu(), expected)

@@ -1,231 +1,366 @@
-"""Packed sequences through Hugging Face T5: the host's own blocks, without padding, pruned on the way.
-
-The blocks (`T5Block`) are called as they are, on hidden states `[1, T, d_model]`, so that their hooks and their
-parameters stay the host's; only the loop over them and the attention function are ours. Written for transformers
-5.17, whose T5 hands its position bias to a pluggable attention function.
-
-Example:
+"""STAMP in Hugging Face T5 by one line: packed, pruned, with several steps predicted.
 
     model = T5ForConditionalGeneration(config)
-    use_packed_attention(model)
-    prune = SemanticAdaptivePruning(keep_ratio=1 / 3)
-    encoded = encode_packed(model.encoder, packed_ids, pruning={2: prune})
-    states = decode_packed(model.decoder, packed_decoder_ids, encoded.packed)
-    loss = next_token_loss(model, states, labels)
+    apply_stamp(model, pruning=PruningConfig(), prediction=PredictionConfig(levels=4))
+    model(input_ids=..., attention_mask=..., labels=..., future_ids=...).loss.backward()
+    model.generate(input_ids=..., attention_mask=..., num_beams=10)
+
+Inputs, outputs and checkpoints stay the host's; `model.encoder` and `model.decoder` run packed sequences through the
+host's own blocks (see `_t5_packed`). Tested with transformers 5.17 and 5.24.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
-from transformers import AttentionInterface, T5ForConditionalGeneration
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
+from transformers.utils.generic import can_return_tuple
 
-from stamp_kernels.modules.pruning import SemanticAdaptivePruning
-from stamp_kernels.ops.attention import packed_attention
+from stamp_kernels.integrations._t5_packed import (
+    EncoderOutput,
+    PackedT5Attention,
+    PackedT5Decoder,
+    PackedT5Encoder,
+    PaddedLayout,
+    check_one_given,
+    pack_padded,
+    refuse_intermediate_outputs,
+)
+from stamp_kernels.integrations.configuration import PredictionConfig, PruningConfig, to_dict
+from stamp_kernels.integrations.multi_step_targets import IGNORE_INDEX, global_target_counts, multi_step_targets
+from stamp_kernels.modules.prediction import LinearHead, MultiStepPrediction, ResidualHead, TransformerHead
 from stamp_kernels.ops.cross_entropy import multi_token_cross_entropy
 from stamp_kernels.packed import PackedSequence
-from stamp_kernels.relative_position import RelativePositionBias
 
-ATTENTION_NAME = "stamp"
+__all__ = [
+    "EncoderOutput",
+    "PredictionConfig",
+    "PruningConfig",
+    "Seq2SeqOutput",
+    "StampT5EncoderModel",
+    "StampT5ForConditionalGeneration",
+    "apply_stamp",
+    "global_target_counts",
+    "remove_stamp",
+]
 
 
 @dataclass
-class _Packing:
-    """What one block's attention needs to know of the packing; reaches it as a keyword argument of the block.
+class Seq2SeqOutput(Seq2SeqLMOutput):
+    """The host's output, and what pruning and prediction add to it.
 
     Attributes:
-        queries: the sequences that the block runs on (their values are not read).
-        source, cu_seqlens_cross, max_seqlen_cross: for cross attention, the encoded sequences and the queries' offsets
-            per encoded sequence.
-        want_centrality: ask the self-attention for the centrality of its keys.
-        centrality: the answer.
+        loss: what training minimises: next_token_loss, plus the auxiliary one while training with a PredictionConfig.
+        logits: `[B, N, vocab_size]`; None where they are skipped.
+        encoder_last_hidden_state: `[B, S', d_model]` states of the tokens that pruning kept, see EncoderOutput; None
+            where logits are skipped.
+        encoder_attention_mask, encoder_positions: `[B, S']`, which of these rows are tokens, and each token's index in
+            its history before pruning.
+        encoder_packed: the same states packed, where logits are skipped.
+        next_token_loss, prediction_loss: the two parts of the loss, without gradient.
     """
 
-    queries: PackedSequence
-    source: PackedSequence | None = None
-    cu_seqlens_cross: Tensor | None = None
-    max_seqlen_cross: int | None = None
-    want_centrality: bool = False
-    centrality: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
+    encoder_positions: Tensor | None = None
+    encoder_packed: PackedSequence | None = None
+    next_token_loss: Tensor | None = None
+    prediction_loss: Tensor | None = None
 
 
-def _packed_t5_attention(
-    module: T5Attention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+class _Stamped:
+    """What the stamped classes share: they are made by `apply_stamp`, or from a checkpoint's config."""
+
+    def __init__(self, config: T5Config, *args: object, **kwargs: object) -> None:
+        super().__init__(config, *args, **kwargs)
+        description = getattr(config, "stamp", None) or {}
+        pruning, prediction = description.get("pruning"), description.get("prediction")
+        _stamp(
+            self,
+            None if pruning is None else PruningConfig(**pruning),
+            None if prediction is None else PredictionConfig(**prediction),
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The heads are the identity at first; the host would draw their linear layers at random.
+        if isinstance(module, LinearHead | ResidualHead | TransformerHead | MultiStepPrediction):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class StampT5EncoderModel(_Stamped, T5EncoderModel):
+    """T5EncoderModel after `apply_stamp`; its forward takes the arguments of the encoder, see PackedT5Encoder."""
+
+
+class StampT5ForConditionalGeneration(_Stamped, T5ForConditionalGeneration):
+    """T5ForConditionalGeneration after `apply_stamp`, or from a checkpoint of one:
+    `StampT5ForConditionalGeneration.from_pretrained(directory)` has the pruning, the heads and their weights."""
+
+    accepts_loss_kwargs = True  # for Hugging Face's Trainer: forward divides by num_items_in_batch
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [B, S]
+        attention_mask: Tensor | None = None,  # [B, S]
+        decoder_input_ids: Tensor | None = None,  # [B, N]
+        decoder_attention_mask: Tensor | None = None,  # [B, N]
+        encoder_outputs: EncoderOutput | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,  # [B, S, d_model]
+        decoder_inputs_embeds: Tensor | None = None,  # [B, N, d_model]
+        labels: Tensor | None = None,  # [B, N]
+        use_cache: bool | None = None,
+        packed_inputs: PackedSequence | None = None,
+        future_ids: Tensor | None = None,  # [B, M]
+        num_items_in_batch: Tensor | int | None = None,
+        num_future_targets: Tensor | None = None,  # [num_steps, levels]
+        training_step: int | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: object,
+    ) -> Seq2SeqOutput:
+        """The host's forward on packed sequences. With labels the decoder is packed too, and the loss builds no logits
+        unless they are asked for; without labels the host's own decoder runs, with its cache, on the kept tokens.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as the host takes them, padded anywhere.
+            packed_inputs: in their place, packed token ids `[T]` or embeddings `[T, d_model]`.
+            encoder_outputs: in their place, what `model.encoder` returned.
+            decoder_input_ids, decoder_inputs_embeds: None: labels, shifted right.
+            decoder_attention_mask: nonzero on tokens. With labels, the positions outside have no loss.
+            labels: int64 token ids, -100 where there is none.
+            use_cache: for decoding without labels.
+            future_ids: int64, the tokens that follow the labels in the user's history (M tokens at most, later items of
+                the training part), -100 after their end. Needed for training with a PredictionConfig.
+            num_items_in_batch, num_future_targets: numbers of labels, and of targets of each (step, level), of the
+                whole batch that this one is a part of (several ranks, accumulated steps): the losses are then sums
+                divided by them, see `global_target_counts`. None: this batch is all. Hugging Face's Trainer gives the
+                first one alone; the auxiliary means are then those of the part, in proportion to its labels.
+            training_step: for a PredictionConfig whose lambda_ depends on it.
+            skip_logits: leave logits and padded encoder states out. None: while training with labels.
+
+        Raises:
+            ValueError: an argument has a wrong shape or dtype, is missing, or has no meaning here.
+            RuntimeError: contents are wrong, such as a label outside the vocabulary.
+        """
+        refuse_intermediate_outputs(self.config, kwargs)
+        if encoder_outputs is None:
+            check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds, packed_inputs=packed_inputs)
+        if labels is None:
+            if encoder_outputs is None:
+                encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, packed_inputs).padded()
+            return self._decode_padded(
+                encoder_outputs,
+                attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                decoder_inputs_embeds=decoder_inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+        if skip_logits is None:
+            skip_logits = self.training
+        layout = None
+        if encoder_outputs is not None:
+            source = _packed_source(encoder_outputs, attention_mask)
+        else:
+            if packed_inputs is None:
+                packed_inputs, layout = pack_padded(
+                    input_ids if inputs_embeds is None else inputs_embeds, attention_mask
+                )
+            source = self.encoder(packed_inputs=packed_inputs).packed
+
+        decoder_inputs = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        if decoder_inputs is None:
+            decoder_inputs = self._shift_right(labels) if labels.shape[1] > 0 else labels
+        packed_decoder_inputs, decoder_layout = pack_padded(decoder_inputs, decoder_attention_mask)
+        states = self.decoder(packed_inputs=packed_decoder_inputs, packed_source=source).packed
+        states = replace(states, values=head_inputs(self, states.values))
+
+        packed_labels = decoder_layout.pack(labels)
+        num_labels = (packed_labels != IGNORE_INDEX).sum()
+        share = 1.0 if num_items_in_batch is None else num_labels / num_items_in_batch
+        logits = None if skip_logits else self.lm_head(states.values)
+        next_token_loss = share * self._next_token_loss(states.values, logits, packed_labels, num_labels)
+        prediction_loss = None
+        if self.training and self.stamp_prediction is not None:
+            prediction_loss = self._prediction_loss(
+                states, decoder_layout, labels, future_ids, num_future_targets, training_step
+            )
+            if num_future_targets is None:
+                prediction_loss = share * prediction_loss
+
+        states_of_encoder = {"encoder_packed": source}
+        if not skip_logits:
+            if encoder_outputs is None:
+                encoder_outputs = self.encoder.padded_output(source, layout)
+            names = ("encoder_last_hidden_state", "encoder_attention_mask", "encoder_positions")
+            states_of_encoder = dict(zip(names, _padded_states(encoder_outputs, attention_mask), strict=True))
+        return Seq2SeqOutput(
+            loss=next_token_loss if prediction_loss is None else next_token_loss + prediction_loss,
+            logits=None if skip_logits else decoder_layout.pad(logits),
+            next_token_loss=next_token_loss.detach(),
+            prediction_loss=None if prediction_loss is None else prediction_loss.detach(),
+            **states_of_encoder,
+        )
+
+    def _decode_padded(
+        self, encoder_outputs: EncoderOutput, attention_mask: Tensor | None, **kwargs: object
+    ) -> Seq2SeqOutput:
+        """The host's decoder on encoded histories; they bring the mask of the tokens that are left of them."""
+        states, mask, positions = _padded_states(encoder_outputs, attention_mask)
+        output = super().forward(
+            attention_mask=mask,
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            return_dict=True,
+            **kwargs,
+        )
+        return Seq2SeqOutput(**output, encoder_attention_mask=mask, encoder_positions=positions)
+
+    def _next_token_loss(self, states: Tensor, logits: Tensor | None, labels: Tensor, num_labels: Tensor) -> Tensor:
+        """The mean cross-entropy of `[T, d_model]` states, from logits where these exist; 0 without labels."""
+        # What has taken the head's place (an adapter, a quantized layer) is asked for logits.
+        if logits is None and type(self.lm_head) is nn.Linear:
+            return multi_token_cross_entropy(states, self.lm_head.weight, labels[:, None], bias=self.lm_head.bias)
+        logits = self.lm_head(states) if logits is None else logits
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / num_labels.clamp(min=1)
+
+    def _prediction_loss(
+        self,
+        states: PackedSequence,
+        layout: PaddedLayout,
+        labels: Tensor,
+        future_ids: Tensor | None,
+        num_future_targets: Tensor | None,
+        training_step: int | None,
+    ) -> Tensor:
+        if future_ids is None:
+            raise ValueError("future_ids must be given while training with a PredictionConfig, got None")
+        targets = multi_step_targets(labels, future_ids, self.stamp_prediction_config)
+        return self.stamp_prediction(
+            states.values,
+            layout.pack(targets),
+            unembedding=self._shared_unembedding(),
+            cu_seqlens=states.cu_seqlens,
+            max_seqlen=states.max_seqlen,
+            target_counts=num_future_targets,
+            training_step=training_step,
+        )
+
+    def _shared_unembedding(self) -> Tensor | None:
+        if self.stamp_prediction.unembedding is not None:
+            return None
+        if type(self.lm_head) is not nn.Linear:
+            raise ValueError(
+                f'unembedding="shared" needs a plain nn.Linear as lm_head, got {type(self.lm_head).__name__}: '
+                'choose unembedding="own"'
+            )
+        return self.lm_head.weight
+
+
+# `save_pretrained` writes the name of the class into config.json: a checkpoint is one of the host's.
+StampT5EncoderModel.__name__ = T5EncoderModel.__name__
+StampT5ForConditionalGeneration.__name__ = T5ForConditionalGeneration.__name__
+
+_STAMPED_CLASSES = {
+    T5EncoderModel: StampT5EncoderModel,
+    T5ForConditionalGeneration: StampT5ForConditionalGeneration,
+}
+
+
+def apply_stamp(
+    model: T5ForConditionalGeneration | T5EncoderModel,
     *,
-    scaling: float,
-    dropout: float,
-    position_bias: Tensor,
-    packing: _Packing | None = None,
-    **kwargs: object,
-) -> tuple[Tensor, None]:
-    """The attention function of the host's interface: query, key and value `[1, heads, T, d_kv]`, one packed batch."""
-    if packing is None:
-        raise RuntimeError(
-            f"the attention implementation {ATTENTION_NAME!r} runs packed sequences alone: call encode_packed and "
-            "decode_packed, or give the model another implementation with set_attn_implementation"
-        )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    queries = packing.queries
-    if position_bias.dim() == 0:  # the placeholder that marks cross attention
-        source = packing.source
-        out = packed_attention(
-            q,
-            k,
-            v,
-            packing.cu_seqlens_cross,
-            packing.max_seqlen_cross,
-            source.cu_seqlens,
-            source.max_seqlen,
-            scale=scaling,
-            dropout_p=dropout,
-        )
-        return out[None], None
-    result = packed_attention(
-        q,
-        k,
-        v,
-        queries.cu_seqlens,
-        queries.max_seqlen,
-        causal=module.is_causal,
-        scale=scaling,
-        relative_bias=RelativePositionBias(
-            position_bias,
-            bidirectional=not module.is_decoder,
-            max_distance=module.relative_attention_max_distance,
-        ),
-        positions_q=queries.positions,
-        dropout_p=dropout,
-        return_centrality=packing.want_centrality,
-    )
-    if not packing.want_centrality:
-        return result[None], None
-    packing.centrality = result.centrality
-    return result.out[None], None
+    pruning: PruningConfig | None = None,
+    prediction: PredictionConfig | None = None,
+) -> StampT5ForConditionalGeneration | StampT5EncoderModel:
+    """Run a T5 on packed sequences, prune its encoder (SAP) and let it predict further items in training (MAP).
 
+    In place, and undone by `remove_stamp`. Parameters, their names and the model's inputs stay the host's; with neither
+    pruning nor prediction so do its outputs and gradients. The heads of the prediction are `model.stamp_prediction`,
+    and their parameters the only new ones. What was asked for is kept in `model.config.stamp`, so that
+    `save_pretrained` writes it and `StampT5ForConditionalGeneration.from_pretrained` has it again; the host's own class
+    loads such a checkpoint too, as a model that is not pruned.
 
-def use_packed_attention(model: T5ForConditionalGeneration) -> None:
-    """Give both stacks of the model the packed attention function; their own `forward` then raises.
-
-    `model.encoder.set_attn_implementation("sdpa")` and the same of the decoder give the host's attention back.
-    """
-    AttentionInterface.register(ATTENTION_NAME, _packed_t5_attention)
-    for stack in (model.encoder, model.decoder):
-        stack.set_attn_implementation(ATTENTION_NAME)
-
-
-def _bias_table(stack: T5Stack) -> Tensor:
-    """`[num_buckets, num_heads]`: block 0 owns the table, all blocks read it."""
-    return stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-
-
-def _embed(stack: T5Stack, inputs: PackedSequence) -> Tensor:
-    """`[T, d_model]` token embeddings; what stands on tail rows is not read as a token."""
-    rows = torch.arange(inputs.values.shape[0], device=inputs.values.device)
-    token_ids = torch.where(rows < inputs.cu_seqlens[-1], inputs.values, 0)
-    return stack.dropout(stack.embed_tokens(token_ids))
-
-
-def _check_stack(stack: T5Stack, inputs: PackedSequence) -> None:
-    if stack.config._attn_implementation != ATTENTION_NAME:
-        raise ValueError(
-            f"the stack runs attention {stack.config._attn_implementation!r}: call use_packed_attention(model) first"
-        )
-    if inputs.values.dim() != 1 or inputs.values.dtype != torch.int64:
-        raise ValueError(
-            f"inputs.values must be int64 token ids [T], got {inputs.values.dtype} {list(inputs.values.shape)}"
-        )
-
-
-class EncodedSequence(NamedTuple):
-    """What `encode_packed` returns.
-
-    Attributes:
-        packed: the encoder's output states, values `[T', d_model]`, with the kept tokens' offsets and positions.
-        tokens_per_block: rows that entered each block.
-    """
-
-    packed: PackedSequence
-    tokens_per_block: list[int]
-
-
-def encode_packed(
-    encoder: T5Stack, inputs: PackedSequence, *, pruning: Mapping[int, SemanticAdaptivePruning] | None = None
-) -> EncodedSequence:
-    """Run T5's encoder on packed token ids.
+    Applied again it replaces the configurations; heads whose configuration stays keep their weights. Call it before
+    what wraps or replaces the model's class or parameters: an optimizer (which has to know the heads), `torch.compile`,
+    `fully_shard`, `DistributedDataParallel`, PEFT (`modules_to_save=["stamp_prediction"]` trains the heads).
 
     Args:
-        encoder: `model.encoder`, after `use_packed_attention(model)`.
-        inputs: values int64 `[T]` token ids; positions None for 0..n-1.
-        pruning: number of a block, counted from 1, to what prunes its output (STAMP, arXiv 2604.05329: `{2: ...}`
-            prunes after the second block). The tokens' centrality is that of the same block's attention.
-
-    Raises:
-        ValueError: the stack has another attention function, the values are no token ids, or a pruning point is not
-            one of the encoder's blocks.
-    """
-    _check_stack(encoder, inputs)
-    pruning = dict(pruning or {})
-    for block_number in pruning:
-        if not 1 <= block_number <= len(encoder.block):
-            raise ValueError(f"pruning: blocks are numbered 1 to {len(encoder.block)}, got {block_number}")
-    packed = replace(inputs, values=_embed(encoder, inputs))
-    bias_table = _bias_table(encoder)
-    tokens_per_block = []
-    for block_number, block in enumerate(encoder.block, start=1):
-        prune = pruning.get(block_number)
-        packing = _Packing(packed, want_centrality=prune is not None and prune.is_active)
-        tokens_per_block.append(packed.values.shape[0])
-        hidden = block(packed.values[None], None, bias_table, packing=packing)[0]
-        packed = replace(packed, values=hidden[0])
-        if packing.want_centrality:
-            packed = prune(packed, packing.centrality).packed
-    states = encoder.dropout(encoder.final_layer_norm(packed.values))
-    return EncodedSequence(replace(packed, values=states), tokens_per_block)
-
-
-def decode_packed(
-    decoder: T5Stack,
-    inputs: PackedSequence,
-    source: PackedSequence,
-    *,
-    cu_seqlens_cross: Tensor | None = None,
-    max_seqlen_cross: int | None = None,
-) -> Tensor:
-    """Run T5's decoder, teacher forcing, on packed token ids.
-
-    Args:
-        decoder: `model.decoder`, after `use_packed_attention(model)`.
-        inputs: values int64 `[T]` decoder ids, already shifted right.
-        source: the encoder's output states, values `[Ts, d_model]`.
-        cu_seqlens_cross, max_seqlen_cross: offsets of the decoder tokens that read each source sequence, where several
-            decoder sequences share one (the beams of a search). None: one decoder sequence for each source sequence.
+        model: a T5ForConditionalGeneration or T5EncoderModel; no subclass with a forward of its own.
+        pruning: None: not pruned.
+        prediction: None: no auxiliary loss. For T5ForConditionalGeneration alone.
 
     Returns:
-        `[T, d_model]` states, before the language-model head and its scaling.
+        The same model.
 
     Raises:
-        ValueError: the stack has another attention function, or the values are no token ids.
+        ValueError: the model is of another class, its d_kv is no multiple of 8 up to 256, the schedule names a block
+            that the encoder does not have, or prediction is asked of an encoder.
     """
-    _check_stack(decoder, inputs)
-    packing = _Packing(
-        inputs,
-        source=source,
-        cu_seqlens_cross=inputs.cu_seqlens if cu_seqlens_cross is None else cu_seqlens_cross,
-        max_seqlen_cross=inputs.max_seqlen if max_seqlen_cross is None else max_seqlen_cross,
-    )
-    bias_table = _bias_table(decoder)
-    no_bias = bias_table.new_zeros(())  # None would make the host allocate [1, heads, T, T]
-    hidden = _embed(decoder, inputs)[None]
-    for block in decoder.block:
-        hidden = block(hidden, None, bias_table, source.values[None], None, no_bias, packing=packing)[0]
-    return decoder.dropout(decoder.final_layer_norm(hidden))[0]
+    host_class = _host_class(model)
+    if host_class is None:
+        raise ValueError(
+            f"model must be a {' or '.join(host.__name__ for host in _STAMPED_CLASSES)} itself, "
+            f"not wrapped or sharded, got {type(model).__name__}"
+        )
+    if prediction is not None and host_class is T5EncoderModel:
+        raise ValueError("prediction needs a decoder, got a T5EncoderModel")
+    d_kv = model.config.d_kv
+    if d_kv % 8 != 0 or not 8 <= d_kv <= 256:
+        raise ValueError(f"model.config.d_kv must be a multiple of 8 from 8 to 256, got {d_kv}")
+    if pruning is not None:
+        pruning.check_blocks(model.config.num_layers)
+    _stamp(model, pruning, prediction)
+    return model
+
+
+def remove_stamp(model: T5ForConditionalGeneration | T5EncoderModel) -> None:
+    """The host again, with the weights as they are now and without the heads; nothing happens to a host."""
+    host_class = _host_class(model)
+    if host_class in (None, type(model)):
+        return
+    for module in model.modules():
+        if isinstance(module, PackedT5Attention):
+            module.__class__ = T5Attention
+    for stack in _stacks(model):
+        stack.__class__ = T5Stack
+    del model.encoder.stamp_pruning, model.encoder.stamp_protected_ends
+    del model.stamp_prediction, model.stamp_prediction_config, model.config.stamp
+    model.__class__ = host_class
+
+
+def _host_class(model: nn.Module) -> type | None:
+    for host, stamped in _STAMPED_CLASSES.items():
+        if type(model) in (host, stamped):
+            return host
+    return None
+
+
+def _stacks(model: nn.Module) -> list[T5Stack]:
+    return [stack for stack in (model.encoder, getattr(model, "decoder", None)) if stack is not None]
+
+
+def _stamp(model: nn.Module, pruning: PruningConfig | None, prediction: PredictionConfig | None) -> None:
+    model.__class__ = _STAMPED_CLASSES[_host_class(model)]
+    for stack, packed_class in zip(_stacks(model), (PackedT5Encoder, PackedT5Decoder), strict=False):
+        stack.__class__ = packed_class
+        for module in stack.modules():
+            if type(module) is T5Attention:
+                module.__class__ = PackedT5Attention
+    model.encoder.set_pruning(pruning)
+    if prediction is None:
+        model.stamp_prediction = None
+    elif prediction != getattr(model, "stamp_prediction_config", None):
+        weight = model.lm_head.weight
+        heads = prediction.build_module(model.config.d_model, weight.shape[0])
+        model.stamp_prediction = heads.to(weight.device, weight.dtype).train(model.training)
+    model.stamp_prediction_config = prediction
+    model.config.stamp = {"pruning": to_dict(pruning), "prediction": to_dict(prediction)}
 
 
 def head_inputs(model: T5ForConditionalGeneration, states: Tensor) -> Tensor:
@@ -233,11 +368,18 @@ def head_inputs(model: T5ForConditionalGeneration, states: Tensor) -> Tensor:
     return states * model.model_dim**-0.5 if model.config.scale_decoder_outputs else states
 
 
-def next_token_loss(model: T5ForConditionalGeneration, states: Tensor, labels: Tensor) -> Tensor:
-    """The host's cross-entropy (mean over labels other than -100) without its logits.
+def _padded_states(
+    encoder_outputs: BaseModelOutput | tuple, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """States `[B, S', d_model]`, their mask, and their positions where they are known."""
+    if isinstance(encoder_outputs, EncoderOutput):
+        padded = encoder_outputs.padded()
+        return padded.last_hidden_state, padded.attention_mask, padded.positions
+    return encoder_outputs[0], attention_mask, None
 
-    Args:
-        states: `[T, d_model]`, what `decode_packed` returned.
-        labels: int64 `[T]`; -100 on tail rows, as on whatever else is not to be learned.
-    """
-    return multi_token_cross_entropy(head_inputs(model, states), model.lm_head.weight, labels[:, None])
+
+def _packed_source(encoder_outputs: BaseModelOutput | tuple, attention_mask: Tensor | None) -> PackedSequence:
+    if isinstance(encoder_outputs, EncoderOutput) and encoder_outputs.packed is not None:
+        return encoder_outputs.packed
+    states, mask, _ = _padded_states(encoder_outputs, attention_mask)
+    return pack_padded(states, mask)[0]

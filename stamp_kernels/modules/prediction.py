@@ -216,6 +216,7 @@ class MultiStepPrediction(nn.Module):
         bias: Tensor | None = None,  # [V]
         cu_seqlens: Tensor | None = None,  # [B + 1] int32
         max_seqlen: int | None = None,
+        target_counts: Tensor | None = None,  # [K, L]
         training_step: int | None = None,
         return_step_losses: bool = False,
     ) -> Tensor | MultiTokenLoss:
@@ -229,6 +230,9 @@ class MultiStepPrediction(nn.Module):
             bias: added to the logits, as in `multi_token_cross_entropy`.
             cu_seqlens, max_seqlen: int32 `[B + 1]` offsets of the packed sequences and their longest length; needed,
                 and read, by head="transformer" alone.
+            target_counts: how many valid targets each (step, level) has, where this batch is a part of a larger one (of
+                several ranks, or of accumulated steps). Its losses are then sums over this part divided by these
+                counts, so that the parts' losses add up to the whole's. None: this batch is all.
             training_step: what lambda_ is a function of, where it is one. torch.compile does not recompile for it.
             return_step_losses: return MultiTokenLoss(loss, step_losses `[K]`, without weights, lambda and gradient).
 
@@ -264,12 +268,17 @@ class MultiStepPrediction(nn.Module):
         states = torch.cat([x.unflatten(0, items_and_levels).transpose(0, 1) for x in states])  # [K * L, items, D]
         targets = targets.unflatten(0, items_and_levels).transpose(1, 2).flatten(1)  # [items, K * L]
         step_weights = (1.0,) * self.num_steps if self.step_weights is None else self.step_weights
+        step_weights = [weight / self.levels for weight in step_weights for _ in range(self.levels)]
+        if target_counts is not None:
+            check_tensor("target_counts", target_counts, shape=[self.num_steps, self.levels])
+            share = (targets != self.ignore_index).sum(0) / target_counts.flatten().clamp(min=1)
+            step_weights = share * torch.tensor(step_weights, dtype=share.dtype, device=share.device)
         loss, step_losses = multi_token_cross_entropy(
             states,
             self.unembedding if unembedding is None else unembedding,
             targets,
             bias=bias,
-            step_weights=[weight / self.levels for weight in step_weights for _ in range(self.levels)],
+            step_weights=step_weights,
             vocab_ranges=self.vocab_ranges,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,

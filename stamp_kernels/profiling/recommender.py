@@ -5,6 +5,7 @@ configuration has the same parameters under the same names (`model.*`), so that 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,15 +13,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from stamp_kernels.integrations.transformers_t5 import (
-    decode_packed,
-    encode_packed,
-    head_inputs,
-    next_token_loss,
-    use_packed_attention,
-)
-from stamp_kernels.modules.prediction import MultiStepPrediction
-from stamp_kernels.modules.pruning import SemanticAdaptivePruning
+from stamp_kernels.integrations.transformers_t5 import PredictionConfig, PruningConfig, apply_stamp, head_inputs
 from stamp_kernels.packed import PackedSequence
 from stamp_kernels.profiling.data import Batch, Vocabulary
 from stamp_kernels.profiling.peers import encode_padded_pruned, set_host_attention
@@ -143,55 +136,57 @@ class PaddedPrunedRecommender(PaddedRecommender):
 
 
 class PackedRecommender(Recommender):
-    """The same model on packed sequences, with SAP and MAP where asked for."""
+    """The same model after `apply_stamp`, with SAP and MAP where asked for."""
 
     def __init__(self, settings: RecommenderSettings, *, prune: bool, predict: bool) -> None:
         super().__init__(settings)
-        use_packed_attention(self.model)
-        self.pruning = {settings.prune_after_block: SemanticAdaptivePruning(settings.keep_ratio)} if prune else {}
-        self.prediction = None
+        pruning = prediction = None
+        if prune:
+            pruning = PruningConfig(schedule=[(settings.prune_after_block, settings.keep_ratio)])
         if predict:
-            codebooks = [self.vocabulary.level_range(level) for level in range(settings.levels)]
-            self.prediction = MultiStepPrediction(
-                settings.d_model,
+            prediction = PredictionConfig(
                 settings.auxiliary_steps,
-                head="residual",
+                settings.levels,
                 lambda_=settings.auxiliary_weight,
-                levels=settings.levels,
-                vocab_ranges=codebooks * settings.auxiliary_steps,
+                vocab_ranges=[self.vocabulary.level_range(level) for level in range(settings.levels)],
             )
+        apply_stamp(self.model, pruning=pruning, prediction=prediction)
+        self._tokens_per_block = [0] * settings.num_layers
+        for i, block in enumerate(self.model.encoder.block):
+            block.register_forward_pre_hook(partial(self._count_tokens, i))
 
-    def encode(self, batch: Batch) -> tuple[PackedSequence, list[int]]:
-        inputs = PackedSequence(batch.packed_ids, batch.cu_seqlens, batch.max_seqlen, lengths_cpu=batch.lengths)
-        return encode_packed(self.model.encoder, inputs, pruning=self.pruning)
+    def _count_tokens(self, i: int, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._tokens_per_block[i] = inputs[0].shape[1]
 
-    def _decode(self, source: PackedSequence, decoder_ids: Tensor) -> Tensor:
-        """States `[B, beams, t, D]` of decoder ids `[B, beams, t]`; a user's beams share the user's history."""
-        batch, num_beams, length = decoder_ids.shape
-        inputs = PackedSequence(decoder_ids.flatten(), _even_offsets(decoder_ids, batch * num_beams, length), length)
-        states = decode_packed(
-            self.model.decoder,
-            inputs,
-            source,
-            cu_seqlens_cross=_even_offsets(decoder_ids, batch, num_beams * length),
-            max_seqlen_cross=num_beams * length,
-        )
-        return states.view(batch, num_beams, length, -1)
+    def encode(self, batch: Batch) -> PackedSequence:
+        return self.model.encoder(packed_inputs=self._packed_inputs(batch)).packed
+
+    def _packed_inputs(self, batch: Batch) -> PackedSequence:
+        return PackedSequence(batch.packed_ids, batch.cu_seqlens, batch.max_seqlen, lengths_cpu=batch.lengths)
 
     def forward(self, batch: Batch) -> RecommenderOutput:
-        encoded = self.encode(batch)
-        states = self._decode(encoded.packed, self.decoder_inputs(batch.labels[:, None, :-1])).flatten(0, 2)
-        loss = next_item_loss = next_token_loss(self.model, states, batch.labels.flatten())
-        if self.prediction is not None:
-            # The state that writes level h of the target item predicts level h of the items after it.
-            future_labels = batch.future_labels.transpose(1, 2).flatten(0, 1)  # [B * levels, steps]
-            hidden = head_inputs(self.model, states)
-            loss = loss + self.prediction(hidden, future_labels, unembedding=self.model.lm_head.weight)
-        return RecommenderOutput(loss, next_item_loss, encoded.tokens_per_block)
+        output = self.model(
+            packed_inputs=self._packed_inputs(batch),
+            labels=batch.labels,
+            future_ids=batch.future_labels.flatten(1),
+        )
+        return RecommenderOutput(output.loss, output.next_token_loss, list(self._tokens_per_block))
 
-    def next_token_logits(self, encoded: tuple[PackedSequence, list[int]], prefixes: Tensor) -> Tensor:
-        states = self._decode(encoded[0], self.decoder_inputs(prefixes))
-        return self.model.lm_head(head_inputs(self.model, states[:, :, -1]))
+    def next_token_logits(self, encoded: PackedSequence, prefixes: Tensor) -> Tensor:
+        """A user's beams share the user's history: the host's own search repeats it for each."""
+        batch, num_beams = prefixes.shape[:2]
+        decoder_ids = self.decoder_inputs(prefixes)
+        length = decoder_ids.shape[2]
+        states = self.model.decoder(
+            packed_inputs=PackedSequence(
+                decoder_ids.flatten(), _even_offsets(decoder_ids, batch * num_beams, length), length
+            ),
+            packed_source=encoded,
+            cu_seqlens_cross=_even_offsets(decoder_ids, batch, num_beams * length),
+            max_seqlen_cross=num_beams * length,
+        ).packed.values
+        last = states.view(batch, num_beams, length, -1)[:, :, -1]
+        return self.model.lm_head(head_inputs(self.model, last))
 
 
 def _even_offsets(like: Tensor, batch: int, length: int) -> Tensor:

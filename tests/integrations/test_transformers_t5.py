@@ -1,226 +1,280 @@
-"""The packed T5 trunk against the untouched host, and the pruned one against a loop over single sequences."""
+"""A stamped T5 that neither prunes nor predicts against the untouched host: loss, logits, gradients, generation."""
 
 import copy
 
 import pytest
 import torch
 from closeness import assert_close, relative_error
+from t5_cases import LENGTHS, LEVELS, VOCAB_SIZE, assert_same_training_step, gradients, padded_batch, tiny_t5
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5EncoderModel
 
-from stamp_kernels.integrations.transformers_t5 import (
-    decode_packed,
-    encode_packed,
-    head_inputs,
-    next_token_loss,
-    use_packed_attention,
-)
-from stamp_kernels.modules.pruning import SemanticAdaptivePruning
+from stamp_kernels.integrations.transformers_t5 import PruningConfig, apply_stamp, remove_stamp
 from stamp_kernels.packed import PackedSequence
 
-LENGTHS = (7, 1, 30, 2, 13, 200)  # the last one reaches beyond the exact and the logarithmic buckets
-LABELS_PER_SEQUENCE = 4
-KEEP_RATIO = 1 / 3
+V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+SCATTERED = "scattered"
 
 
-def tiny_t5(dtype: torch.dtype, **config) -> T5ForConditionalGeneration:
-    torch.manual_seed(0)
-    settings = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=3, dropout_rate=0.0)
-    settings |= dict(decoder_start_token_id=0, pad_token_id=0, use_cache=False)
-    model = T5ForConditionalGeneration(T5Config(**{**settings, **config}))
-    for stack in (model.encoder, model.decoder):
-        stack.set_attn_implementation("eager")
-        assert stack.config._attn_implementation == "eager"
-    return model.to(dtype)
+def batch_of(padding: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
+    """Padded on a side, or with holes in the mask."""
+    if padding != SCATTERED:
+        return padded_batch(lengths, padding_side=padding)
+    batch = padded_batch(lengths)
+    holes = torch.rand(batch["attention_mask"].shape) < 0.3
+    holes[:, 0] = False  # an empty row has no truth: the host attends to its padding alike
+    return batch | {"attention_mask": batch["attention_mask"] * ~holes}
 
 
-def random_batch(lengths: tuple[int, ...] = LENGTHS) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids [B, S], attention_mask [B, S], labels [B, L]."""
-    torch.manual_seed(1)
-    attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    input_ids = torch.randint(1, 61, attention_mask.shape) * attention_mask
-    return input_ids, attention_mask, torch.randint(1, 61, (len(lengths), LABELS_PER_SEQUENCE))
-
-
-def packed_loss(model, inputs: PackedSequence, labels: Tensor, pruning=None) -> Tensor:
-    encoded = encode_packed(model.encoder, inputs, pruning=pruning)
-    batch, length = labels.shape
-    cu_seqlens = torch.arange(0, batch * length + 1, length, dtype=torch.int32)
-    decoder_ids = PackedSequence(model._shift_right(labels).flatten(), cu_seqlens, length)
-    return next_token_loss(model, decode_packed(model.decoder, decoder_ids, encoded.packed), labels.flatten())
-
-
-def gradients(model, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_same_training_step(host, host_loss, model, loss):
-    """float64: loss and each gradient to 1e-9; fp32: loss and the whole gradient vector to 1e-5.
-
-    In fp32 single gradients differ more between any two orders of summation: a ReLU flips.
-    """
-    expected, got = gradients(host, host_loss), gradients(model, loss)
-    assert expected.keys() == got.keys()
-    bound = 1e-9 if loss.dtype == torch.float64 else 1e-5
-    assert relative_error(loss, host_loss) < bound
-    if loss.dtype == torch.float64:
-        for name in expected:
-            assert relative_error(got[name], expected[name]) < bound, name
-    whole = [torch.cat([g.flatten() for g in grads.values()]) for grads in (got, expected)]
-    assert relative_error(*whole) < bound
+def stamped_copy(host, **configurations):
+    return apply_stamp(copy.deepcopy(host), **configurations)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize(
-    "config", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}], ids=["t5", "v1.1"]
-)
-def test_unpruned_equals_padded_eager(dtype, padding_side, config):
+@pytest.mark.parametrize("padding", ["right", "left", SCATTERED])
+@pytest.mark.parametrize("config", [{}, V1_1], ids=["t5", "v1.1"])
+def test_training_step(dtype, padding, config):
     host = tiny_t5(dtype, **config)
-    model = copy.deepcopy(host)
-    use_packed_attention(model)
-    input_ids, attention_mask, labels = random_batch()
-    inputs = PackedSequence.from_padded(input_ids, attention_mask)
-    if padding_side == "left":
-        input_ids, attention_mask = input_ids.flip(1), attention_mask.flip(1)
-        inputs = PackedSequence.from_padded(input_ids, attention_mask)
-    host_loss = host(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
-    assert_same_training_step(host, host_loss, model, packed_loss(model, inputs, labels))
+    model = stamped_copy(host)
+    batch = batch_of(padding)
+    batch["labels"][0, 1:], batch["labels"][2] = -100, -100
+    assert_same_training_step(host, host(**batch).loss, model, model(**batch).loss)
 
 
-def test_ignored_labels():
-    host = tiny_t5(torch.float64)
-    model = copy.deepcopy(host)
-    use_packed_attention(model)
-    input_ids, attention_mask, labels = random_batch()
-    labels[0, 1:], labels[2] = -100, -100
-    host_loss = host(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
-    inputs = PackedSequence.from_padded(input_ids, attention_mask)
-    assert_same_training_step(host, host_loss, model, packed_loss(model, inputs, labels))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("padding", ["right", "left", SCATTERED])
+def test_logits_and_states(dtype, padding):
+    host = tiny_t5(dtype).eval()
+    model = stamped_copy(host)
+    batch = batch_of(padding)
+    expected, got = host(**batch), model(**batch)
+    valid = batch["attention_mask"].bool()
+    assert_close(got.logits, expected.logits)
+    assert_close(got.loss, expected.loss)
+    assert_close(got.encoder_last_hidden_state[valid], expected.encoder_last_hidden_state[valid])
+    assert torch.equal(got.encoder_attention_mask, valid)
+    assert not got.encoder_last_hidden_state[~valid].any()
+    # Logits in training, where they are asked for.
+    assert_close(model.train()(**batch, skip_logits=False).logits, expected.logits)
+    assert model(**batch).logits is None
 
 
-def obvious_pruned_states(model, input_ids: Tensor, keep_ratio: float, prune_after: int) -> Tensor:
-    """STAMP's encoder for one sequence `[n]`, by the formulas, in the host's layers: `[kept, D]`."""
-    encoder = model.encoder
-    attention = encoder.block[0].layer[0].SelfAttention
-    n = len(input_ids)
-    kept = torch.arange(n)
-    bias = attention.compute_bias(n, n)  # [1, H, n, n]
-    hidden = encoder.embed_tokens(input_ids)[None]
-    for number, block in enumerate(encoder.block, start=1):
-        layer, feed_forward = block.layer[0], block.layer[1]
-        attended, _, weights = layer(hidden, position_bias=bias[:, :, kept][:, :, :, kept])
-        hidden = feed_forward(attended)
-        if number == prune_after:
-            importance = hidden[0].norm(p=1, dim=-1) * weights[0].sum(dim=(0, 1))
-            count = max(1, -int(-n * keep_ratio // 1))
-            chosen = importance.topk(count).indices.sort().values
-            hidden, kept = hidden[:, chosen], kept[chosen]
-    return encoder.final_layer_norm(hidden)[0]
+def test_bfloat16_is_as_close_as_the_hosts_own_attentions_are_to_each_other():
+    hosts = {name: tiny_t5(torch.bfloat16, attention=name) for name in ("eager", "sdpa")}
+    model, exact = stamped_copy(hosts["eager"]), tiny_t5(torch.float64)
+    exact.load_state_dict(hosts["eager"].state_dict())
+    batch = batch_of("right", lengths=tuple(range(1, 60)))
+
+    def whole_gradient(model) -> Tensor:
+        return torch.cat([g.double().flatten() for g in gradients(model, model(**batch).loss).values()])
+
+    truth, eager, sdpa = (whole_gradient(m) for m in (exact, hosts["eager"], hosts["sdpa"]))
+    assert relative_error(whole_gradient(model), truth) < 1.5 * max(relative_error(g, truth) for g in (eager, sdpa))
+    loss = exact(**batch).loss
+    allowed = max(relative_error(host(**batch).loss, loss) for host in hosts.values())
+    assert relative_error(model(**batch).loss, loss) < 1.5 * allowed
 
 
-@pytest.mark.parametrize("prune_after", [1, 2, 3])
-def test_pruned_equals_a_loop_over_sequences(prune_after):
-    host = tiny_t5(torch.float64)
-    model = copy.deepcopy(host)
-    use_packed_attention(model)
-    input_ids, attention_mask, labels = random_batch()
-
-    losses = []
-    for ids, mask, label in zip(input_ids, attention_mask, labels, strict=True):
-        states = obvious_pruned_states(host, ids[mask.bool()], KEEP_RATIO, prune_after)
-        decoder_states = host.decoder(input_ids=host._shift_right(label[None]), encoder_hidden_states=states[None])[0]
-        losses.append(F.cross_entropy(host.lm_head(head_inputs(host, decoder_states[0])), label, reduction="sum"))
-    host_loss = torch.stack(losses).sum() / labels.numel()
-
-    inputs = PackedSequence.from_padded(input_ids, attention_mask)
-    loss = packed_loss(model, inputs, labels, pruning={prune_after: SemanticAdaptivePruning(KEEP_RATIO)})
-    assert_same_training_step(host, host_loss, model, loss)
+def test_bfloat16_autocast():
+    host = tiny_t5(attention="sdpa")
+    model, exact = stamped_copy(host), copy.deepcopy(host).double()
+    batch = batch_of("right")
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [m(**batch).loss for m in (host, model)]
+    errors = [
+        relative_error(
+            torch.cat([g.flatten() for g in gradients(m, loss).values()]),
+            torch.cat([g.flatten() for g in gradients(exact, exact(**batch).loss).values()]),
+        )
+        for m, loss in zip((host, model), losses, strict=True)
+    ]
+    assert losses[1].dtype == torch.float32
+    assert errors[1] < 1.5 * errors[0]
 
 
-def test_tokens_per_block_and_positions_follow_the_schedule():
-    model = tiny_t5(torch.float32)
-    use_packed_attention(model)
-    input_ids, attention_mask, _ = random_batch()
-    inputs = PackedSequence.from_padded(input_ids, attention_mask)
-    encoded = encode_packed(
-        model.encoder, inputs, pruning={1: SemanticAdaptivePruning(0.5), 2: SemanticAdaptivePruning(0.5)}
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"num_beams": 4, "num_return_sequences": 3},
+        {"num_beams": 3, "prefix_allowed_tokens_fn": lambda batch, ids: [*range(1, 9), 20 + len(ids)]},
+        {"do_sample": True, "num_beams": 2},
+    ],
+    ids=["greedy", "no cache", "beams", "constrained", "sampled beams"],
+)
+def test_generate(attention, padding, options):
+    host = tiny_t5(torch.float64, attention=attention).eval()
+    model = stamped_copy(host)
+    batch = batch_of(padding)
+    del batch["labels"]
+    results = []
+    for m in (host, model):
+        torch.manual_seed(5)
+        results.append(
+            m.generate(**batch, max_new_tokens=LEVELS, return_dict_in_generate=True, output_scores=True, **options)
+        )
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    if "num_beams" in options:
+        assert_close(results[1].sequences_scores, results[0].sequences_scores)
+
+
+def test_no_mask_means_no_padding():
+    host = tiny_t5(torch.float64).eval()
+    model = stamped_copy(host)
+    ids, labels = torch.randint(0, VOCAB_SIZE, (3, 9)), torch.randint(1, VOCAB_SIZE, (3, LEVELS))
+    assert_close(model(input_ids=ids, labels=labels).logits, host(input_ids=ids, labels=labels).logits)
+
+
+def test_decoder_inputs_as_the_host_takes_them():
+    """Ids of its own with a mask, embeddings on both sides, encoder outputs, tuples."""
+    host = tiny_t5(torch.float64).eval()
+    model = stamped_copy(host)
+    batch = padded_batch()
+    labels = batch.pop("labels")
+    decoder_ids = torch.randint(1, VOCAB_SIZE, labels.shape)
+    decoder_mask = (torch.arange(LEVELS) < torch.tensor([4, 1, 2, 4, 3, 4])[:, None]).long()
+    masked_labels = labels.masked_fill(decoder_mask == 0, -100)
+    for extra in (
+        dict(decoder_input_ids=decoder_ids, decoder_attention_mask=decoder_mask, labels=masked_labels),
+        dict(decoder_inputs_embeds=torch.randn(*labels.shape, 24, dtype=torch.float64), labels=labels),
+        dict(decoder_input_ids=decoder_ids),
+    ):
+        expected, got = host(**batch, **extra), model(**batch, **extra)
+        valid = decoder_mask.bool() if "decoder_attention_mask" in extra else torch.ones_like(decoder_mask).bool()
+        assert_close(got.logits[valid], expected.logits[valid])
+        assert (got.loss is None) == (expected.loss is None)
+        if got.loss is not None:
+            assert_close(got.loss, expected.loss)
+
+    embeds = host.shared(batch["input_ids"])
+    by_embeds = dict(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels)
+    expected = host(**batch, labels=labels)
+    assert_close(model(**by_embeds).logits, expected.logits)
+    for encoder_outputs in (model.encoder(**batch), host.encoder(**batch), host.encoder(**batch, return_dict=False)):
+        two_steps = dict(encoder_outputs=encoder_outputs, attention_mask=batch["attention_mask"])
+        assert_close(model(**two_steps, labels=labels).logits, expected.logits)
+        assert_close(model(**two_steps, decoder_input_ids=model._shift_right(labels)).logits, expected.logits)
+    loss, logits = model(**batch, labels=labels, return_dict=False)[:2]
+    assert_close(loss, expected.loss)
+    assert_close(logits, expected.logits)
+
+
+def test_packed_inputs():
+    """Packed in, packed out; tail rows are not read; `padded()` is what generate takes."""
+    model = stamped_copy(tiny_t5(torch.float64), pruning=PruningConfig())
+    batch = padded_batch()
+    packed = PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"])
+    with_tail = PackedSequence(torch.cat([packed.values, torch.full((5,), -100)]), packed.cu_seqlens, packed.max_seqlen)
+    expected = gradients(model, model(**batch).loss)
+    for inputs in (packed, with_tail):
+        for name, gradient in gradients(model, model(packed_inputs=inputs, labels=batch["labels"]).loss).items():
+            assert_close(gradient, expected[name])
+    model.eval()
+    assert_close(
+        model(packed_inputs=packed, labels=batch["labels"]).encoder_last_hidden_state,
+        model(**batch).encoder_last_hidden_state,
     )
-    halves = [-(-n // 2) for n in LENGTHS]
-    quarters = [-(-n // 2) for n in halves]
-    assert encoded.tokens_per_block == [sum(LENGTHS), sum(halves), sum(quarters)]
-    assert encoded.packed.cu_seqlens.diff().tolist() == quarters
-    assert encoded.packed.max_seqlen == max(quarters)
-    first_positions = encoded.packed.positions[: quarters[0]]
-    assert bool((first_positions.diff() > 0).all()) and int(first_positions[-1]) < LENGTHS[0]
-
-
-def test_tail_rows_change_nothing():
-    model = tiny_t5(torch.float64)
-    use_packed_attention(model)
-    input_ids, attention_mask, labels = random_batch()
-    inputs = PackedSequence.from_padded(input_ids, attention_mask)
-    pruning = {2: SemanticAdaptivePruning(KEEP_RATIO)}
-    expected = gradients(model, packed_loss(model, inputs, labels, pruning))
-    values = torch.cat([inputs.values, torch.full((5,), -100)])
-    got = gradients(
-        model, packed_loss(model, PackedSequence(values, inputs.cu_seqlens, inputs.max_seqlen), labels, pruning)
+    del batch["labels"]
+    encoded = model.encoder(packed_inputs=packed)
+    assert encoded.last_hidden_state is None and encoded.packed.values.shape[0] == sum(-(-n // 3) for n in LENGTHS)
+    assert torch.equal(
+        model.generate(encoder_outputs=encoded.padded(), num_beams=3, max_new_tokens=LEVELS),
+        model.generate(**batch, num_beams=3, max_new_tokens=LEVELS),
     )
-    for name in expected:
-        assert_close(got[name], expected[name])
+    start = torch.zeros(len(LENGTHS), 1, dtype=torch.int64)
+    assert_close(
+        model(packed_inputs=packed, decoder_input_ids=start).logits, model(**batch, decoder_input_ids=start).logits
+    )
 
 
 def test_shared_source_sequences_serve_several_decoder_sequences():
     """The beams of a search read one history: the same states as with the history repeated."""
-    model = tiny_t5(torch.float64)
-    use_packed_attention(model)
-    input_ids, attention_mask, _ = random_batch((5, 3))
-    source = encode_packed(model.encoder, PackedSequence.from_padded(input_ids, attention_mask)).packed
+    model = stamped_copy(tiny_t5(torch.float64))
+    batch = padded_batch((5, 3))
+    source = PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"])
     num_beams, length = 3, 2
-    decoder_ids = torch.randint(1, 61, (2 * num_beams * length,))
-    cu_seqlens = torch.arange(0, 13, length, dtype=torch.int32)
-    states = decode_packed(
-        model.decoder,
-        PackedSequence(decoder_ids, cu_seqlens, length),
-        source,
+    decoder_ids = PackedSequence(
+        torch.randint(1, VOCAB_SIZE, (2 * num_beams * length,)), torch.arange(0, 13, length, dtype=torch.int32), length
+    )
+    got = model.decoder(
+        packed_inputs=decoder_ids,
+        packed_source=model.encoder(packed_inputs=source).packed,
         cu_seqlens_cross=torch.tensor([0, 6, 12], dtype=torch.int32),
         max_seqlen_cross=num_beams * length,
     )
     repeated = PackedSequence.from_padded(
-        input_ids.repeat_interleave(num_beams, 0), attention_mask.repeat_interleave(num_beams, 0)
+        *(batch[name].repeat_interleave(num_beams, 0) for name in ("input_ids", "attention_mask"))
     )
-    expected = decode_packed(
-        model.decoder, PackedSequence(decoder_ids, cu_seqlens, length), encode_packed(model.encoder, repeated).packed
-    )
-    assert_close(states, expected)
+    expected = model.decoder(packed_inputs=decoder_ids, packed_source=model.encoder(packed_inputs=repeated).packed)
+    assert_close(got.packed.values, expected.packed.values)
+
+
+def test_empty_batch_has_no_loss_and_zero_gradients():
+    model = stamped_copy(tiny_t5(), pruning=PruningConfig())
+    no_ids = torch.zeros(0, dtype=torch.int64)
+    empty = PackedSequence(no_ids, torch.zeros(1, dtype=torch.int32), 0, lengths_cpu=no_ids)
+    for labels in (no_ids.view(0, 0), no_ids.view(0, LEVELS)):
+        loss = model(packed_inputs=empty, labels=labels).loss
+        assert loss == 0
+        found = gradients(model, loss)
+        assert found.keys() == dict(model.named_parameters()).keys()
+        assert not any(gradient.any() for gradient in found.values())
+    # And histories without tokens among others: what they attend to is nothing.
+    batch = padded_batch((4, 0, 2))
+    assert model(**batch).loss.isfinite()
+
+
+def test_encoder_model():
+    host = T5EncoderModel(tiny_t5().config).double().eval()
+    model = stamped_copy(host)
+    batch = padded_batch(padding_side="left")
+    del batch["labels"]
+    valid = batch["attention_mask"].bool()
+    expected, got = host(**batch), model(**batch)
+    assert_close(got.last_hidden_state[valid], expected.last_hidden_state[valid])
+    packed = PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"])
+    assert_close(model(packed_inputs=packed).packed.values, expected.last_hidden_state[valid])
+    remove_stamp(model)
+    assert torch.equal(model(**batch).last_hidden_state, expected.last_hidden_state)
 
 
 def test_dropout_is_drawn_anew_and_reproducible():
-    model = tiny_t5(torch.float32, dropout_rate=0.2)
-    use_packed_attention(model)
-    input_ids, attention_mask, labels = random_batch()
-    inputs = PackedSequence.from_padded(input_ids, attention_mask)
+    model = stamped_copy(tiny_t5(dropout_rate=0.2), pruning=PruningConfig())
+    batch = padded_batch()
 
     def loss(seed: int) -> float:
         torch.manual_seed(seed)
-        return packed_loss(model, inputs, labels).item()
+        return model(**batch).loss.item()
 
     assert loss(0) == loss(0) != loss(1)
 
 
-def test_errors_say_what_to_do():
-    model = tiny_t5(torch.float32)
-    input_ids, attention_mask, _ = random_batch()
-    inputs = PackedSequence.from_padded(input_ids, attention_mask)
-    with pytest.raises(ValueError, match=r"the stack runs attention 'eager': call use_packed_attention\(model\) first"):
-        encode_packed(model.encoder, inputs)
-    use_packed_attention(model)
-    with pytest.raises(ValueError, match=r"pruning: blocks are numbered 1 to 3, got 4"):
-        encode_packed(model.encoder, inputs, pruning={4: SemanticAdaptivePruning(0.5)})
-    with pytest.raises(ValueError, match=r"int64 token ids \[T\], got torch.float32 \[3, 2\]"):
-        encode_packed(model.encoder, PackedSequence(torch.zeros(3, 2), torch.tensor([0, 3], dtype=torch.int32), 3))
-    with pytest.raises(RuntimeError, match=r"'stamp' runs packed sequences alone: call encode_packed"):
-        model.encoder(input_ids=input_ids, attention_mask=attention_mask)
+def test_the_heads_dimension_must_fit_the_kernels():
+    with pytest.raises(ValueError, match=r"model.config.d_kv must be a multiple of 8 from 8 to 256, got 12"):
+        apply_stamp(tiny_t5(d_kv=12))
+
+
+def test_errors_name_the_argument():
+    model = stamped_copy(tiny_t5())
+    batch = padded_batch()
+    labels, ids = batch["labels"], batch["input_ids"]
+    packed = PackedSequence.from_padded(ids, batch["attention_mask"])
+    cases = [
+        (dict(labels=labels), r"exactly one of input_ids, inputs_embeds, packed_inputs must be given, got none"),
+        (dict(input_ids=ids, packed_inputs=packed, labels=labels), r"got input_ids, packed_inputs"),
+        (dict(input_ids=ids, attention_mask=ids[:, :3], labels=labels), r"attention_mask must have shape \[6, 200\]"),
+        (dict(input_ids=ids[0], labels=labels), r"token ids \[B, S\] or embeddings \[B, S, d_model\], got \[200\]"),
+        (dict(**batch, output_attentions=True), r"output_attentions=True: packed stacks do not keep them"),
+    ]
+    for values, text in (
+        (torch.zeros(3, 2), r"embeddings \[T, 24\] or token ids \[T\], got torch.float32 \[3, 2\]"),
+        (torch.zeros(3, dtype=torch.int16), r"int32 or int64 token ids \[T\], got torch.int16 \[3\]"),
+    ):
+        inputs = PackedSequence(values, torch.tensor([0, 3], dtype=torch.int32), 3)
+        cases.append((dict(packed_inputs=inputs, labels=labels[:1]), text))
+    for arguments, text in cases:
+        with pytest.raises(ValueError, match=text):
+            model(**arguments)

@@ -1,0 +1,55 @@
+"""Tiny T5s with random weights, ragged batches for them, and what it means that two of them train alike."""
+
+import torch
+from closeness import relative_error
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+VOCAB_SIZE = 61
+LEVELS = 4
+LENGTHS = (7, 1, 30, 2, 13, 200)  # the last one reaches beyond the exact and the logarithmic buckets
+
+
+def tiny_t5(dtype: torch.dtype = torch.float32, *, attention: str = "eager", **config) -> T5ForConditionalGeneration:
+    """The untouched host, both stacks on this attention, in training mode without dropout."""
+    torch.manual_seed(0)
+    settings = dict(vocab_size=VOCAB_SIZE, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=3, dropout_rate=0.0)
+    settings |= dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=None)
+    model = T5ForConditionalGeneration(T5Config(**{**settings, **config}))
+    for stack in (model.encoder, model.decoder):
+        stack.set_attn_implementation(attention)
+        assert stack.config._attn_implementation == attention
+    return model.to(dtype).train()
+
+
+def padded_batch(lengths: tuple[int, ...] = LENGTHS, *, padding_side: str = "right") -> dict[str, Tensor]:
+    """input_ids and attention_mask `[B, S]`, labels `[B, LEVELS]`, of random tokens."""
+    torch.manual_seed(1)
+    attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    input_ids = torch.randint(1, VOCAB_SIZE, attention_mask.shape) * attention_mask
+    labels = torch.randint(1, VOCAB_SIZE, (len(lengths), LEVELS))
+    if padding_side == "left":
+        input_ids, attention_mask = input_ids.flip(1), attention_mask.flip(1)
+    return dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training_step(host, host_loss: Tensor, model, loss: Tensor) -> None:
+    """float64: loss and each gradient to 1e-9; fp32: loss and the whole gradient vector to 1e-5.
+
+    In fp32 single gradients differ more between any two orders of summation: a ReLU flips.
+    """
+    expected, got = gradients(host, host_loss), gradients(model, loss)
+    assert expected.keys() == got.keys()
+    bound = 1e-9 if loss.dtype == torch.float64 else 1e-5
+    assert relative_error(loss, host_loss) < bound
+    if loss.dtype == torch.float64:
+        for name in expected:
+            assert relative_error(got[name], expected[name]) < bound, name
+    whole = [torch.cat([g.flatten() for g in grads.values()]) for grads in (got, expected)]
+    assert relative_error(*whole) < bound
