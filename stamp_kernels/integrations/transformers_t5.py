@@ -182,9 +182,10 @@ class StampT5ForConditionalGeneration(_Stamped, T5ForConditionalGeneration):
 
         packed_labels = decoder_layout.pack(labels)
         num_labels = (packed_labels != IGNORE_INDEX).sum()
-        share = 1.0 if num_items_in_batch is None else num_labels / num_items_in_batch
         logits = None if skip_logits else self.lm_head(states.values)
-        next_token_loss = share * self._next_token_loss(states.values, logits, packed_labels, num_labels)
+        next_token_loss = self._next_token_loss(states.values, logits, packed_labels, num_labels)
+        share = 1.0 if num_items_in_batch is None else num_labels.to(next_token_loss.dtype) / num_items_in_batch
+        next_token_loss = share * next_token_loss
         prediction_loss = None
         if self.training and self.stamp_prediction is not None:
             prediction_loss = self._prediction_loss(

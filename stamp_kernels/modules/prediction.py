@@ -234,7 +234,8 @@ class MultiStepPrediction(nn.Module):
                 several ranks, or of accumulated steps). Its losses are then sums over this part divided by these
                 counts, so that the parts' losses add up to the whole's. None: this batch is all.
             training_step: what lambda_ is a function of, where it is one. torch.compile does not recompile for it.
-            return_step_losses: return MultiTokenLoss(loss, step_losses `[K]`, without weights, lambda and gradient).
+            return_step_losses: return MultiTokenLoss(loss, step_losses `[K]`, this batch's means without weights,
+                lambda and gradient).
 
         Returns:
             A scalar, fp32 (fp64 for fp64 hidden states), or MultiTokenLoss.
@@ -271,8 +272,9 @@ class MultiStepPrediction(nn.Module):
         step_weights = [weight / self.levels for weight in step_weights for _ in range(self.levels)]
         if target_counts is not None:
             check_tensor("target_counts", target_counts, shape=[self.num_steps, self.levels])
-            share = (targets != self.ignore_index).sum(0) / target_counts.flatten().clamp(min=1)
-            step_weights = share * torch.tensor(step_weights, dtype=share.dtype, device=share.device)
+            counts = (targets != self.ignore_index).sum(0).to(compute_dtype(hidden.dtype))
+            weights = torch.tensor(step_weights, dtype=counts.dtype, device=counts.device)
+            step_weights = weights * counts / target_counts.flatten().clamp(min=1)
         loss, step_losses = multi_token_cross_entropy(
             states,
             self.unembedding if unembedding is None else unembedding,

@@ -419,3 +419,27 @@ def test_bad_arguments(options, arguments, message, training):
 
 def test_examples():
     assert doctest.testmod(prediction, extraglobs={"shift_targets": shift_targets}).failed == 0
+
+
+@pytest.mark.parametrize("vocab_ranges", [None, [(0, 10), (10, 25), (25, 40)]])
+def test_losses_of_parts_add_up_to_that_of_the_whole(vocab_ranges):
+    """With the whole's counts of targets, whatever each part has of them: none at all, or more of one step."""
+    items, levels = 11, 3
+    predict = module(levels=levels, vocab_ranges=None if vocab_ranges is None else vocab_ranges * NUM_STEPS)
+    hidden = torch.randn(items * levels, WIDTH, dtype=torch.float64, requires_grad=True)
+    starts, ends = zip(*(vocab_ranges or [(0, VOCAB)] * levels), strict=True)
+    codes = torch.stack([torch.randint(a, b, (items, NUM_STEPS)) for a, b in zip(starts, ends, strict=True)], dim=1)
+    codes[:4, :, 2] = codes[5] = -100
+    targets = codes.flatten(0, 1)
+    unembedding = torch.randn(VOCAB, WIDTH, dtype=torch.float64)
+    counts = (codes != -100).sum(0).t()
+    whole = predict(hidden, targets, unembedding=unembedding)
+    (expected,) = torch.autograd.grad(whole, hidden)
+    parts = [
+        predict(hidden[rows], targets[rows], unembedding=unembedding, target_counts=counts)
+        for rows in (slice(0, 12), slice(12, 12), slice(12, 18), slice(18, None))
+    ]
+    assert_close(sum(parts), whole)
+    assert_close(torch.autograd.grad(sum(parts), hidden)[0], expected)
+    with pytest.raises(ValueError, match=r"target_counts must have shape \[3, 3\], got \[3\]"):
+        predict(hidden, targets, unembedding=unembedding, target_counts=counts[0])
