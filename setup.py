@@ -157,7 +157,7 @@ if find_nvcc() is not None:
 setup(
     packages=[
         "stamp_kernels",
-        *(f"stamp_kernels.{name}" for name in ("ops", "reference", "modules", "integrations", "profiling")),
+        *(f"stamp_kernels.{name}" for name in ("ops", "reference", "modules", "integrations", "data", "profiling")),
         "stamp_kernels.triton_kernels",
     ],
     package_dir={"stamp_kernels.triton_kernels": "triton_kernels"},

@@ -239,6 +239,19 @@ class PackedSequence:
             positions=None if positions is None else positions.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> "PackedSequence":
+        """The same batch in page-locked host memory, from where `to(device, non_blocking=True)` does not wait.
+
+        A DataLoader with pin_memory=True calls it. lengths_cpu, which never leaves the host, stays as it is.
+        """
+        positions = self.positions
+        return dataclasses.replace(
+            self,
+            values=self.values.pin_memory(),
+            cu_seqlens=self.cu_seqlens.pin_memory(),
+            positions=None if positions is None else positions.pin_memory(),
+        )
+
     @classmethod
     def _from_offsets(cls, values: Tensor, offsets: Tensor) -> "PackedSequence":
         lengths_cpu = offsets.diff().to(_HOST, torch.int32)

@@ -24,7 +24,13 @@ from stamp_kernels import (
     token_importance,
     use_backend,
 )
-from stamp_kernels.integrations.transformers_t5 import PruningConfig, apply_stamp
+from stamp_kernels.integrations.transformers_t5 import (
+    PredictionConfig,
+    PruningConfig,
+    StampT5ForConditionalGeneration,
+    apply_stamp,
+    global_target_counts,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LENGTHS = (33, 0, 1, 257, 64, 5, 5, 120)
@@ -288,20 +294,59 @@ def test_cross_entropy_in_a_cuda_graph(width):
     assert_replays(graph, captured, step)
 
 
+def stamped_t5() -> StampT5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    prediction = PredictionConfig(2, 4, vocab_ranges=[(1, 16), (16, 31), (31, 46), (46, 61)])
+    return apply_stamp(T5ForConditionalGeneration(config), pruning=PruningConfig([(2, 0.5)]), prediction=prediction)
+
+
+def t5_batch() -> dict[str, Tensor]:
+    codes = torch.stack([torch.randint(start, start + 15, (len(LENGTHS), 3)) for start in (1, 16, 31, 46)], dim=2)
+    codes[:3, 2] = -100
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(1, 61, mask.shape) * mask
+    return dict(input_ids=ids, attention_mask=mask, labels=codes[:, 0], future_ids=codes[:, 1:].flatten(1))
+
+
 @pytest.mark.parametrize("device", DEVICES)
-def test_pruned_t5_trunk(device):
-    config = T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, use_cache=False)
-    model = T5ForConditionalGeneration(config).eval()
-    apply_stamp(model, pruning=PruningConfig(schedule=[(2, 0.5)]))
-    ids = torch.randint(0, 61, (sum(LENGTHS),))
+def test_stamped_t5(device):
+    """Loss, gradients and beams of padded batches."""
+    model, batch = stamped_t5(), t5_batch()
 
-    def states(device: str, dtype: torch.dtype) -> Tensor:
-        packed = PackedSequence(ids, offsets(), max(LENGTHS), lengths_cpu=torch.tensor(LENGTHS)).to(device)
-        encoder = model.encoder.to(device, dtype)
-        return encoder(packed_inputs=packed).packed.values
+    def run(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        model.to(device, dtype).train().zero_grad()
+        inputs = {name: x.to(device) for name, x in batch.items()}
+        loss = model(**inputs).loss
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        generated = model.eval().generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], num_beams=3, max_new_tokens=4
+        )
+        return loss.detach(), gradient, generated
 
-    expected = states("cpu", torch.float64)
-    assert_close(states(device, torch.float32).cpu(), expected)
+    expected_loss, expected_gradient, expected_beams = run("cpu", torch.float64)
+    loss, gradient, beams = run(device, torch.float32)
+    assert_close(loss.cpu(), expected_loss)
+    assert_close(gradient.cpu(), expected_gradient)
+    assert torch.equal(beams.cpu(), expected_beams)
+
+
+@pytest.mark.gpu
+def test_a_training_step_on_packed_inputs_never_waits_for_the_gpu():
+    model, batch = stamped_t5().to("cuda"), t5_batch()
+    packed = PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"]).to("cuda")
+    labels, future_ids = batch["labels"].to("cuda"), batch["future_ids"].to("cuda")
+    counts = global_target_counts(labels, future_ids, model.stamp_prediction_config)
+    inputs = dict(packed_inputs=packed, labels=labels, future_ids=future_ids, **counts)
+    model(**inputs).loss.backward()  # the first call compiles kernels and copies constants
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ragged import BATCHES, RaggedBatch, ragged_batches
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
 from stamp_kernels.packed import PackedSequence
 
@@ -323,6 +324,46 @@ def test_to_moves_what_lives_on_the_device(device):
     assert {moved.values.device.type, moved.cu_seqlens.device.type, moved.positions.device.type} == {device}
     assert moved.lengths_cpu is packed.lengths_cpu
     assert packed_of(batch).to(device).positions is None
+
+
+@pytest.mark.parametrize("with_positions", [True, False])
+def test_pin_memory_pins_what_moves_to_the_device(monkeypatch, with_positions):
+    pinned = []
+
+    def pin(x: Tensor) -> Tensor:
+        pinned.append(x)
+        return x.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    batch = BATCHES["ragged"]
+    packed = dataclasses.replace(packed_of(batch, 2), positions=batch.positions() if with_positions else None)
+    # As the DataLoader's thread does it, for a batch that is a mapping.
+    result = torch_pin_memory({"packed": packed})["packed"]
+    moving = [packed.values, packed.cu_seqlens, *([packed.positions] if with_positions else [])]
+    assert [id(x) for x in pinned] == [id(x) for x in moving]
+    assert isinstance(result, PackedSequence)
+    assert result.values is not packed.values
+    assert torch.equal(result.values, packed.values)
+    assert torch.equal(result.cu_seqlens, packed.cu_seqlens)
+    assert torch.equal(result.positions, packed.positions) if with_positions else result.positions is None
+    assert result.max_seqlen == packed.max_seqlen
+    assert result.lengths_cpu is packed.lengths_cpu
+
+
+@pytest.mark.gpu
+def test_pinned_batches_move_without_a_sync():
+    batch = BATCHES["ragged"]
+    pinned = dataclasses.replace(packed_of(batch, 2), positions=batch.positions()).pin_memory()
+    assert pinned.values.is_pinned()
+    assert pinned.cu_seqlens.is_pinned()
+    assert pinned.positions.is_pinned()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = pinned.to("cuda", non_blocking=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(moved.values.cpu(), pinned.values)
+    assert torch.equal(moved.positions.cpu(), pinned.positions)
 
 
 def test_is_frozen():

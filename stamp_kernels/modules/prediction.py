@@ -269,18 +269,20 @@ class MultiStepPrediction(nn.Module):
         states = torch.cat([x.unflatten(0, items_and_levels).transpose(0, 1) for x in states])  # [K * L, items, D]
         targets = targets.unflatten(0, items_and_levels).transpose(1, 2).flatten(1)  # [items, K * L]
         step_weights = (1.0,) * self.num_steps if self.step_weights is None else self.step_weights
-        step_weights = [weight / self.levels for weight in step_weights for _ in range(self.levels)]
-        if target_counts is not None:
+        if target_counts is None:
+            weights = [weight / self.levels for weight in step_weights for _ in range(self.levels)]
+        else:
             check_tensor("target_counts", target_counts, shape=[self.num_steps, self.levels])
             counts = (targets != self.ignore_index).sum(0).to(compute_dtype(hidden.dtype))
-            weights = torch.tensor(step_weights, dtype=counts.dtype, device=counts.device)
-            step_weights = weights * counts / target_counts.flatten().clamp(min=1)
+            shares = counts.view_as(target_counts) / (self.levels * target_counts.clamp(min=1))
+            # Step by step: a tensor of the weights would have to be copied to a GPU, which waits for it.
+            weights = torch.cat([weight * share for weight, share in zip(step_weights, shares, strict=True)])
         loss, step_losses = multi_token_cross_entropy(
             states,
             self.unembedding if unembedding is None else unembedding,
             targets,
             bias=bias,
-            step_weights=step_weights,
+            step_weights=weights,
             vocab_ranges=self.vocab_ranges,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,

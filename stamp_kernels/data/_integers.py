@@ -1,0 +1,53 @@
+"""Integers from users' lists, NumPy arrays and tensors. NumPy is not imported: its arrays say what they are."""
+
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def integers_of(name: str, x: Any, *, allow_bool: bool = False) -> Tensor:
+    """`x` as int64 `[n]` on the host; a tensor of that kind is returned as it is.
+
+    Args:
+        name: what to call x in an error.
+        x: a tensor, a NumPy array, or anything else that can be iterated over.
+        allow_bool: take tensors and arrays of bools too, as 0 and 1.
+
+    Raises:
+        ValueError: x is not one-dimensional, does not hold integers, or is not on the CPU.
+    """
+    if isinstance(x, Tensor):
+        if x.dim() != 1:
+            raise ValueError(f"{name} must be one-dimensional, got shape {list(x.shape)}")
+        is_bool = x.dtype == torch.bool
+        if x.is_floating_point() or x.is_complex() or (is_bool and not allow_bool):
+            raise ValueError(f"{name} must have an integer dtype, got {x.dtype}")
+        if x.device.type != "cpu":
+            raise ValueError(f"{name} must be on cpu, got {x.device}")
+        return x.to(torch.int64)
+    if hasattr(x, "__array_interface__"):
+        if x.ndim != 1:
+            raise ValueError(f"{name} must be one-dimensional, got shape {list(x.shape)}")
+        if x.dtype.kind not in ("biu" if allow_bool else "iu"):
+            raise ValueError(f"{name} must have an integer dtype, got {x.dtype}")
+        # The copy is writable, in native byte order and without negative strides, as torch wants it.
+        return torch.from_numpy(x.astype("int64", order="C"))
+    try:
+        # array() is several times faster than torch.tensor(), which also would cut floats off. The list is for bytes,
+        # which array() would take for machine integers.
+        buffer = array("q", list(x))
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{name} must be a one-dimensional sequence of int64 integers: {_what_is_wrong(x)}") from error
+    # frombuffer takes no empty buffer.
+    return torch.frombuffer(buffer, dtype=torch.int64) if buffer else torch.zeros(0, dtype=torch.int64)
+
+
+def _what_is_wrong(x: Any) -> str:
+    if not hasattr(x, "__iter__"):
+        return f"got {type(x).__name__}"
+    for index, item in enumerate(x):
+        if not hasattr(item, "__index__"):
+            return f"got {type(item).__name__} at index {index}"
+    return f"got numbers from {min(x)} to {max(x)}"

@@ -1,0 +1,121 @@
+"""Users' histories to packed batches, in the DataLoader's workers."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stamp_kernels.data._integers import integers_of
+from stamp_kernels.ops._checks import check_count
+from stamp_kernels.packed import PackedSequence
+
+_IGNORE_INDEX = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingCollator:
+    """A `collate_fn` that packs histories one after another, without padding, and keeps their lengths on the host.
+
+    For torch's DataLoader (it can be pickled and runs in workers; PackedSequence can be pinned) and Hugging Face's
+    Trainer. The Trainer drops dataset columns that the model's forward does not name before they get here: where it
+    names other arguments than the keys below, set `remove_unused_columns=False`.
+
+    A feature is a mapping. Its rows are lists, NumPy arrays or tensors, one-dimensional and of any integer dtype:
+
+    - `"input_ids"`: a user's history as semantic-ID tokens; may be empty;
+    - `"labels"`: the tokens of the target item;
+    - `"future_ids"`: the tokens of the items after the target, of any number. Not read with future_length 0;
+    - `"attention_mask"`: optional, in all features or in none, as long as input_ids. Tokens where it is 0 are padding
+      and left out.
+
+    Other keys are ignored, so that a dataset may carry columns of its own (a user's id, a timestamp).
+
+    Args:
+        future_length: the number of future tokens of a feature, 0 for none: longer ones are cut, shorter ones padded.
+
+    Raises:
+        ValueError: future_length is not an int of at least 0.
+    """
+
+    future_length: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("future_length", self.future_length)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch of B features; B may be 0, for a rank that has no sequences in a step.
+
+        Returns:
+            `"packed_inputs"`: a PackedSequence with values int64 `[T]`, lengths_cpu int64 `[B]`, an exact max_seqlen
+            and without positions; `"labels"`: int64 `[B, longest]`, padded with -100 on the right; and, unless
+            future_length is 0, `"future_ids"`: int64 `[B, future_length]`, padded with -100 on the right.
+
+        Raises:
+            ValueError: a feature lacks a key, or holds something else than a row of integers under it.
+        """
+        histories = _rows(features, "input_ids")
+        values, lengths = _concatenated(histories), _lengths(histories)
+        if any("attention_mask" in feature for feature in features):
+            masks = _rows(features, "attention_mask", allow_bool=True)
+            _check_masks(masks, histories)
+            values, lengths = _without_padding(values, lengths, _concatenated(masks) != 0)
+        labels = _rows(features, "labels")
+        batch = {"packed_inputs": _packed(values, lengths), "labels": _padded(labels, _longest(labels))}
+        if self.future_length > 0:
+            future = _rows(features, "future_ids")
+            # Cutting a tensor costs more than making it, and most are short enough.
+            future = [row if row.numel() <= self.future_length else row[: self.future_length] for row in future]
+            batch["future_ids"] = _padded(future, self.future_length)
+        return batch
+
+
+def _rows(features: Sequence[Mapping[str, Any]], key: str, *, allow_bool: bool = False) -> list[Tensor]:
+    """int64 `[n]` per feature."""
+    rows = []
+    for index, feature in enumerate(features):
+        if not isinstance(feature, Mapping):
+            raise ValueError(f"features[{index}] must be a mapping, got {type(feature).__name__}")
+        if key not in feature:
+            raise ValueError(f"features[{index}] must have the key {key!r}, got {list(feature)}")
+        rows.append(integers_of(f"features[{index}][{key!r}]", feature[key], allow_bool=allow_bool))
+    return rows
+
+
+def _check_masks(masks: list[Tensor], histories: list[Tensor]) -> None:
+    for index, (mask, history) in enumerate(zip(masks, histories, strict=True)):
+        if len(mask) != len(history):
+            raise ValueError(
+                f"features[{index}]['attention_mask'] must be as long as its input_ids, {len(history)}, got {len(mask)}"
+            )
+
+
+def _lengths(rows: list[Tensor]) -> Tensor:
+    return torch.tensor([row.numel() for row in rows], dtype=torch.int64)
+
+
+def _longest(rows: list[Tensor]) -> int:
+    return max((row.numel() for row in rows), default=0)
+
+
+def _concatenated(rows: list[Tensor]) -> Tensor:
+    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+
+
+def _without_padding(values: Tensor, lengths: Tensor, is_valid: Tensor) -> tuple[Tensor, Tensor]:
+    sequence = torch.repeat_interleave(lengths)
+    return values[is_valid], torch.bincount(sequence[is_valid], minlength=len(lengths))
+
+
+def _packed(values: Tensor, lengths: Tensor) -> PackedSequence:
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    max_seqlen = int(lengths.max()) if len(lengths) > 0 else 0
+    return PackedSequence(values, cu_seqlens, max_seqlen, lengths_cpu=lengths)
+
+
+def _padded(rows: list[Tensor], width: int) -> Tensor:
+    """int64 `[B, width]`; no row is longer than width."""
+    padded = torch.full((len(rows), width), _IGNORE_INDEX, dtype=torch.int64)
+    padded[torch.arange(width) < _lengths(rows).unsqueeze(1)] = _concatenated(rows)
+    return padded
