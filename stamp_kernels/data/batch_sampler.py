@@ -31,8 +31,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
        If a rank's budget does not hold them, the chunk's last sequences are left to the next chunk.
 
     So the tokens of any two ranks in a step differ by no more than the shortest sequence on the heavier one, unless
-    max_sequences stands in the way. Their numbers of sequences may differ more, so a mean over each rank's own would not
-    weigh all sequences alike: normalise losses by the counts of all ranks (for T5, `global_target_counts`).
+    max_sequences stands in the way. Their numbers of sequences may differ more, so a mean over each rank's own would
+    not weigh all sequences alike: normalise losses by the counts of all ranks (for T5, `global_target_counts`).
 
     Every rank gets the same number of batches, and without drop_last every index comes once an epoch. Where the last
     chunk has fewer sequences than there are ranks, some ranks get an empty list (PackingCollator makes an empty batch

@@ -53,24 +53,34 @@ class EncoderOutput(BaseModelOutput):
         )
 
 
-@dataclass
 class Packing:
     """What the attention of a block needs to know of the batch.
+
+    No dataclass: FSDP2 rebuilds dataclasses among a block's arguments, and the answer would be written to the copy.
 
     Attributes:
         queries: the sequences that the block runs on (their values are not read).
         source: for cross attention, the encoded sequences, and
         cu_seqlens_cross, max_seqlen_cross: the offsets of the queries per encoded sequence.
         want_centrality: ask the self-attention for the centrality of its keys.
-        centrality: the answer.
+        centrality: the answer, `[T]`.
     """
 
-    queries: PackedSequence
-    source: PackedSequence | None = None
-    cu_seqlens_cross: Tensor | None = None
-    max_seqlen_cross: int | None = None
-    want_centrality: bool = False
-    centrality: Tensor | None = None
+    def __init__(
+        self,
+        queries: PackedSequence,
+        *,
+        source: PackedSequence | None = None,
+        cu_seqlens_cross: Tensor | None = None,
+        max_seqlen_cross: int | None = None,
+        want_centrality: bool = False,
+    ) -> None:
+        self.queries = queries
+        self.source = source
+        self.cu_seqlens_cross = cu_seqlens_cross
+        self.max_seqlen_cross = max_seqlen_cross
+        self.want_centrality = want_centrality
+        self.centrality: Tensor | None = None
 
 
 class PackedT5Attention(T5Attention):

@@ -11,6 +11,7 @@ host's own blocks (see `_t5_packed`). Tested with transformers 5.17 and 5.24.
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
@@ -184,7 +185,9 @@ class StampT5ForConditionalGeneration(_Stamped, T5ForConditionalGeneration):
         num_labels = (packed_labels != IGNORE_INDEX).sum()
         logits = None if skip_logits else self.lm_head(states.values)
         next_token_loss = self._next_token_loss(states.values, logits, packed_labels, num_labels)
-        share = 1.0 if num_items_in_batch is None else num_labels.to(next_token_loss.dtype) / num_items_in_batch
+        share = 1.0
+        if num_items_in_batch is not None:
+            share = num_labels.to(next_token_loss.dtype) / torch.as_tensor(num_items_in_batch).clamp(min=1)
         next_token_loss = share * next_token_loss
         prediction_loss = None
         if self.training and self.stamp_prediction is not None:
