@@ -32,7 +32,8 @@ class EncoderOutput(BaseModelOutput):
             packed inputs.
         attention_mask: bool `[B, S']`, where last_hidden_state has a token. `generate` repeats it for the beams along
             with the states.
-        positions: int32 `[B, S']`, each state's index in its history before pruning; 0 on padding.
+        positions: int32 `[B, S']`, each state's index in its history before pruning (holes of the mask counted), or
+            among the kept tokens for positions="compact"; 0 on padding.
         packed: the states as a PackedSequence, for packed inputs.
     """
 
@@ -44,12 +45,14 @@ class EncoderOutput(BaseModelOutput):
         """The same states padded on the right, as `generate(encoder_outputs=...)` wants them."""
         if self.packed is None:
             return self
-        states = self.packed.to_padded()
+        # At least one column, of padding if need be: the host's decoder cannot read states without any.
+        length = max(self.packed.max_seqlen, 1)
+        states = self.packed.to_padded(length)
         lengths = self.packed.cu_seqlens.diff()
         return EncoderOutput(
             last_hidden_state=states,
-            attention_mask=torch.arange(states.shape[1], device=states.device) < lengths[:, None],
-            positions=replace(self.packed, values=self.packed.materialized_positions()).to_padded(),
+            attention_mask=torch.arange(length, device=states.device) < lengths[:, None],
+            positions=replace(self.packed, values=self.packed.materialized_positions()).to_padded(length),
         )
 
 
@@ -199,6 +202,7 @@ class PackedT5Encoder(PackedT5Stack):
         modules = {} if config is None else config.build_modules()
         # Modules without parameters: they follow train() and eval(), and add no key to the state dict.
         self.stamp_pruning = nn.ModuleDict({str(block_number): module for block_number, module in modules.items()})
+        self.stamp_pruning.train(self.training)
         self.stamp_protected_ends = (0, 0) if config is None else (config.protect_first, config.protect_last)
 
     @property
@@ -339,10 +343,10 @@ def _pack_by_mask(inputs: Tensor, mask: Tensor) -> tuple[PackedSequence, PaddedL
     packed_row = torch.where(valid, valid_up_to - 1, -1)
     # Packed row j is the padded row at which the count of valid ones reaches j + 1.
     padded_row = torch.searchsorted(valid_up_to, torch.arange(1, total + 1, device=mask.device)).to(torch.int32)
-    column = torch.arange(length, device=mask.device)
-    last, first = torch.where(mask, column, -1), torch.where(mask, column, length)
-    if length > 0 and (last.amax(1) - first.amin(1) >= mask.sum(1)).any():
-        packed = replace(packed, positions=padded_row % length)
+    num_runs = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    if (num_runs > 1).any():  # holes
+        sequence, column = padded_row // length, padded_row % length
+        packed = replace(packed, positions=column - column[packed.cu_seqlens[sequence]])
     selection = TokenSelection(packed_row, packed.cu_seqlens, packed.max_seqlen, padded_row, total)
     return packed, PaddedLayout(mask, selection)
 

@@ -56,7 +56,7 @@ def global_target_counts(
     accumulated steps, add the counts of the steps and give the sum to each.
 
     Args:
-        labels: int64 `[B, N]`, as given to the model.
+        labels: int64 `[B, N]`, as given to the model; -100 where a decoder_attention_mask hides a position.
         future_ids, prediction: where the model predicts further steps, what it is given and its configuration.
         group: the ranks that share the batch; None: all.
 

@@ -57,8 +57,8 @@ class Seq2SeqOutput(Seq2SeqLMOutput):
         logits: `[B, N, vocab_size]`; None where they are skipped.
         encoder_last_hidden_state: `[B, S', d_model]` states of the tokens that pruning kept, see EncoderOutput; None
             where logits are skipped.
-        encoder_attention_mask, encoder_positions: `[B, S']`, which of these rows are tokens, and each token's index in
-            its history before pruning.
+        encoder_attention_mask, encoder_positions: `[B, S']`, which of these rows are tokens, and which tokens they are,
+            see EncoderOutput.
         encoder_packed: the same states packed, where logits are skipped.
         next_token_loss, prediction_loss: the two parts of the loss, without gradient.
     """
