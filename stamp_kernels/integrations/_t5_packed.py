@@ -21,6 +21,8 @@ from stamp_kernels.packed import PackedSequence
 from stamp_kernels.reference.selection import TokenSelection
 from stamp_kernels.relative_position import RelativePositionBias
 
+INTERMEDIATE_OUTPUTS = ("output_attentions", "output_hidden_states")  # options of the host
+
 
 @dataclass
 class EncoderOutput(BaseModelOutput):
@@ -359,7 +361,7 @@ def check_one_given(**arguments: object) -> None:
 
 def refuse_intermediate_outputs(config: object, kwargs: dict[str, object]) -> None:
     """The host's options that have no meaning here: maps are never built, and tokens differ from block to block."""
-    for name in ("output_attentions", "output_hidden_states"):
+    for name in INTERMEDIATE_OUTPUTS:
         asked = kwargs.get(name)
         if asked or (asked is None and getattr(config, name, False)):
             raise ValueError(f"{name}=True: packed stacks do not keep them; use forward hooks, or remove_stamp(model)")

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
 from stamp_kernels.ops._checks import check_choice, check_count
@@ -114,6 +116,9 @@ class PredictionConfig:
                 f"vocab_ranges must have one (start, end) for each of the {self.levels} levels and goes with "
                 f'unit="item", got {self.vocab_ranges} and unit={self.unit!r}'
             )
+
+        with torch.device("meta"):
+            self.build_module(hidden_size=8 * (self.num_attention_heads or 1), vocab_size=1)
 
     @property
     def stride(self) -> int:

@@ -12,11 +12,12 @@ IGNORE_INDEX = -100
 
 
 def multi_step_targets(labels: Tensor, future_ids: Tensor, prediction: PredictionConfig) -> Tensor:
-    """What each decoder position predicts besides its label: the label k strides further on.
+    """What each decoder position predicts besides its label: what stands k strides further on in the user's history.
 
     Args:
-        labels: int64 `[B, N]`, whole items.
-        future_ids: int64 `[B, M]`, the tokens that follow the labels; -100 where the history has ended.
+        labels: int64 `[B, N]`, whole items; -100 behind a user's last one, and where there is nothing to learn: such
+            positions have no targets.
+        future_ids: int64 `[B, M]`, the tokens that follow each user's last item; -100 where the history has ended.
 
     Returns:
         int64 `[B, N, num_steps]`, -100 where there is no target.
@@ -29,11 +30,18 @@ def multi_step_targets(labels: Tensor, future_ids: Tensor, prediction: Predictio
     check_tensor("future_ids", future_ids, shape=[batch, "num_future"], dtypes=[labels.dtype], device=labels.device)
     if num_labels % prediction.levels != 0:
         raise ValueError(f"labels must be whole items of {prediction.levels} levels, got {list(labels.shape)}")
-    tokens = torch.cat([labels, future_ids], dim=1)
-    missing = num_labels + prediction.num_steps * prediction.stride - tokens.shape[1]
-    tokens = F.pad(tokens, (0, max(missing, 0)), value=IGNORE_INDEX)
-    firsts = (step * prediction.stride for step in range(1, prediction.num_steps + 1))
-    return torch.stack([tokens[:, first : first + num_labels] for first in firsts], dim=-1)
+    has_label = labels != IGNORE_INDEX
+    column = torch.arange(num_labels, device=labels.device)
+    last = F.pad(torch.where(has_label, column, -1), (1, 0), value=-1).amax(1)  # [B], -1 without labels
+    end = (last // prediction.levels + 1) * prediction.levels  # [B], of the last item; there the future begins
+    step = torch.arange(1, prediction.num_steps + 1, device=labels.device)
+    place = column[:, None] + step * prediction.stride  # [N, K], of the targets in the user's history
+    # Their columns among labels, future and, at the very end, nothing.
+    tokens = F.pad(torch.cat([labels, future_ids], dim=1), (0, 1), value=IGNORE_INDEX)  # [B, N + M + 1]
+    end = end[:, None, None]
+    source = torch.where(place < end, place, num_labels + place - end).clamp(max=tokens.shape[1] - 1)  # [B, N, K]
+    targets = tokens.gather(1, source.flatten(1)).view(batch, num_labels, prediction.num_steps)
+    return targets.masked_fill(~has_label[..., None], IGNORE_INDEX)
 
 
 def global_target_counts(

@@ -20,6 +20,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 from transformers.utils.generic import can_return_tuple
 
 from stamp_kernels.integrations._t5_packed import (
+    INTERMEDIATE_OUTPUTS,
     EncoderOutput,
     PackedT5Attention,
     PackedT5Decoder,
@@ -31,7 +32,7 @@ from stamp_kernels.integrations._t5_packed import (
 )
 from stamp_kernels.integrations.configuration import PredictionConfig, PruningConfig, to_dict
 from stamp_kernels.integrations.multi_step_targets import IGNORE_INDEX, global_target_counts, multi_step_targets
-from stamp_kernels.modules.prediction import LinearHead, MultiStepPrediction, ResidualHead, TransformerHead
+from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops.cross_entropy import multi_token_cross_entropy
 from stamp_kernels.packed import PackedSequence
 
@@ -77,16 +78,23 @@ class _Stamped:
         super().__init__(config, *args, **kwargs)
         description = getattr(config, "stamp", None) or {}
         pruning, prediction = description.get("pruning"), description.get("prediction")
-        _stamp(
+        if isinstance(self, T5EncoderModel):
+            prediction = None  # what a whole model's checkpoint says of its decoder
+        apply_stamp(
             self,
-            None if pruning is None else PruningConfig(**pruning),
-            None if prediction is None else PredictionConfig(**prediction),
+            pruning=None if pruning is None else PruningConfig(**pruning),
+            prediction=None if prediction is None else PredictionConfig(**prediction),
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The heads are the identity at first; the host would draw their linear layers at random.
-        if isinstance(module, LinearHead | ResidualHead | TransformerHead | MultiStepPrediction):
-            module.reset_parameters()
+        """What a checkpoint lacks: the host would draw the heads' layers at random. What is loaded is not overwritten,
+        the host sees to that while it calls this."""
+        prediction = getattr(self, "stamp_prediction", None)
+        heads = [] if prediction is None else [prediction, *prediction.heads]
+        # The innermost one: the host asks for a head's layers alone.
+        owners = [head for head in heads if any(module is part for part in head.modules())]
+        if owners:
+            owners[-1].reset_parameters()
         else:
             super()._init_weights(module)
 
@@ -162,16 +170,27 @@ class StampT5ForConditionalGeneration(_Stamped, T5ForConditionalGeneration):
                 **kwargs,
             )
 
+        unknown = [name for name, value in kwargs.items() if value is not None and name not in INTERMEDIATE_OUTPUTS]
+        if unknown:
+            raise ValueError(f"forward takes no {', '.join(unknown)} with labels")
         if skip_logits is None:
             skip_logits = self.training
         layout = None
         if encoder_outputs is not None:
             source = _packed_source(encoder_outputs, attention_mask)
+            batch = len(source.cu_seqlens) - 1
         else:
             if packed_inputs is None:
                 packed_inputs, layout = pack_padded(
                     input_ids if inputs_embeds is None else inputs_embeds, attention_mask
                 )
+            batch = len(packed_inputs.cu_seqlens) - 1
+        check_tensor("labels", labels, shape=[batch, "num_labels"], dtypes=[torch.int64])
+        if decoder_input_ids is not None:
+            check_tensor("decoder_input_ids", decoder_input_ids, shape=[*labels.shape])
+        if decoder_inputs_embeds is not None:
+            check_tensor("decoder_inputs_embeds", decoder_inputs_embeds, shape=[*labels.shape, self.config.d_model])
+        if encoder_outputs is None:
             source = self.encoder(packed_inputs=packed_inputs).packed
 
         decoder_inputs = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
@@ -226,8 +245,8 @@ class StampT5ForConditionalGeneration(_Stamped, T5ForConditionalGeneration):
 
     def _next_token_loss(self, states: Tensor, logits: Tensor | None, labels: Tensor, num_labels: Tensor) -> Tensor:
         """The mean cross-entropy of `[T, d_model]` states, from logits where these exist; 0 without labels."""
-        # What has taken the head's place (an adapter, a quantized layer) is asked for logits.
-        if logits is None and type(self.lm_head) is nn.Linear:
+        # What has taken the head's place or hangs on it (an adapter, a quantized layer, a hook) is asked for logits.
+        if logits is None and _is_plain_linear(self.lm_head):
             return multi_token_cross_entropy(states, self.lm_head.weight, labels[:, None], bias=self.lm_head.bias)
         logits = self.lm_head(states) if logits is None else logits
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -258,9 +277,10 @@ class StampT5ForConditionalGeneration(_Stamped, T5ForConditionalGeneration):
     def _shared_unembedding(self) -> Tensor | None:
         if self.stamp_prediction.unembedding is not None:
             return None
-        if type(self.lm_head) is not nn.Linear:
+        if not _is_plain_linear(self.lm_head):
+            found = f"{type(self.lm_head).__module__}.{type(self.lm_head).__qualname__}"
             raise ValueError(
-                f'unembedding="shared" needs a plain nn.Linear as lm_head, got {type(self.lm_head).__name__}: '
+                f'unembedding="shared" needs an nn.Linear without hooks as lm_head, got {found}: '
                 'choose unembedding="own"'
             )
         return self.lm_head.weight
@@ -295,7 +315,7 @@ def apply_stamp(
     `fully_shard`, `DistributedDataParallel`, PEFT (`modules_to_save=["stamp_prediction"]` trains the heads).
 
     Args:
-        model: a T5ForConditionalGeneration or T5EncoderModel; no subclass with a forward of its own.
+        model: a T5ForConditionalGeneration or T5EncoderModel; no subclass, whose forward would be lost.
         pruning: None: not pruned.
         prediction: None: no auxiliary loss. For T5ForConditionalGeneration alone.
 
@@ -334,7 +354,8 @@ def remove_stamp(model: T5ForConditionalGeneration | T5EncoderModel) -> None:
     for stack in _stacks(model):
         stack.__class__ = T5Stack
     del model.encoder.stamp_pruning, model.encoder.stamp_protected_ends
-    del model.stamp_prediction, model.stamp_prediction_config, model.config.stamp
+    del model.stamp_prediction, model.stamp_prediction_config
+    _forget_description(model)
     model.__class__ = host_class
 
 
@@ -350,6 +371,14 @@ def _stacks(model: nn.Module) -> list[T5Stack]:
 
 
 def _stamp(model: nn.Module, pruning: PruningConfig | None, prediction: PredictionConfig | None) -> None:
+    heads = getattr(model, "stamp_prediction", None)
+    if prediction is None:
+        heads = None
+    elif prediction != getattr(model, "stamp_prediction_config", None):
+        weight = model.lm_head.weight
+        heads = prediction.build_module(model.config.d_model, weight.shape[0]).to(weight.device, weight.dtype)
+        heads.train(model.training)
+    # From here on nothing fails, so that a model is changed as a whole or not at all.
     model.__class__ = _STAMPED_CLASSES[_host_class(model)]
     for stack, packed_class in zip(_stacks(model), (PackedT5Encoder, PackedT5Decoder), strict=False):
         stack.__class__ = packed_class
@@ -357,14 +386,23 @@ def _stamp(model: nn.Module, pruning: PruningConfig | None, prediction: Predicti
             if type(module) is T5Attention:
                 module.__class__ = PackedT5Attention
     model.encoder.set_pruning(pruning)
-    if prediction is None:
-        model.stamp_prediction = None
-    elif prediction != getattr(model, "stamp_prediction_config", None):
-        weight = model.lm_head.weight
-        heads = prediction.build_module(model.config.d_model, weight.shape[0])
-        model.stamp_prediction = heads.to(weight.device, weight.dtype).train(model.training)
+    model.stamp_prediction = heads
     model.stamp_prediction_config = prediction
+    _forget_description(model)
     model.config.stamp = {"pruning": to_dict(pruning), "prediction": to_dict(prediction)}
+
+
+def _forget_description(model: nn.Module) -> None:
+    """In the model's config and in the copies of it that the stacks of a loaded model have."""
+    for config in (model.config, *(stack.config for stack in _stacks(model))):
+        if hasattr(config, "stamp"):
+            del config.stamp
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling it is the product with its weight, and nothing else."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in vars(module)
 
 
 def head_inputs(model: T5ForConditionalGeneration, states: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class TransformerHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for module in self.children():
+        for module in (self.attention_norm, self.query_key_value, self.mlp_norm, self.mlp_in):
             module.reset_parameters()
         nn.init.zeros_(self.attention_out.weight)
         nn.init.zeros_(self.mlp_out.weight)

@@ -18,6 +18,7 @@ from stamp_kernels.profiling.interactions import HELD_OUT, Interactions, in_trai
 __all__ = ["Batch", "EvaluationRows", "TrainingRows", "Vocabulary", "batches", "collate"]
 
 IGNORE_INDEX = -100
+SAMPLE_SEED = 0
 
 
 class _Rows:
@@ -39,30 +40,49 @@ class TrainingRows(_Rows):
     Item `t >= 1` of a training part is the target of one row, the up to `max_items` items before it are the history,
     those after it within the training part the auxiliary targets. Rows are in order of user, then `t`.
 
+    Args:
+        interactions: the sequences.
+        max_items: histories are cut to so many items.
+        min_items: rows whose history, after the cut, has fewer items are left out.
+        rows: a random sample of so many of these rows, the same for the same arguments; None takes all.
+
     Attributes:
         items: int64 [total], those of `interactions`.
         start, target, end: int64 [rows], positions in `items`: the history is `items[start:target]`, the target
             `items[target]`, the items after it `items[target + 1:end]`.
 
     Raises:
-        ValueError: if `max_items` is below 1.
+        ValueError: if `max_items` is below 1, `min_items` not in [1, max_items], or `rows` not in [1, rows that
+            there are].
     """
 
-    def __init__(self, interactions: Interactions, max_items: int = 30) -> None:
+    def __init__(
+        self, interactions: Interactions, max_items: int = 30, min_items: int = 1, rows: int | None = None
+    ) -> None:
         check_at_least("max_items", max_items, 1)
+        if not 1 <= min_items <= max_items:
+            raise ValueError(f"min_items is {min_items}, expected 1 to {max_items}, which is max_items")
         has_history = in_training_part(interactions)
         has_history[interactions.offsets[:-1]] = False
         target = np.flatnonzero(has_history)
         user = np.searchsorted(interactions.offsets, target, side="right") - 1
         start = np.maximum(interactions.offsets[user], target - max_items)
-        super().__init__(interactions.items, start, target, interactions.offsets[user + 1] - HELD_OUT)
+        end = interactions.offsets[user + 1] - HELD_OUT
+        chosen = np.flatnonzero(target - start >= min_items)
+        if rows is not None:
+            check_at_least("rows", rows, 1)
+            if rows > len(chosen):
+                raise ValueError(f"rows is {rows}, expected at most {len(chosen)}, the number of training rows")
+            chosen = np.sort(np.random.default_rng(SAMPLE_SEED).choice(chosen, rows, replace=False))
+        super().__init__(interactions.items, start[chosen], target[chosen], end[chosen])
 
 
 class EvaluationRows(_Rows):
     """One row per user: predict the last but one item ("validation") or the last one ("test").
 
     The history is the up to `max_items` items before the target, for the test the validation target among them. There
-    are no auxiliary targets.
+    are no auxiliary targets. Every user has a row, however short the history: metrics are of the whole split, whatever
+    rows were trained on, so that they can be compared with others.
 
     Attributes:
         items, start, target, end: as in `TrainingRows`, with `end = target + 1`.

@@ -1,22 +1,35 @@
-"""What `stamp-profile train` found: as a dictionary and a JSON file, as a table, and as a picture."""
+"""What the subcommands of `stamp-profile` found: as a dictionary and a JSON file, as a table, and as a picture."""
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-__all__ = ["SCHEMA", "ConfigurationResult", "build_report", "draw_picture", "render_table", "write_json"]
+__all__ = [
+    "QUALITY_SCHEMA",
+    "SCHEMA",
+    "ConfigurationResult",
+    "SeedResult",
+    "build_quality_report",
+    "build_report",
+    "draw_picture",
+    "render_quality_table",
+    "render_table",
+    "write_json",
+]
 
 SCHEMA = "stamp-profile-train/1"
+QUALITY_SCHEMA = "stamp-profile-quality/1"
 
 PADDED_COLOR, PACKED_COLOR = "#9aa5b1", "#1f6feb"
 INK, FAINT_INK = "#1f2933", "#616e7c"
@@ -46,6 +59,24 @@ class ConfigurationResult:
     metrics: dict[str, float] | None = None
 
 
+@dataclass(frozen=True)
+class SeedResult:
+    """What one configuration learns from one seed.
+
+    Attributes:
+        seed: of the weights, the order of the rows and dropout.
+        metrics: "recall@5" and so on of the test split.
+        epoch_losses: mean training loss of the next item in each epoch, without auxiliary terms; not empty.
+        training_s, evaluation_s: seconds that the epochs and the metrics took, reading the data included.
+    """
+
+    seed: int
+    metrics: dict[str, float]
+    epoch_losses: list[float]
+    training_s: float
+    evaluation_s: float
+
+
 def build_report(
     results: Sequence[ConfigurationResult],
     *,
@@ -63,16 +94,68 @@ def build_report(
         data: the data set: "name", "source" in words, and whatever else describes it.
         settings: every other choice that the numbers depend on, "batch_size" and "dtype" among them.
     """
+    head = _head(SCHEMA, command=command, device=device, versions=versions, data=data, settings=settings)
+    return {**head, "configurations": [asdict(result) for result in results]}
+
+
+def build_quality_report(
+    results: Mapping[str, Sequence[SeedResult]],
+    *,
+    references: Mapping[str, dict[str, float]],
+    command: str,
+    device: str,
+    versions: dict[str, str],
+    data: dict[str, Any],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The report of `stamp-profile quality` as it is saved: plain values only, dated now (UTC).
+
+    Args:
+        results: by configuration, in the order of the report, what each seed learned.
+        references: by name, the metrics of what needs no training.
+        command, device, versions, data: as in `build_report`.
+        settings: every other choice that the numbers depend on.
+
+    Returns:
+        The report. Each configuration has its "seeds" and a "summary", empty where there are none: of each metric,
+        "loss" (of the last epoch), "training_s" and "evaluation_s" the "mean", the sample standard deviation "std"
+        (None for a single seed), "min" and "max" over the seeds.
+    """
+    head = _head(QUALITY_SCHEMA, command=command, device=device, versions=versions, data=data, settings=settings)
     return {
-        "schema": SCHEMA,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "device": device,
-        "versions": versions,
-        "data": data,
-        "settings": settings,
-        "configurations": [asdict(result) for result in results],
+        **head,
+        "references": [{"name": name, "metrics": metrics} for name, metrics in references.items()],
+        "configurations": [
+            {"name": name, "seeds": [asdict(result) for result in seeds], "summary": _summarize_seeds(seeds)}
+            for name, seeds in results.items()
+        ],
     }
+
+
+def _head(schema: str, **described: Any) -> dict[str, Any]:
+    return {"schema": schema, "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **described}
+
+
+def _summarize_seeds(results: Sequence[SeedResult]) -> dict[str, dict[str, float | None]]:
+    rows = [
+        {
+            **result.metrics,
+            "loss": result.epoch_losses[-1],
+            "training_s": result.training_s,
+            "evaluation_s": result.evaluation_s,
+        }
+        for result in results
+    ]
+    summary = {}
+    for key in rows[0] if rows else ():
+        values = np.array([row[key] for row in rows])
+        summary[key] = {
+            "mean": float(values.mean()),
+            "std": float(values.std(ddof=1)) if len(values) > 1 else None,
+            "min": float(values.min()),
+            "max": float(values.max()),
+        }
+    return summary
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
@@ -111,13 +194,55 @@ def render_table(report: dict[str, Any]) -> Table:
             configuration["name"],
             f"{_three_digits(ms['median'])} ({_three_digits(ms['p20'])}-{_three_digits(ms['p80'])})",
             "-" if baseline is None else f"{_speedup(configuration, baseline):.2f}x",
-            f"{configuration['sequences_per_s']:,.0f}",
+            _three_digits(configuration["sequences_per_s"]),
             f"{tokens[0]}/{tokens[-1]}",
             _three_digits(configuration["peak_bytes"] / 1e6),
             "-" if baseline is None else f"{_memory_share(configuration, baseline):.0%}",
             f"{configuration['loss']:.3f}",
             *(f"{configuration['metrics'][metric]:.4f}" for metric in metrics),
         )
+    return table
+
+
+def render_quality_table(report: dict[str, Any]) -> Table:
+    """The report of `stamp-profile quality` as a table: references, then each configuration's seeds, mean and range."""
+    settings, data = report["settings"], report["data"]
+    model = settings["model"]
+    metrics = list(report["references"][0]["metrics"])
+    epochs = f"{settings['epochs']} epoch{'s' if settings['epochs'] > 1 else ''}"
+    table = Table(
+        title=f"Quality on the test split, {epochs} of {data['training_rows']:,} rows, {report['device']}",
+        caption=(
+            f"{data['source']}\n{model['num_layers']} + {model['num_layers']} blocks of width {model['d_model']}; "
+            f"mean \u00b1 sample standard deviation, and range, over the seeds"
+        ),
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("configuration", no_wrap=True)
+    table.add_column("seed", no_wrap=True)
+    for header in [*(_metric_header(metric) for metric in metrics), "loss", "training\ns", "evaluation\ns"]:
+        table.add_column(header, justify="right", no_wrap=True)
+
+    for reference in report["references"]:
+        table.add_row(reference["name"], "", *(f"{reference['metrics'][metric]:.4f}" for metric in metrics))
+    # How each column after the seed is written.
+    formats = dict.fromkeys(metrics, "{:.4f}".format) | {
+        "loss": "{:.3f}".format,
+        "training_s": "{:.1f}".format,
+        "evaluation_s": "{:.1f}".format,
+    }
+    for configuration in report["configurations"]:
+        table.add_section()
+        for i, seed in enumerate(configuration["seeds"]):
+            values = {**seed["metrics"], **seed, "loss": seed["epoch_losses"][-1]}
+            cells = (write(values[key]) for key, write in formats.items())
+            table.add_row(configuration["name"] if i == 0 else "", str(seed["seed"]), *cells)
+        if len(configuration["seeds"]) > 1:
+            spreads = [(configuration["summary"][key], write) for key, write in formats.items()]
+            table.add_row("", "mean", *(f"{write(of['mean'])} \u00b1 {write(of['std'])}" for of, write in spreads))
+            table.add_row("", "range", *(f"{write(of['min'])}-{write(of['max'])}" for of, write in spreads))
     return table
 
 

@@ -267,6 +267,7 @@ def test_errors_name_the_argument():
         (dict(input_ids=ids, packed_inputs=packed, labels=labels), r"got input_ids, packed_inputs"),
         (dict(input_ids=ids, attention_mask=ids[:, :3], labels=labels), r"attention_mask must have shape \[6, 200\]"),
         (dict(input_ids=ids[0], labels=labels), r"token ids \[B, S\] or embeddings \[B, S, d_model\], got \[200\]"),
+        (dict(**batch, future_labels=labels), r"forward takes no future_labels with labels"),
         (dict(**batch, output_attentions=True), r"output_attentions=True: packed stacks do not keep them"),
     ]
     for values, text in (

@@ -11,9 +11,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from stamp_kernels.profiling import train as train_module
-from stamp_kernels.profiling.cli import app
+from stamp_kernels.profiling.cli import app, quality
 from stamp_kernels.profiling.interactions import load_interactions
-from stamp_kernels.profiling.recommender import CONFIGURATIONS
+from stamp_kernels.profiling.recommender import CONFIGURATIONS, RecommenderSettings
 from stamp_kernels.profiling.train import TrainSettings, prepare_data, profile_training
 
 LEVELS, CODES, NUM_ITEMS = 3, 4, 20
@@ -21,7 +21,9 @@ SMALL = ("--steps", "3", "--warmup", "1", "--batch-size", "8", "--device", "cpu"
 
 
 class FakeRecommender(torch.nn.Module):
-    """Next codes from the mean of the history's embeddings. The configuration "padded-prune" breaks at step 4."""
+    """Next codes from the mean of the history's embeddings. The configuration "padded-prune" breaks at a step."""
+
+    step_that_breaks = 4
 
     def __init__(self, name: str, vocabulary_size: int) -> None:
         super().__init__()
@@ -33,7 +35,7 @@ class FakeRecommender(torch.nn.Module):
         self.dtypes: set[torch.dtype] = set()
 
     def forward(self, batch) -> SimpleNamespace:
-        if self.name == "padded-prune" and len(self.seen) == 3:
+        if self.name == "padded-prune" and len(self.seen) + 1 == self.step_that_breaks:
             raise RuntimeError("the cat sat on the keyboard")
         self.seen.append(batch.packed_ids)
         ids = batch.input_ids if self.name.startswith("padded") else batch.packed_ids
@@ -84,13 +86,13 @@ def shop(tmp_path: Path) -> Path:
     return tmp_path / "shop.npz"
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+def run(*arguments: object, subcommand: str = "train") -> Result:
+    return CliRunner().invoke(app, [subcommand, *map(str, arguments)])
 
 
-def error_of(*arguments: object) -> str:
+def error_of(*arguments: object, subcommand: str = "train") -> str:
     """The one line that a run with bad input says."""
-    result = run(*arguments)
+    result = run(*arguments, subcommand=subcommand)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if line.strip()]
@@ -205,6 +207,19 @@ def test_text_file_gets_semantic_ids(tmp_path: Path, built: list[FakeRecommender
     assert report["configurations"][0]["tokens_per_block"][0] <= 8 * 2 * 4
 
 
+def test_rows_with_long_histories_alone(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    arguments = ("--configurations", "packed", "--min-items", "4", "--max-items", "5", "--output", tmp_path / "out")
+    result = run("--data", shop, *SMALL, *arguments, "--batch-size", "4")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert report["settings"]["min_items"] == 4 and report["settings"]["max_items"] == 5
+    # Users with 7, 8 and 9 interactions train on 5, 6 and 7: from the fifth item on. 12 users: lengths 3 to 9, 3 to 7.
+    assert report["data"]["training_rows"] == (1 + 2 + 3) + 1
+    lengths = torch.tensor([len(ids) for ids in built[0].seen]) / LEVELS
+    assert len(lengths) == 5 and (lengths >= 4 * 4).all() and (lengths <= 4 * 5).all()
+    assert report["configurations"][0]["tokens_per_block"][0] >= 4 * 4 * LEVELS
+
+
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
 
 
@@ -221,6 +236,10 @@ def test_text_file_gets_semantic_ids(tmp_path: Path, built: list[FakeRecommender
         (("--epochs", "-1"), "epochs is -1"),
         (("--seed", "-1"), "seed is -1"),
         (("--max-items", "0"), "max_items is 0"),
+        (("--min-items", "0"), "min_items is 0, expected 1 to 30, which is max_items"),
+        (("--min-items", "7", "--max-items", "6"), "min_items is 7, expected 1 to 6, which is max_items"),
+        (("--min-items", "5"), "at most 3, the number of training rows of shop with a history of at least 5 items"),
+        (("--min-items", "30"), "at most 0, the number of training rows of shop with a history of at least 30 items"),
         (("--threads", "0"), "threads is 0, expected at least 1"),
         (("--dtype", "float16"), "dtype is 'float16', expected float32 or bfloat16"),
         (("--device", "tpu"), "device is 'tpu', expected cpu, cuda or cuda:<index>"),
@@ -295,9 +314,9 @@ def test_a_loss_that_is_not_finite_is_an_error(
         profile_training(data, settings)
 
 
-def test_help_lists_the_subcommand():
+def test_help_lists_the_subcommands():
     result = CliRunner().invoke(app, ["--help"])
-    assert result.exit_code == 0 and "train" in result.stdout
+    assert result.exit_code == 0 and "train" in result.stdout and "quality" in result.stdout
 
 
 def test_real_recommenders(shop: Path, tmp_path: Path):
@@ -313,3 +332,109 @@ def test_real_recommenders(shop: Path, tmp_path: Path):
     for configuration in configurations:
         assert set(configuration["metrics"]) == {"recall@5", "recall@10", "ndcg@5", "ndcg@10"}
         assert all(0 <= value <= 1 for value in configuration["metrics"].values())
+
+
+# ---- quality -------------------------------------------------------------------------------------------------------
+
+QUALITY = ("--batch-size", "8", "--device", "cpu", "--threads", "1", "--epochs", "1", "--seeds", "2")
+
+
+def test_quality_report_and_table(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    output = tmp_path / "a" / "b"
+    arguments = ("--rows", "16", "--max-items", "4", "--min-items", "2", "--learning-rate", "0.01", "--layers", "3")
+    result = run("--data", shop, *QUALITY, *arguments, "--output", output, subcommand="quality")
+    assert result.exit_code == 0, result.output
+    names = ["padded-eager", "packed", "packed+sap", "packed+sap+map"]
+    assert [recommender.name for recommender in built] == 2 * names
+    assert all(len(recommender.seen) == 2 for recommender in built)  # one epoch of 16 rows, 8 a step
+    assert re.search(r"packed\+sap\+map +0 ", result.stdout) and "popularity, unseen" in result.stdout
+    assert "training" in result.stderr and "quality.json" in result.stderr
+    assert [path.name for path in output.iterdir()] == ["quality.json"]
+    report = json.loads((output / "quality.json").read_text())
+    assert [c["name"] for c in report["configurations"]] == names
+    assert all([seed["seed"] for seed in c["seeds"]] == [0, 1] for c in report["configurations"])
+    assert report["configurations"][0]["summary"]["recall@5"]["mean"] == pytest.approx(0.02)
+    settings = report["settings"]
+    assert settings | {"rows": 16, "max_items": 4, "min_items": 2, "epochs": 1, "seeds": 2, "batch_size": 8} == settings
+    assert settings["optimizer"]["learning_rate"] == 0.01
+    assert settings["model"]["num_layers"] == 3 and settings["model"]["prune_after_block"] == 2
+    assert report["data"]["training_rows"] == 16
+
+
+def test_quality_defaults_are_those_of_the_recommender():
+    defaults = dict(zip(quality.__code__.co_varnames, quality.__defaults__, strict=False))
+    model = RecommenderSettings()
+    assert defaults["layers"] == model.num_layers
+    for name in ("d_model", "num_heads", "d_kv", "d_ff", "prune_after_block", "keep_ratio", "dropout"):
+        assert defaults[name] == getattr(model, name), name
+    assert defaults["learning_rate"] == train_module.LEARNING_RATE
+
+
+def test_a_quality_run_that_failed_goes_on(
+    shop: Path, tmp_path: Path, built: list[FakeRecommender], monkeypatch: pytest.MonkeyPatch
+):
+    arguments = ("--data", shop, *QUALITY, "--configurations", "packed,padded-prune,packed+sap", "--output", tmp_path)
+    path = tmp_path / "quality.json"
+    monkeypatch.setattr(FakeRecommender, "step_that_breaks", 1)
+    result = run(*arguments, "--epochs", "2", subcommand="quality")
+    assert isinstance(result.exception, RuntimeError) and result.exit_code == 1
+    before = json.loads(path.read_text())["configurations"]
+    assert [len(configuration["seeds"]) for configuration in before] == [1, 0, 0]
+
+    message = error_of(*arguments, "--epochs", "3", subcommand="quality")
+    assert "quality.json: made with other settings (epochs was 2, is 3); take another output folder" in message
+    built.clear()
+    monkeypatch.setattr(FakeRecommender, "step_that_breaks", None)
+    result = run(*arguments, "--epochs", "2", subcommand="quality")
+    assert result.exit_code == 0, result.output
+    assert [recommender.name for recommender in built] == [
+        *("padded-prune", "packed+sap", "packed", "padded-prune", "packed+sap"),
+    ]
+    after = json.loads(path.read_text())["configurations"]
+    assert after[0]["seeds"][0] == before[0]["seeds"][0]
+    assert all(len(configuration["seeds"]) == 2 for configuration in after)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seeds", "0"), "seeds is 0, expected at least 1"),
+        (("--epochs", "0"), "epochs is 0, expected at least 1"),
+        (("--configurations", "padded"), "unknown configuration 'padded'"),
+        (("--rows", "32"), "rows is 32, expected at most 31, the number of training rows"),
+        (("--rows", "7"), "batch_size is 8, expected at most 7, the number of training rows of shop"),
+        (("--d-kv", "12"), "d_kv is 12, expected a multiple of 8 up to 256"),
+        (("--layers", "1"), "prune_after_block is 2, expected 1 to 1, the number of layers"),
+        (("--learning-rate", "-1"), "learning_rate is -1.0, expected a number above 0"),
+        (("--threads", "0"), "threads is 0, expected at least 1"),
+        (("--min-items", "31"), "min_items is 31, expected 1 to 30, which is max_items"),
+        (("--device", "tpu"), "device is 'tpu', expected cpu, cuda or cuda:<index>"),
+    ],
+)
+def test_bad_quality_options(shop: Path, built: list[FakeRecommender], arguments: tuple[str, ...], message: str):
+    assert message in error_of("--data", shop, *QUALITY, *arguments, subcommand="quality")
+    assert built == []
+
+
+def test_another_file_in_the_way_of_a_quality_run(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+    (tmp_path / "quality.json").write_text("my thesis")
+    message = error_of("--data", shop, *QUALITY, "--output", tmp_path, subcommand="quality")
+    assert "quality.json: not a report of `stamp-profile quality`; take another output folder" in message
+    assert (tmp_path / "quality.json").read_text() == "my thesis"
+    assert built == []
+
+
+def test_real_recommenders_of_a_quality_run(shop: Path, tmp_path: Path):
+    size = ("--layers", "2", "--prune-after-block", "1", "--d-model", "16", "--num-heads", "2", "--d-kv", "8")
+    arguments = (*size, "--d-ff", "16", "--dropout", "0", "--keep-ratio", "0.5", "--seeds", "1", "--max-items", "4")
+    result = run("--data", shop, *QUALITY, *arguments, "--output", tmp_path, subcommand="quality")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "quality.json").read_text())
+    chosen = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 16, "dropout": 0.0, "keep_ratio": 0.5}
+    model = report["settings"]["model"]
+    assert model | chosen | {"prune_after_block": 1, "levels": LEVELS} == model
+    padded, packed, pruned, predicted = (c["seeds"][0] for c in report["configurations"])
+    assert packed["epoch_losses"] == pytest.approx(padded["epoch_losses"], rel=1e-4)
+    assert len({round(run["epoch_losses"][0], 4) for run in (packed, pruned, predicted)}) == 3
+    for run_of_seed in (padded, packed, pruned, predicted):
+        assert all(0 <= value <= 1 for value in run_of_seed["metrics"].values())

@@ -45,6 +45,29 @@ def test_rows_equal_the_loop(histories: list[list[int]], max_items: int) -> None
     assert rows_of(test) == [(history[:-1][-max_items:], history[-1], []) for history in histories]
 
 
+@given(any_histories, st.integers(1, 12), st.data())
+def test_rows_with_short_histories_are_left_out(
+    histories: list[list[int]], max_items: int, draw: st.DataObject
+) -> None:
+    min_items = draw.draw(st.integers(1, max_items))
+    training = TrainingRows(make_interactions(histories), max_items, min_items)
+    expected = [row for row in expected_training_rows(histories, max_items) if len(row[0]) >= min_items]
+    assert rows_of(training) == expected
+
+
+def test_a_sample_of_rows() -> None:
+    interactions = make_interactions([list(range(100)), list(range(100, 150))])  # each row has another target
+    every = rows_of(TrainingRows(interactions, 9, 4))
+    assert len(every) == 94 + 44
+    sample = rows_of(TrainingRows(interactions, 9, 4, rows=30))
+    assert len(sample) == 30
+    positions = [every.index(row) for row in sample]
+    assert positions == sorted(set(positions))
+    assert positions[-1] - positions[0] > 60  # from all over
+    assert sample == rows_of(TrainingRows(interactions, 9, 4, rows=30))
+    assert rows_of(TrainingRows(interactions, 9, 4, rows=138)) == every
+
+
 def test_rows_take_30_items_by_default() -> None:
     interactions = make_interactions([list(range(50))])
     for rows in (TrainingRows(interactions), EvaluationRows(interactions, "test")):
@@ -55,6 +78,13 @@ def test_row_errors() -> None:
     interactions = make_interactions(HISTORIES)
     with pytest.raises(ValueError, match="max_items is 0, expected at least 1"):
         TrainingRows(interactions, 0)
+    for min_items in (0, 6):
+        with pytest.raises(ValueError, match=f"min_items is {min_items}, expected 1 to 5, which is max_items"):
+            TrainingRows(interactions, 5, min_items)
+    with pytest.raises(ValueError, match="rows is 0, expected at least 1"):
+        TrainingRows(interactions, rows=0)
+    with pytest.raises(ValueError, match="rows is 13, expected at most 12, the number of training rows"):
+        TrainingRows(interactions, rows=13)
     with pytest.raises(ValueError, match="max_items is -1, expected at least 1"):
         EvaluationRows(interactions, "test", -1)
     with pytest.raises(ValueError, match="split is 'train', expected 'validation' or 'test'"):

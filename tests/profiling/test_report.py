@@ -10,7 +10,16 @@ import pytest
 from rich.console import Console
 
 from stamp_kernels.profiling import report as report_module
-from stamp_kernels.profiling.report import ConfigurationResult, build_report, draw_picture, render_table, write_json
+from stamp_kernels.profiling.report import (
+    ConfigurationResult,
+    SeedResult,
+    build_quality_report,
+    build_report,
+    draw_picture,
+    render_quality_table,
+    render_table,
+    write_json,
+)
 
 METRICS = {"recall@5": 0.0123, "recall@10": 0.02, "ndcg@5": 0.0101, "ndcg@10": 0.0143}
 
@@ -39,9 +48,9 @@ def make_report(*results: ConfigurationResult) -> dict:
 
 
 def as_text(report: dict) -> list[str]:
-    console = Console(width=140)
+    console = Console(width=160)
     with console.capture() as capture:
-        console.print(render_table(report))
+        console.print((render_quality_table if "quality" in report["schema"] else render_table)(report))
     return capture.get().splitlines()
 
 
@@ -107,6 +116,8 @@ def test_table_is_relative_to_the_first_padded_configuration():
     ]
     assert row_of(report, "padded-sdpa")[3] == "1.00x"
     assert row_of(report, "padded-eager")[1:4] == ["150", "(135-180)", "0.50x"]
+    slow = make_report(make_result("padded-eager", 64e3), make_result("packed", 5e3))
+    assert [row_of(slow, name)[4] for name in ("padded-eager", "packed")] == ["2.00", "25.6"]
     text = "\n".join(as_text(report))
     assert "shop.npz: 3 users" in text and "20 interleaved steps" in text
     assert "128 sequences, float32, a machine, 2 threads" in text
@@ -152,3 +163,72 @@ def test_picture(tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.Mon
     labels = [text.get_text() for text in time_axes.texts]
     assert labels == (["100  (1.00x)", "50.0  (2.00x)", "33.3  (3.00x)"] if len(names) == 3 else ["100"])
     assert "milliseconds" in time_axes.get_xlabel() and "megabytes" in memory_axes.get_xlabel()
+
+
+# ---- quality -------------------------------------------------------------------------------------------------------
+
+
+def make_quality_report(**recalls: list[float]) -> dict:
+    """One configuration for each argument, with the recall@10 of its seeds."""
+    results = {
+        name: [
+            SeedResult(seed, METRICS | {"recall@10": recall}, [7.0, 6.0 + seed], 20.0 + seed, 4.0)
+            for seed, recall in enumerate(values)
+        ]
+        for name, values in recalls.items()
+    }
+    return build_quality_report(
+        results,
+        references={"popularity": METRICS},
+        command="stamp-profile quality",
+        device="a machine, 1 thread",
+        versions={"torch": "2.13"},
+        data={"name": "shop", "source": "shop.npz: 3 users, 9 items, 20 interactions", "training_rows": 1234},
+        settings={"epochs": 2, "model": {"num_layers": 4, "d_model": 64}},
+    )
+
+
+def test_quality_layout():
+    report = make_quality_report(packed=[0.1, 0.2, 0.6], padded=[0.3])
+    assert list(report) == [
+        *("schema", "date", "command", "device", "versions", "data", "settings", "references", "configurations"),
+    ]
+    assert report["schema"] == "stamp-profile-quality/1"
+    assert report["references"] == [{"name": "popularity", "metrics": METRICS}]
+    packed, padded = report["configurations"]
+    assert packed["name"] == "packed" and [seed["seed"] for seed in packed["seeds"]] == [0, 1, 2]
+    assert packed["seeds"][1] == {
+        "seed": 1,
+        "metrics": METRICS | {"recall@10": 0.2},
+        "epoch_losses": [7.0, 7.0],
+        "training_s": 21.0,
+        "evaluation_s": 4.0,
+    }
+    assert list(packed["summary"]) == [*METRICS, "loss", "training_s", "evaluation_s"]
+    # Deviations from the mean 0.3: -0.2, -0.1, 0.3; their squares sum to 0.14, over n - 1 = 2.
+    assert packed["summary"]["recall@10"] == pytest.approx({"mean": 0.3, "std": 0.07**0.5, "min": 0.1, "max": 0.6})
+    assert packed["summary"]["loss"] == pytest.approx({"mean": 7.0, "std": 1.0, "min": 6.0, "max": 8.0})
+    assert padded["summary"]["recall@10"] == {"mean": 0.3, "std": None, "min": 0.3, "max": 0.3}
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_quality_report_of_a_run_that_has_just_begun():
+    report = make_quality_report(packed=[0.1], padded=[])
+    assert report["configurations"][1] == {"name": "padded", "seeds": [], "summary": {}}
+    assert any(line.strip().startswith("packed") for line in as_text(report))
+
+
+def test_quality_table():
+    report = make_quality_report(packed=[0.1, 0.2, 0.6], padded=[0.3])
+    lines = [" ".join(line.split()) for line in as_text(report)]
+    assert "Quality on the test split, 2 epochs of 1,234 rows, a machine, 1 thread" in lines
+    assert "popularity 0.0123 0.0200 0.0101 0.0143" in lines
+    first = lines.index("packed 0 0.0123 0.1000 0.0101 0.0143 6.000 20.0 4.0")
+    assert lines[first + 1] == "1 0.0123 0.2000 0.0101 0.0143 7.000 21.0 4.0"
+    assert lines[first + 3].startswith("mean 0.0123 \u00b1 0.0000 0.3000 \u00b1 0.2646 ")
+    assert lines[first + 3].endswith(" 7.000 \u00b1 1.000 21.0 \u00b1 1.0 4.0 \u00b1 0.0")
+    assert lines[first + 4].startswith("range 0.0123-0.0123 0.1000-0.6000 ")
+    assert lines[first + 6] == "padded 0 0.0123 0.3000 0.0101 0.0143 6.000 20.0 4.0"
+    assert sum(line.startswith("mean") for line in lines) == 1  # none of a single seed
+    assert any("shop.npz: 3 users" in line for line in lines)
+    assert any("4 + 4 blocks of width 64; mean \u00b1 sample standard deviation" in line for line in lines)
