@@ -7,7 +7,7 @@ DATA ?=
 OUTPUT ?=
 # A model and a training that one CPU core finishes in half an hour on 82,000 short histories (Amazon Instruments).
 QUALITY ?= --min-items 3 --max-items 10 --batch-size 32 --epochs 2 --learning-rate 0.002 --dropout 0 --layers 2 \
-	--prune-after-block 1 --d-model 64 --num-heads 4 --d-kv 16 --d-ff 256
+	--prune-after-block 1 --d-model 64 --num-heads 4 --d-kv 16 --d-ff 256 --threads 1
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -18,7 +18,7 @@ from stamp_kernels.modules.pruning import SemanticAdaptivePruning
 from stamp_kernels.ops.attention import packed_attention
 from stamp_kernels.ops.selection import gather_tokens
 from stamp_kernels.packed import PackedSequence
-from stamp_kernels.reference.selection import TokenSelection
+from stamp_kernels.reference.selection import TokenSelection, sequence_of_row
 from stamp_kernels.relative_position import RelativePositionBias
 
 INTERMEDIATE_OUTPUTS = ("output_attentions", "output_hidden_states")  # options of the host
@@ -239,13 +239,14 @@ class PackedT5Encoder(PackedT5Stack):
         if (first, last) == (0, 0):
             return prune(packed, centrality).packed
         # Protected tokens are never pruned, so they are at the ends of what is left after any pruning point.
-        row = torch.arange(packed.values.shape[0], device=packed.values.device)
-        sequence = torch.searchsorted(packed.cu_seqlens[1:], row, right=True).clamp(max=len(packed.cu_seqlens) - 2)
-        starts, ends = packed.cu_seqlens[:-1][sequence], packed.cu_seqlens[1:][sequence]
-        protect = ((row < starts + first) | (row >= ends - last)) & (row < packed.cu_seqlens[-1])
+        total, batch = packed.values.shape[0], len(packed.cu_seqlens) - 1
+        row = torch.arange(total, device=packed.values.device)
+        sequence = sequence_of_row(packed.cu_seqlens, total)  # batch on tail rows
+        starts, ends = packed.cu_seqlens[sequence], packed.cu_seqlens[(sequence + 1).clamp(max=batch)]
+        protect = ((row < starts + first) | (row >= ends - last)) & (sequence < batch)
         unit = prune.item_length or 1
         if packed.lengths_cpu is None:
-            num_protected = (len(packed.cu_seqlens) - 1) * ((first + last) // unit)  # at most
+            num_protected = batch * ((first + last) // unit)  # at most
         else:
             num_protected = packed.lengths_cpu.clamp(max=first + last) // unit
         return prune(packed, centrality, protect=protect, num_protected=num_protected).packed
