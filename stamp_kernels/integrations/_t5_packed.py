@@ -275,10 +275,15 @@ class PackedT5Decoder(PackedT5Stack):
 
         Returns:
             EncoderOutput with packed alone: states `[T, d_model]` before the language-model head and its scaling.
+
+        Raises:
+            ValueError: packed_inputs have a wrong shape or dtype, or packed_source is missing.
         """
         refuse_intermediate_outputs(self.config, kwargs)
         if packed_inputs is None:
             return super().forward(*args, **kwargs)
+        if packed_source is None:
+            raise ValueError("packed_source must be given with packed_inputs, got None")
         packed = self.embed_packed(packed_inputs)
         packing = Packing(
             packed,

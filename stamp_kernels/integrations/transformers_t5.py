@@ -158,6 +158,9 @@ class StampT5ForConditionalGeneration(_Stamped, T5ForConditionalGeneration):
         if encoder_outputs is None:
             check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds, packed_inputs=packed_inputs)
         if labels is None:
+            if self.training and future_ids is not None:
+                # The Trainer's label_smoothing_factor takes the labels away, to make a loss of its own from logits.
+                raise ValueError("future_ids go with labels in training: without them nothing further is predicted")
             if encoder_outputs is None:
                 encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, packed_inputs).padded()
             return self._decode_padded(
@@ -327,11 +330,6 @@ def apply_stamp(
             that the encoder does not have, or prediction is asked of an encoder.
     """
     host_class = _host_class(model)
-    if host_class is None:
-        raise ValueError(
-            f"model must be a {' or '.join(host.__name__ for host in _STAMPED_CLASSES)} itself, "
-            f"not wrapped or sharded, got {type(model).__name__}"
-        )
     if prediction is not None and host_class is T5EncoderModel:
         raise ValueError("prediction needs a decoder, got a T5EncoderModel")
     d_kv = model.config.d_kv
@@ -344,9 +342,13 @@ def apply_stamp(
 
 
 def remove_stamp(model: T5ForConditionalGeneration | T5EncoderModel) -> None:
-    """The host again, with the weights as they are now and without the heads; nothing happens to a host."""
+    """The host again, with the weights as they are now and without the heads; nothing happens to a host.
+
+    Raises:
+        ValueError: the model is of another class: give the one inside a wrapper.
+    """
     host_class = _host_class(model)
-    if host_class in (None, type(model)):
+    if host_class is type(model):
         return
     for module in model.modules():
         if isinstance(module, PackedT5Attention):
@@ -359,11 +361,15 @@ def remove_stamp(model: T5ForConditionalGeneration | T5EncoderModel) -> None:
     model.__class__ = host_class
 
 
-def _host_class(model: nn.Module) -> type | None:
+def _host_class(model: nn.Module) -> type:
+    """The host's class of a model, stamped or not; ValueError for any other."""
     for host, stamped in _STAMPED_CLASSES.items():
         if type(model) in (host, stamped):
             return host
-    return None
+    raise ValueError(
+        f"model must be a {' or '.join(host.__name__ for host in _STAMPED_CLASSES)} itself, "
+        f"not wrapped or sharded, got {type(model).__name__}"
+    )
 
 
 def _stacks(model: nn.Module) -> list[T5Stack]:

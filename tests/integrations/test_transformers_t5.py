@@ -279,3 +279,12 @@ def test_errors_name_the_argument():
     for arguments, text in cases:
         with pytest.raises(ValueError, match=text):
             model(**arguments)
+    with pytest.raises(ValueError, match=r"packed_source must be given with packed_inputs, got None"):
+        model.decoder(packed_inputs=packed)
+    with pytest.raises(ValueError, match=r"future_ids go with labels in training"):
+        model(input_ids=ids, decoder_input_ids=labels, future_ids=labels)
+    model.eval()(input_ids=ids, decoder_input_ids=labels, future_ids=labels)
+    with pytest.raises(
+        ValueError, match=r"model must be a T5EncoderModel or .* not wrapped or sharded, got Sequential"
+    ):
+        remove_stamp(torch.nn.Sequential(model))
