@@ -1,13 +1,32 @@
 """Tiny T5s with random weights, ragged batches for them, and what it means that two of them train alike."""
 
+import copy
+
 import torch
 from closeness import relative_error
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
+from stamp_kernels.integrations.transformers_t5 import (
+    PredictionConfig,
+    PruningConfig,
+    StampT5ForConditionalGeneration,
+    apply_stamp,
+)
+from stamp_kernels.packed import PackedSequence
+
 VOCAB_SIZE = 61
 LEVELS = 4
 LENGTHS = (7, 1, 30, 2, 13, 200)  # the last one reaches beyond the exact and the logarithmic buckets
+
+PRUNING = PruningConfig(schedule=[(1, 0.5)])
+PREDICTION = PredictionConfig(num_steps=2, levels=LEVELS)
+HEADS = {
+    "linear": dict(head="linear"),
+    "residual": dict(head="residual"),
+    "transformer": dict(head="transformer", num_attention_heads=3),
+    "own unembedding": dict(unembedding="own"),
+}
 
 
 def tiny_t5(dtype: torch.dtype = torch.float32, *, attention: str = "eager", **config) -> T5ForConditionalGeneration:
@@ -31,6 +50,28 @@ def padded_batch(lengths: tuple[int, ...] = LENGTHS, *, padding_side: str = "rig
     if padding_side == "left":
         input_ids, attention_mask = input_ids.flip(1), attention_mask.flip(1)
     return dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def stamped(host: T5ForConditionalGeneration, **configs) -> StampT5ForConditionalGeneration:
+    return apply_stamp(copy.deepcopy(host), **configs)
+
+
+def future_batch() -> dict[str, Tensor]:
+    batch = padded_batch()
+    return batch | dict(future_ids=torch.randint(1, VOCAB_SIZE, (len(LENGTHS), 2 * LEVELS)))
+
+
+def packed_batch() -> PackedSequence:
+    batch = padded_batch()
+    return PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"])
+
+
+def trained_heads(model: StampT5ForConditionalGeneration) -> StampT5ForConditionalGeneration:
+    """Heads that are no longer the identity."""
+    with torch.no_grad():
+        for p in model.stamp_prediction.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
 
 
 def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from closeness import assert_close, relative_error
-from t5_cases import LENGTHS, LEVELS, VOCAB_SIZE, assert_same_training_step, gradients, padded_batch, tiny_t5
+from t5_cases import LENGTHS, LEVELS, VOCAB_SIZE, assert_same_training_step, gradients, padded_batch, stamped, tiny_t5
 from torch import Tensor
 from transformers import T5EncoderModel
 
@@ -26,16 +26,12 @@ def batch_of(padding: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tens
     return batch | {"attention_mask": batch["attention_mask"] * ~holes}
 
 
-def stamped_copy(host, **configurations):
-    return apply_stamp(copy.deepcopy(host), **configurations)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("padding", ["right", "left", SCATTERED])
 @pytest.mark.parametrize("config", [{}, V1_1], ids=["t5", "v1.1"])
 def test_training_step(dtype, padding, config):
     host = tiny_t5(dtype, **config)
-    model = stamped_copy(host)
+    model = stamped(host)
     batch = batch_of(padding)
     batch["labels"][0, 1:], batch["labels"][2] = -100, -100
     assert_same_training_step(host, host(**batch).loss, model, model(**batch).loss)
@@ -45,7 +41,7 @@ def test_training_step(dtype, padding, config):
 @pytest.mark.parametrize("padding", ["right", "left", SCATTERED])
 def test_logits_and_states(dtype, padding):
     host = tiny_t5(dtype).eval()
-    model = stamped_copy(host)
+    model = stamped(host)
     batch = batch_of(padding)
     expected, got = host(**batch), model(**batch)
     valid = batch["attention_mask"].bool()
@@ -61,7 +57,7 @@ def test_logits_and_states(dtype, padding):
 
 def test_bfloat16_is_as_close_as_the_hosts_own_attentions_are_to_each_other():
     hosts = {name: tiny_t5(torch.bfloat16, attention=name) for name in ("eager", "sdpa")}
-    model, exact = stamped_copy(hosts["eager"]), tiny_t5(torch.float64)
+    model, exact = stamped(hosts["eager"]), tiny_t5(torch.float64)
     exact.load_state_dict(hosts["eager"].state_dict())
     batch = batch_of("right", lengths=tuple(range(1, 60)))
 
@@ -77,7 +73,7 @@ def test_bfloat16_is_as_close_as_the_hosts_own_attentions_are_to_each_other():
 
 def test_bfloat16_autocast():
     host = tiny_t5(attention="sdpa")
-    model, exact = stamped_copy(host), copy.deepcopy(host).double()
+    model, exact = stamped(host), copy.deepcopy(host).double()
     batch = batch_of("right")
     with torch.autocast("cpu", torch.bfloat16):
         losses = [m(**batch).loss for m in (host, model)]
@@ -107,7 +103,7 @@ def test_bfloat16_autocast():
 )
 def test_generate(attention, padding, options):
     host = tiny_t5(torch.float64, attention=attention).eval()
-    model = stamped_copy(host)
+    model = stamped(host)
     batch = batch_of(padding)
     del batch["labels"]
     results = []
@@ -123,7 +119,7 @@ def test_generate(attention, padding, options):
 
 def test_no_mask_means_no_padding():
     host = tiny_t5(torch.float64).eval()
-    model = stamped_copy(host)
+    model = stamped(host)
     ids, labels = torch.randint(0, VOCAB_SIZE, (3, 9)), torch.randint(1, VOCAB_SIZE, (3, LEVELS))
     assert_close(model(input_ids=ids, labels=labels).logits, host(input_ids=ids, labels=labels).logits)
 
@@ -131,7 +127,7 @@ def test_no_mask_means_no_padding():
 def test_decoder_inputs_as_the_host_takes_them():
     """Ids of its own with a mask, embeddings on both sides, encoder outputs, tuples."""
     host = tiny_t5(torch.float64).eval()
-    model = stamped_copy(host)
+    model = stamped(host)
     batch = padded_batch()
     labels = batch.pop("labels")
     decoder_ids = torch.randint(1, VOCAB_SIZE, labels.shape)
@@ -164,7 +160,7 @@ def test_decoder_inputs_as_the_host_takes_them():
 
 def test_packed_inputs():
     """Packed in, packed out; tail rows are not read; `padded()` is what generate takes."""
-    model = stamped_copy(tiny_t5(torch.float64), pruning=PruningConfig())
+    model = stamped(tiny_t5(torch.float64), pruning=PruningConfig())
     batch = padded_batch()
     packed = PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"])
     with_tail = PackedSequence(torch.cat([packed.values, torch.full((5,), -100)]), packed.cu_seqlens, packed.max_seqlen)
@@ -192,7 +188,7 @@ def test_packed_inputs():
 
 def test_shared_source_sequences_serve_several_decoder_sequences():
     """The beams of a search read one history: the same states as with the history repeated."""
-    model = stamped_copy(tiny_t5(torch.float64))
+    model = stamped(tiny_t5(torch.float64))
     batch = padded_batch((5, 3))
     source = PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"])
     num_beams, length = 3, 2
@@ -213,7 +209,7 @@ def test_shared_source_sequences_serve_several_decoder_sequences():
 
 
 def test_empty_batch_has_no_loss_and_zero_gradients():
-    model = stamped_copy(tiny_t5(), pruning=PruningConfig())
+    model = stamped(tiny_t5(), pruning=PruningConfig())
     no_ids = torch.zeros(0, dtype=torch.int64)
     empty = PackedSequence(no_ids, torch.zeros(1, dtype=torch.int32), 0, lengths_cpu=no_ids)
     for labels in (no_ids.view(0, 0), no_ids.view(0, LEVELS)):
@@ -229,7 +225,7 @@ def test_empty_batch_has_no_loss_and_zero_gradients():
 
 def test_encoder_model():
     host = T5EncoderModel(tiny_t5().config).double().eval()
-    model = stamped_copy(host)
+    model = stamped(host)
     batch = padded_batch(padding_side="left")
     del batch["labels"]
     valid = batch["attention_mask"].bool()
@@ -242,7 +238,7 @@ def test_encoder_model():
 
 
 def test_dropout_is_drawn_anew_and_reproducible():
-    model = stamped_copy(tiny_t5(dropout_rate=0.2), pruning=PruningConfig())
+    model = stamped(tiny_t5(dropout_rate=0.2), pruning=PruningConfig())
     batch = padded_batch()
 
     def loss(seed: int) -> float:
@@ -252,13 +248,19 @@ def test_dropout_is_drawn_anew_and_reproducible():
     assert loss(0) == loss(0) != loss(1)
 
 
+def test_no_dropout_in_evaluation():
+    host = tiny_t5(torch.float64, dropout_rate=0.2).eval()
+    batch = padded_batch()
+    assert_close(stamped(host)(**batch).logits, host(**batch).logits)
+
+
 def test_the_heads_dimension_must_fit_the_kernels():
     with pytest.raises(ValueError, match=r"model.config.d_kv must be a multiple of 8 from 8 to 256, got 12"):
         apply_stamp(tiny_t5(d_kv=12))
 
 
 def test_errors_name_the_argument():
-    model = stamped_copy(tiny_t5())
+    model = stamped(tiny_t5())
     batch = padded_batch()
     labels, ids = batch["labels"], batch["input_ids"]
     packed = PackedSequence.from_padded(ids, batch["attention_mask"])
