@@ -31,6 +31,16 @@ def test_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
+def test_import_leaves_cuda_alone():
+    """No CUDA library is loaded, and CUDA is not initialised, whatever the build of torch."""
+    code = (
+        "import pathlib, torch, stamp_kernels\n"
+        "print([pathlib.Path(path).name for path in torch.ops.loaded_libraries], torch.cuda.is_initialized())"
+    )
+    result = run_python(code)
+    assert result.stdout.strip() == "['_cpu.so'] False", result.stderr
+
+
 def test_environment_variable_sets_the_backend():
     code = "from stamp_kernels._backend import reference_is_forced; print(reference_is_forced())"
     result = run_python(code, STAMP_KERNELS_BACKEND="reference")

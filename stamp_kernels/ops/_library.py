@@ -2,14 +2,21 @@
 
 An op gets its schema, its fake (shapes for torch.compile) and its kernels here. The compiled libraries bring kernels
 for the device they are named after, Triton serves CUDA otherwise, and the reference what is left.
+
+On the CPU that is settled at import. On CUDA it is settled at the first call with CUDA tensors, so that importing the
+package loads no CUDA library, asks no device anything and never fails because of either.
 """
 
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+from stamp_kernels.ops._cuda_library import CudaChoice, choose_cuda_library, cuda_facts, load_cuda_library
 
 # Held for the life of the process: a collected Library takes its ops with it.
 _LIBRARY = torch.library.Library("stamp", "DEF")
@@ -20,8 +27,19 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 FLOP_FORMULAS: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
 
+# The launchers as define_op got them: without the device guard and the autocast guard that the dispatcher's kernels
+# have.
+TRITON_LAUNCHERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
-def _load_compiled_libraries() -> None:
+Server = Literal["compiled", "triton", "reference"]
+
+_SERVED: dict[str, dict[str, Server]] = {"CPU": {}, "CUDA": {}}  # as far as it is settled
+_CUDA_LOCK = threading.Lock()  # for the two that follow, and _SERVED["CUDA"]
+_cuda_choice: CudaChoice | None = None  # None: not settled
+_UNSETTLED_ON_CUDA: dict[str, Callable[..., Any]] = {}  # by op: the kernel if the compiled library has none
+
+
+def _load_cpu_library() -> None:
     package = Path(__file__).resolve().parent.parent
     cpu_library = package / "_cpu.so"
     if not cpu_library.exists():
@@ -30,10 +48,10 @@ def _load_compiled_libraries() -> None:
             "`pip install --no-build-isolation .` (or `-e .`), which builds it"
         )
     torch.ops.load_library(str(cpu_library))
-    cuda_library = package / "_cuda.so"
-    # The symbols it needs exist only in a CUDA build of torch.
-    if torch.version.cuda is not None and cuda_library.exists():
-        torch.ops.load_library(str(cuda_library))
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"stamp::{name}", key)
 
 
 def _guard_raw_call(op: torch._ops.OpOverload, public_name: str) -> Callable[..., Any]:
@@ -74,6 +92,95 @@ def _on_device_of_first_tensor(launcher: Callable[..., Any]) -> Callable[..., An
     return run
 
 
+def _naming_triton(op: torch._ops.OpOverload, launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Says what to install where the launcher cannot import Triton."""
+
+    def run(*args: Any) -> Any:
+        try:
+            return launcher(*args)
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] != "triton":
+                raise
+            raise ImportError(_without_triton(op, error), name=error.name) from error
+
+    return run
+
+
+def _without_triton(op: torch._ops.OpOverload, error: ImportError) -> str:
+    message = (
+        f"{op} runs on Triton here, and Triton cannot be imported ({error}): install it with `pip install triton`, in "
+        "the version that this torch was released with"
+    )
+    if _cuda_choice is not None and _cuda_choice.reason is not None:
+        message += f". The compiled CUDA library does not serve: {_cuda_choice.reason}"
+    return message
+
+
+def _settle_cuda() -> None:
+    """Decide who serves CUDA, unless that is done, and register the kernels.
+
+    This may happen while a CUDA graph is captured: loading a library and reading a device's properties is work on the
+    host, which a capture does not forbid. Several threads may call it at once: one settles, the others wait.
+    """
+    global _cuda_choice
+    with _CUDA_LOCK:
+        first = _cuda_choice is None
+        choice = load_cuda_library(choose_cuda_library(cuda_facts())) if first else _cuda_choice
+        for name, kernel in list(_UNSETTLED_ON_CUDA.items()):
+            _SERVED["CUDA"][name] = _server_on_cuda(name)
+            if not _has_kernel(name, "CUDA"):
+                _LIBRARY.impl(name, kernel, "CUDA")
+            del _UNSETTLED_ON_CUDA[name]
+        _cuda_choice = choice
+    if first and choice.reason is not None:  # after all is done: a warning may be an exception
+        warnings.warn(
+            f"stamp_kernels runs on Triton, not in its compiled CUDA library: {choice.reason}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _server_on_cuda(name: str) -> Server:
+    """Who serves an op as long as Triton's kernels are not registered."""
+    if _has_kernel(name, "CUDA"):
+        return "compiled"
+    return "triton" if getattr(torch.ops.stamp, name).default in TRITON_LAUNCHERS else "reference"
+
+
+def _settle_and_repeat(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The kernel of the first call with CUDA tensors, which settles who serves them and calls that.
+
+    It is registered for CompositeExplicitAutograd, which is every device without a kernel of its own, and it stays
+    registered. The dispatcher prefers a kernel for CUDA as soon as there is one, so later calls do not come here.
+    A kernel registered for CUDA would have to be removed before the final one is registered, and a call from another
+    thread in between would find no kernel.
+    """
+
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        key = keyset.highestPriorityTypeId()
+        if key != torch._C.DispatchKey.CUDA:
+            raise NotImplementedError(f"{op} has kernels for dense CPU and CUDA tensors, none for {key.name}")
+        _settle_cuda()
+        return op.redispatch(keyset, *args)
+
+    return run
+
+
+def served_by(key: Literal["CPU", "CUDA"]) -> dict[str, Server]:
+    """Who serves each op on a device: its compiled library, Triton, or the reference.
+
+    For CUDA before the first call: who will, by what is known now. That loads the compiled library if it will serve,
+    initialises CUDA where there is a GPU, and does not warn.
+    """
+    if key == "CUDA":
+        with _CUDA_LOCK:
+            if _cuda_choice is None:
+                load_cuda_library(choose_cuda_library(cuda_facts()))
+            unsettled = {name: _server_on_cuda(name) for name in _UNSETTLED_ON_CUDA}
+            return dict(sorted({**_SERVED["CUDA"], **unsettled}.items()))
+    return dict(sorted(_SERVED[key].items()))
+
+
 def define_op(
     schema: str,
     *,
@@ -88,7 +195,7 @@ def define_op(
     Args:
         schema: name, arguments and returns, as torch.library takes them.
         public_name: the function of `stamp_kernels` that users call instead.
-        reference: plain PyTorch kernel with the schema's arguments, for the devices without a compiled one.
+        reference: plain PyTorch kernel with the schema's arguments, for the CPU and CUDA where nothing else serves.
         triton: launcher of Triton kernels with the schema's arguments, which serves CUDA where no compiled kernel does.
         fake: the same arguments to outputs of the right shape, dtype and device, without contents.
         flops: FLOP formula with the schema's arguments and `out_val`, for torch.utils.flop_counter. None: no
@@ -99,12 +206,15 @@ def define_op(
     op: torch._ops.OpOverload = getattr(torch.ops.stamp, name).default
     torch.library.register_fake(f"stamp::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, _guard_raw_call(op, public_name), "Autograd", with_keyset=True)
-    otherwise = {"CPU": _outside_autocast(reference), "CUDA": _outside_autocast(reference)}
+    _SERVED["CPU"][name] = "compiled" if _has_kernel(name, "CPU") else "reference"
+    if not _has_kernel(name, "CPU"):
+        _LIBRARY.impl(name, _outside_autocast(reference), "CPU")
+    on_cuda = reference
     if triton is not None:
-        otherwise["CUDA"] = _outside_autocast(_on_device_of_first_tensor(triton))
-    for key, kernel in otherwise.items():
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"stamp::{name}", key):
-            _LIBRARY.impl(name, kernel, key)
+        TRITON_LAUNCHERS[op] = triton
+        on_cuda = _on_device_of_first_tensor(_naming_triton(op, triton))
+    _UNSETTLED_ON_CUDA[name] = _outside_autocast(on_cuda)
+    _LIBRARY.impl(name, _settle_and_repeat(op), "CompositeExplicitAutograd", with_keyset=True)
     if flops is not None:
         flops._get_raw = True  # the formula reads cu_seqlens, so it wants tensors where torch would pass shapes
         FLOP_FORMULAS[getattr(torch.ops.stamp, name)] = flops
@@ -115,4 +225,4 @@ def define_op(
     return op
 
 
-_load_compiled_libraries()
+_load_cpu_library()
