@@ -10,6 +10,7 @@ from stamp_kernels.modules.pruning import PrunedSequence, SemanticAdaptivePrunin
 from stamp_kernels.ops.attention import AttentionOutput, packed_attention
 from stamp_kernels.ops.cross_entropy import MultiTokenLoss, multi_token_cross_entropy, shift_targets
 from stamp_kernels.ops.importance import attention_centrality, token_importance
+from stamp_kernels.ops.prepare import prepare
 from stamp_kernels.ops.pruning import PrunedTokens, prune
 from stamp_kernels.ops.selection import TokenSelection, gather_tokens, select_tokens
 from stamp_kernels.packed import PackedSequence
@@ -32,6 +33,7 @@ __all__ = [
     "gather_tokens",
     "multi_token_cross_entropy",
     "packed_attention",
+    "prepare",
     "prune",
     "select_tokens",
     "shift_targets",

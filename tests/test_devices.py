@@ -18,6 +18,7 @@ from stamp_kernels import (
     gather_tokens,
     multi_token_cross_entropy,
     packed_attention,
+    prepare,
     prune,
     select_tokens,
     shift_targets,
@@ -51,6 +52,7 @@ def random_like_trained(*shape: int) -> Tensor:
 def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """A CUDA graph of the step, which has run once before, and what it will write."""
     side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())  # that writes the inputs
     with torch.cuda.stream(side_stream):
         step()
     torch.cuda.current_stream().wait_stream(side_stream)
@@ -292,6 +294,199 @@ def test_cross_entropy_in_a_cuda_graph(width):
     labels.copy_(torch.randint(0, 2200, labels.shape)).masked_fill_(torch.rand(labels.shape, device="cuda") < 0.3, -100)
     cu_seqlens.copy_(torch.tensor([0, *reversed(LENGTHS)]).cumsum(0))
     assert_replays(graph, captured, step)
+
+
+RANGES = ((1, 257), (257, 513), (700, 2200))
+
+
+def targets_in_ranges(integers: Tensor) -> Tensor:
+    """A target of its step's range from each integer."""
+    columns = zip(RANGES, integers.unbind(1), strict=True)
+    return torch.stack([start + column % (end - start) for (start, end), column in columns], dim=1)
+
+
+def cross_entropy_of_ranges(
+    hidden: Tensor, weight: Tensor, integers: Tensor, step_weights: list[float]
+) -> list[Tensor]:
+    """Loss and gradients of a step for each of RANGES."""
+    loss = multi_token_cross_entropy(
+        hidden, weight, targets_in_ranges(integers), vocab_ranges=RANGES, step_weights=step_weights
+    )
+    return [loss, *torch.autograd.grad(loss, (hidden, weight))]
+
+
+def gpu_inputs_of_ranges(width: int = 64) -> list[Tensor]:
+    """hidden, weight and integers for targets; so many rows that wide states are worked through in chunks."""
+    rows = [torch.randn(n, width, device="cuda").bfloat16().requires_grad_() for n in (1000, 2200)]
+    return [*rows, torch.randint(0, 10_000, (1000, len(RANGES)), device="cuda")]
+
+
+BOTH_WAYS = pytest.mark.parametrize("width", [64, 320], ids=["computed again", "chunked"])
+
+
+@pytest.mark.gpu
+@BOTH_WAYS
+def test_a_cuda_graph_outlives_other_ranges_and_step_weights(width):
+    """What it reads on the device is neither evicted nor overwritten by 100 calls with other arguments."""
+    hidden, weight, integers = gpu_inputs_of_ranges(width)
+    prepare("cuda", vocab_ranges=RANGES)
+
+    def step() -> list[Tensor]:
+        return cross_entropy_of_ranges(hidden, weight, integers, [1.0, 0.5, 0.25])
+
+    graph, captured = capture(step)
+    targets = torch.tensor([[0, 800]], device="cuda").expand(len(hidden), 2)
+    for i in range(100):
+        multi_token_cross_entropy(
+            hidden, weight, targets, vocab_ranges=((0, 10 + i), (800, 811 + i)), step_weights=[1.0, 1 / (i + 2)]
+        )
+    with torch.no_grad():
+        hidden.normal_()
+    integers.random_(0, 10_000)
+    assert_replays(graph, captured, step)
+
+
+@pytest.mark.gpu
+@BOTH_WAYS
+def test_a_cuda_graph_keeps_the_step_weights_of_its_capture(width):
+    """As floats they are part of the graph; other ones take another capture."""
+    hidden, weight, integers = gpu_inputs_of_ranges(width)
+    graphs = []
+    for step_weights in ([1.0, 0.5, 0.25], [0.0, 2.0, 2.0], [1.0, 1.0, 1.0]):
+
+        def step(step_weights: list[float] = step_weights) -> list[Tensor]:
+            return cross_entropy_of_ranges(hidden, weight, integers, step_weights)
+
+        graphs.append((*capture(step), step))
+    with torch.no_grad():
+        hidden.normal_()
+    for graph, captured, step in graphs:
+        assert_replays(graph, captured, step)
+
+
+@pytest.mark.gpu
+def test_a_capture_that_lacks_a_constant_says_what_to_call():
+    hidden, weight, integers = gpu_inputs_of_ranges()
+    targets = (integers[:, :2] % 3) + torch.tensor([5, 9], device="cuda")
+    options = dict(vocab_ranges=((5, 8), (9, 12)), memory="minimal")  # of no other test
+
+    def step() -> Tensor:
+        return multi_token_cross_entropy(hidden, weight, targets, **options)
+
+    multi_token_cross_entropy(hidden, weight, targets, vocab_ranges=((5, 9), (9, 13)), memory="minimal")  # compiles
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=r"stamp_kernels\.prepare"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        step()
+    torch.cuda.synchronize()
+    prepare("cuda", vocab_ranges=options["vocab_ranges"])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert torch.equal(captured, step())
+
+
+@pytest.fixture
+def no_constants(monkeypatch):
+    """As in a process whose first calls are compiled ones."""
+    from stamp_kernels.triton_kernels import _constants
+
+    monkeypatch.setattr(_constants, "_CONSTANTS", {})
+
+
+def assert_reduced_overhead_changes_nothing(
+    function: Callable[..., list[Tensor]], batches: list[tuple[Tensor, ...]], differentiate: bool
+) -> None:
+    """With mode="reduce-overhead", which warms up, captures a CUDA graph and replays it, as without compilation.
+
+    The first call makes constants while torch sends allocations to the graphs' memory pool, where nothing may stay.
+    """
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    for batch in batches:
+        results = []
+        for run in (compiled, function):
+            torch.compiler.cudagraph_mark_step_begin()
+            outputs = run(*batch)
+            if differentiate:
+                inputs = [x for x in batch if x.requires_grad]
+                outputs = [*outputs, *torch.autograd.grad(outputs[0], inputs, torch.ones_like(outputs[0]))]
+            results.append([x.detach().clone() for x in outputs])  # the next replay overwrites them
+        for out, want in zip(*results, strict=True):
+            assert torch.equal(out, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("differentiate", [False, True])
+def test_attention_compiled_to_cuda_graphs(no_constants, differentiate):
+    cu_seqlens = offsets().to("cuda")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> list[Tensor]:
+        bias = RelativePositionBias(table)
+        return list(
+            packed_attention(
+                q, k, v, cu_seqlens, max(LENGTHS), relative_bias=bias, return_lse=True, return_centrality=True
+            )
+        )
+
+    def batch() -> tuple[Tensor, ...]:
+        shapes = (*[(sum(LENGTHS), 4, 32)] * 3, (32, 4))
+        return tuple(torch.randn(*shape, device="cuda").bfloat16().requires_grad_(differentiate) for shape in shapes)
+
+    assert_reduced_overhead_changes_nothing(attend, [batch() for _ in range(4)], differentiate)
+
+
+@pytest.mark.gpu
+@BOTH_WAYS
+def test_cross_entropy_compiled_to_cuda_graphs(no_constants, width):
+    """Ranges and step weights as numbers."""
+
+    def loss_of(hidden: Tensor, weight: Tensor, integers: Tensor) -> list[Tensor]:
+        targets = targets_in_ranges(integers)
+        return [multi_token_cross_entropy(hidden, weight, targets, vocab_ranges=RANGES, step_weights=[1.0, 0.5, 0.25])]
+
+    batches = [tuple(gpu_inputs_of_ranges(width)) for _ in range(4)]
+    assert_reduced_overhead_changes_nothing(loss_of, batches, differentiate=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", ["auto", "minimal"], ids=["chunked", "computed again"])
+@pytest.mark.parametrize("num_classes", [50_257, 50_264])
+def test_cross_entropy_of_a_large_odd_vocabulary(dtype, memory, num_classes):
+    """GPT-2's: no row of logits ends where a vector does."""
+    hidden = torch.randn(130, 320, dtype=torch.float64).to(dtype).double()
+    weight = (torch.randn(num_classes, 320, dtype=torch.float64) / 320**0.5).to(dtype).double()
+    targets = torch.randint(0, num_classes, (130, 3))
+    targets[::7] = -100
+    targets[1] = num_classes - 1
+    with use_backend("reference"):
+        expected = cross_entropy_step(hidden, weight, targets)
+    given = hidden.to("cuda", dtype), weight.to("cuda", dtype), targets.to("cuda")
+    runs = [cross_entropy_step(*given, memory) for _ in range(2)]
+    for out, again, ref in zip(*runs, expected, strict=True):
+        assert torch.equal(out, again)
+        assert_close(out.cpu(), ref, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("width", "offset", "memory"),
+    [(100, 0, "auto"), (200, 1, "auto"), (129, 3, "auto"), (64, 5, "auto"), (24, 7, "auto"), (320, 1, "auto"),
+     (320, 1, "minimal")],
+)  # fmt: skip
+def test_cross_entropy_of_rows_that_begin_anywhere(width, offset, memory):
+    hidden, weight, targets = cross_entropy_inputs(width, torch.bfloat16)
+    hidden = hidden.nan_to_num()
+    with use_backend("reference"):
+        expected = cross_entropy_step(hidden, weight, targets)
+
+    def placed(x: Tensor) -> Tensor:
+        storage = torch.empty(x.numel() + offset, dtype=torch.bfloat16, device="cuda")
+        return storage[offset:].view(x.shape).copy_(x)
+
+    got = cross_entropy_step(placed(hidden), placed(weight), targets.to("cuda"), memory)
+    for out, ref in zip(got, expected, strict=True):
+        assert_close(out.cpu(), ref, torch.bfloat16)
 
 
 def stamped_t5() -> StampT5ForConditionalGeneration:

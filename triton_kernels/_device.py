@@ -1,15 +1,70 @@
-"""What the launchers ask about a device; an H100's answers where kernels are interpreted."""
+"""What the launchers ask about a device, and the limits that hold for every launch."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+class DeviceProperties(NamedTuple):
+    """What the choice of tiles depends on.
+
+    Attributes:
+        capability: CUDA's compute capability.
+        shared_memory: bytes of shared memory that one block may have, opted in for.
+        num_processors: streaming multiprocessors.
+    """
+
+    capability: tuple[int, int]
+    shared_memory: int
+    num_processors: int
+
+
+H100 = DeviceProperties((9, 0), 227 * 1024, 132)
+
+# What a tensor that is not on a GPU stands for: kernels that are interpreted or compiled ahead of time.
+_stand_in = H100
 
 
 @functools.cache
-def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def _properties_of_gpu(device: torch.device) -> DeviceProperties:
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceProperties(
+        (properties.major, properties.minor),
+        properties.shared_memory_per_block_optin,
+        properties.multi_processor_count,
+    )
+
+
+def device_properties(device: torch.device) -> DeviceProperties:
+    """Of the GPU; of an H100, or what `stand_in` says, for a device that is none."""
+    return _properties_of_gpu(device) if device.type == "cuda" else _stand_in
+
+
+@contextmanager
+def stand_in(properties: DeviceProperties) -> Iterator[None]:
+    """Within the block, devices that are no GPU have these properties."""
+    global _stand_in
+    before, _stand_in = _stand_in, properties
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def launch_grid(x: int, y: int = 1, z: int = 1) -> tuple[int, int, int]:
+    """The grid, if CUDA and Triton's launcher can take it.
+
+    Triton multiplies the three in 32 bits and skips the launch, without a word, where the product is not positive.
+
+    Raises:
+        ValueError: a dimension or the product is too large.
+    """
+    if not (x * y * z < 2**31 and y < 2**16 and z < 2**16):
+        raise ValueError(
+            f"the inputs are too large for one launch: a grid of {(x, y, z)} programs, "
+            "allowed are 65,535 in the second and third dimension and 2,147,483,647 together"
+        )
+    return x, y, z

@@ -10,18 +10,15 @@ of a sequence do not depend on the batch around it. That costs seven matrix prod
 being made by queries and again by keys, but no atomics, no fp32 dQ in memory, no second pass over it.
 """
 
-import functools
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamp_kernels.triton_kernels._aot import AotVariant
-from stamp_kernels.triton_kernels._device import compute_capability
+from stamp_kernels.triton_kernels._constants import device_constant
+from stamp_kernels.triton_kernels._device import DeviceProperties, device_properties, launch_grid
 from stamp_kernels.triton_kernels.attention_tiles import (
     LOG2_E,
     bias_tile,
@@ -58,22 +55,25 @@ _STRIP = tl.constexpr(16)
 _FAR = tl.constexpr(2**30)
 
 
-@functools.lru_cache(maxsize=64)
 def distance_ranges(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
     """int32 `[2, num_buckets]`: the first and the last distance of each bucket, +-2^30 where it has no end.
 
     Buckets are ranges: each distance between has the same bucket. A bucket without distances, as bidirectional biases
     have one, ends before it begins. Like `distance_buckets`, not to be called first while a CUDA graph is captured.
     """
-    buckets = distance_buckets(num_buckets, max_distance, bidirectional, torch.device("cpu")).long()
-    distances = torch.arange(-max_distance, max_distance + 1)
-    first = torch.ones(num_buckets, dtype=torch.int64)
-    first.scatter_reduce_(0, buckets, distances, "amin", include_self=False)
-    last = torch.zeros(num_buckets, dtype=torch.int64)
-    last.scatter_reduce_(0, buckets, distances, "amax", include_self=False)
-    first[first == -max_distance] = -_FAR.value
-    last[last == max_distance] = _FAR.value
-    return torch.stack([first, last]).to(torch.int32).to(device)
+
+    def make() -> Tensor:
+        buckets = distance_buckets(num_buckets, max_distance, bidirectional, torch.device("cpu")).long()
+        distances = torch.arange(-max_distance, max_distance + 1)
+        first = torch.ones(num_buckets, dtype=torch.int64)
+        first.scatter_reduce_(0, buckets, distances, "amin", include_self=False)
+        last = torch.zeros(num_buckets, dtype=torch.int64)
+        last.scatter_reduce_(0, buckets, distances, "amax", include_self=False)
+        first[first == -max_distance] = -_FAR.value
+        last[last == max_distance] = _FAR.value
+        return torch.stack([first, last]).to(torch.int32)
+
+    return device_constant(("distance_ranges", num_buckets, max_distance, bidirectional), device, make)
 
 
 # Parts of a tile
@@ -438,58 +438,99 @@ def sum_over_tiles_kernel(
 
 
 class TileConfig(NamedTuple):
-    """BLOCK_M queries, BLOCK_N keys, and the launch options of one kernel."""
+    """BLOCK_M queries, BLOCK_N keys, and the launch options of one kernel; max_registers as in `ForwardConfig`."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+
+# What the key kernel needs for 64 queries and 32 keys of 256 features, as counted in what Triton 3.6 compiles.
+_WIDE_KEY_TILE_BYTES = 131072
 
 
 def backward_config(
-    capability: tuple[int, int],
+    device: DeviceProperties,
     head_dim: int,
     dtype: torch.dtype,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    *,
     has_bias: bool,
     has_dropout: bool,
+    has_positions: bool,
 ) -> tuple[TileConfig, TileConfig]:
-    """(query kernel, key kernel).
+    """(query kernel, key kernel), by counting what Triton 3.6 compiles; no time was measured.
 
     Sequences of recommenders are short: below some 425 tokens the floor of the backward is memory traffic, and a tile
     only has to keep what it computes in registers. Of 255 in a thread, with 4 warps on 64 rows of bf16:
 
     - the query kernel accumulates dQ, head_dim / 2 of them, and holds P and dP, BLOCK_N / 2 each; a bias adds buckets
-      and the two 64-bit addresses of its look-ups: 64 x 64 at head_dim 64 becomes 64 x 32;
+      and the two 64-bit addresses of its look-ups: 64 x 64 at head_dim 64 becomes 64 x 32. So does dropout, but on
+      sm_90: elsewhere 64 x 64 spills 72 to 88 bytes;
     - the key kernel accumulates dK and dV, head_dim / 2 each, and holds P and dP, BLOCK_M / 2 each: 64 keys and 32
-      queries at a time. Ampere's products take operands from registers too, where Hopper's read shared memory: 32 keys
-      as soon as bias or dropout want registers of their own;
-    - wider heads double the warps, and above 128 shared memory is the limit: 64 rows of 256 in bf16 are 32 KB, and a
-      single stage of four such operands fits the 163 KB of sm_80.
+      queries at a time. sm_80 and sm_120 multiply from registers, where sm_90 reads shared memory and sm_100 has
+      tensor memory for sums: 32 keys as soon as bias or dropout need registers of their own (64 spill 32 to 128
+      bytes), and 32 x 32 for queries that also have positions (64 x 32 spills 16);
+    - heads of 72 to 128 double the warps. With a bias or dropout sm_80 and sm_120 have 32 x 32 tiles there: for queries
+      128 x 32 spills 32 to 440 bytes, for keys 64 x 32 with dropout has 1,214 instructions a loop on 8 warps, 32 x 32
+      has 741 on 4. On sm_90 up to 64 queries with both have a smaller tile too: the half of 128 x 32 that
+      is left for them spills 8 to 56 bytes;
+    - above 128 shared memory is the limit. The query kernel takes 98,304 bytes, which every device has; the key
+      kernel with 64 queries 131,072, so 32 queries where a block has less: sm_86, sm_89 and sm_120.
+
+    A second stage loads the next block meanwhile. It is no use to a loop of one round, and on sm_100 it costs
+    registers, as in the forward.
 
     fp32 is multiplied exactly, without matrix units, so its tiles are small. Where max_seqlen is smaller than a tile
-    the tile shrinks. All of it was checked by compiling ahead of time; the times of other choices were not measured.
+    the tile shrinks.
     """
+    major = device.capability[0]
+    from_registers = major in (8, 12)
+    has_either, has_both = has_bias or has_dropout, has_bias and has_dropout
+    num_stages = 1 if major == 10 else 2
     if dtype == torch.float32:
         side = 32 if head_dim <= 128 else 16
         for_queries = for_keys = TileConfig(side, side, 4, 1)
     elif head_dim <= 64:
-        for_queries = TileConfig(64, 32 if has_bias else 64, 4, 1 if has_bias and capability < (9, 0) else 2)
-        for_keys = TileConfig(32, 32 if capability < (9, 0) and (has_bias or has_dropout) else 64, 4, 2)
+        if from_registers and has_both and has_positions:
+            for_queries = TileConfig(32, 32, 4, 1)
+        elif has_bias or (has_dropout and major != 9):
+            for_queries = TileConfig(64, 32, 4, 2 if major == 9 else 1)
+        else:
+            for_queries = TileConfig(64, 64, 4, 2)
+        for_keys = TileConfig(32, 32 if from_registers and has_either else 64, 4, 2)
     elif head_dim <= 128:
-        for_queries, for_keys = TileConfig(128, 32, 8, 2), TileConfig(32, 64, 8, 2)
+        if from_registers and has_either:
+            for_queries = TileConfig(32, 32, 4, 2)
+        elif major == 9 and has_both and max_seqlen_q <= 64:
+            for_queries = TileConfig(32, 32, 4, 2) if has_positions else TileConfig(64, 32, 4, 1)
+        else:
+            for_queries = TileConfig(128, 32, 8, num_stages)
+        for_keys = TileConfig(32, 32, 4, 2) if from_registers and has_dropout else TileConfig(32, 64, 8, num_stages)
     else:
-        for_queries, for_keys = TileConfig(32, 64, 8, 1), TileConfig(64, 32, 8, 1)
+        for_queries = TileConfig(32, 64, 8, 1)
+        for_keys = TileConfig(64 if device.shared_memory >= _WIDE_KEY_TILE_BYTES else 32, 32, 8, 1)
 
-    def shrunk(config: TileConfig) -> TileConfig:
+    def shrunk(config: TileConfig, least_n: int, passes_over_queries: bool) -> TileConfig:
         block_m = min(config.block_m, max(16, triton.next_power_of_2(max_seqlen_q)))
         block_n = min(config.block_n, max(16, triton.next_power_of_2(max_seqlen_k)))
+        if block_m > 16:
+            block_n = max(block_n, least_n)
         share = config.block_m * config.block_n // (block_m * block_n)
-        num_warps = max(1, config.num_warps // share)
-        return TileConfig(block_m, block_n, num_warps, config.num_stages)
+        # A warp has at most 64 columns of an accumulator, and of a smaller tile with random words 16 x 32 pairs.
+        num_warps = max(config.num_warps // share, padded_head_dim(head_dim) // 64, 1)
+        if share > 1 and has_dropout:
+            num_warps = max(num_warps, block_m * block_n // 512)
+        is_one_round = max_seqlen_q <= block_m if passes_over_queries else max_seqlen_k <= block_n
+        max_registers = 255 if num_warps < 4 or head_dim > 128 or (major != 9 and has_either) else None
+        return TileConfig(block_m, block_n, num_warps, 1 if is_one_round else config.num_stages, max_registers)
 
-    return shrunk(for_queries), shrunk(for_keys)
+    # Triton 3.6 fails to compile the gathers of `sums_by_distance` on 32 x 16 and 64 x 16 tiles.
+    for_queries = shrunk(for_queries, least_n=32, passes_over_queries=False)
+    return for_queries, shrunk(for_keys, least_n=16, passes_over_queries=True)
 
 
 def packed_attention_backward(
@@ -536,13 +577,14 @@ def packed_attention_backward(
     delta = lse.new_empty(lse.shape) if need_dk else None  # [Hq, Tq], from the query kernel to the key kernel
 
     for_queries, for_keys = backward_config(
-        compute_capability(q.device),
+        device_properties(q.device),
         head_dim,
         q.dtype,
         max_seqlen_q,
         max_seqlen_k,
-        bias_table is not None,
-        dropout_p > 0,
+        has_bias=bias_table is not None,
+        has_dropout=dropout_p > 0,
+        has_positions=positions_q is not None or positions_k is not None,
     )
     num_buckets, buckets, ranges = 1, None, None
     if bias_table is not None:
@@ -563,106 +605,27 @@ def packed_attention_backward(
         return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
 
     if need_dq or need_dk or need_dbias:
-        attention_backward_query_kernel[(query_tiles * num_heads,)](
+        attention_backward_query_kernel[launch_grid(query_tiles * num_heads)](
             grad_out, q, k, v, out, lse, dq if need_dq else None, delta, bucket_sums, *sequences,
             buckets, ranges, bias_table, dropout_seed, num_sequences, total_q, num_heads,
             *row_strides(grad_out, q, k, v, out), *(row_strides(dq) if need_dq else (0, 0)), *table_strides, *scalars,
             **constants, NUM_BUCKETS=num_buckets, BLOCK_BUCKETS=triton.next_power_of_2(num_buckets),
             BLOCK_M=for_queries.block_m, BLOCK_N=for_queries.block_n,
-            num_warps=for_queries.num_warps, num_stages=for_queries.num_stages,
+            num_warps=for_queries.num_warps, num_stages=for_queries.num_stages, maxnreg=for_queries.max_registers,
         )  # fmt: skip
     if need_dbias:
-        sum_over_tiles_kernel[(triton.cdiv(num_buckets, _SUM_BUCKETS) * num_heads,)](
+        sum_over_tiles_kernel[launch_grid(triton.cdiv(num_buckets, _SUM_BUCKETS) * num_heads)](
             bucket_sums, dtable, query_tiles, num_heads,
             NUM_BUCKETS=num_buckets, BLOCK_TILES=_SUM_TILES, BLOCK_BUCKETS=_SUM_BUCKETS,
         )  # fmt: skip
     if need_dk or need_dv:
-        attention_backward_key_kernel[(num_tiles(total_k, num_sequences, for_keys.block_n) * num_heads_k,)](
+        key_tiles = num_tiles(total_k, num_sequences, for_keys.block_n)
+        attention_backward_key_kernel[launch_grid(key_tiles * num_heads_k)](
             grad_out, q, k, v, lse, delta, dk if need_dk else None, dv if need_dv else None,
             *sequences, buckets, bias_table, dropout_seed, num_sequences, total_q, total_k, num_heads_k,
             *row_strides(grad_out, q, k, v),
             *(row_strides(dk) if need_dk else (0, 0)), *(row_strides(dv) if need_dv else (0, 0)),
             *table_strides, *scalars, **constants, BLOCK_M=for_keys.block_m, BLOCK_N=for_keys.block_n,
-            num_warps=for_keys.num_warps, num_stages=for_keys.num_stages,
+            num_warps=for_keys.num_warps, num_stages=for_keys.num_stages, maxnreg=for_keys.max_registers,
         )  # fmt: skip
     return dq, dk, dv, dtable
-
-
-# Ahead of time
-
-
-def _signature(kernel: triton.runtime.JITFunction, constexprs: dict[str, Any], dtype: str) -> dict[str, str]:
-    """Triton's types of the arguments that `constexprs` does not give: a table in fp32 beside q, k, v in `dtype`."""
-    special = {
-        "lse_ptr": "*fp32", "delta_ptr": "*fp32", "bucket_sums_ptr": "*fp32", "table_ptr": "*fp32",
-        "dtable_ptr": "*fp32", "seed_ptr": "*i64", "scale": "fp32", "kept_scale": "fp32",
-    } | {
-        f"{name}_ptr": "*i32"
-        for name in ("cu_seqlens_q", "cu_seqlens_k", "positions_q", "positions_k", "buckets", "ranges")
-    }  # fmt: skip
-    return {
-        name: special.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-        if name not in constexprs
-    }
-
-
-_TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_NO_BIAS = dict(
-    table_ptr=None, buckets_ptr=None, ranges_ptr=None, bucket_sums_ptr=None, positions_q_ptr=None, positions_k_ptr=None
-)
-_NO_DROPOUT = dict(seed_ptr=None)
-_BIAS_BY_INDEX = dict(positions_q_ptr=None, positions_k_ptr=None)
-
-# What is switched off, and whether causal, by model: a decoder without bias, T5's encoder, in its first blocks and
-# after pruning, T5's decoder, all of them without dropout and one with.
-_MODELS = {
-    "causal": dict(**_NO_BIAS, **_NO_DROPOUT, CAUSAL=True),
-    "bias": dict(**_BIAS_BY_INDEX, **_NO_DROPOUT, CAUSAL=False),
-    "bias_positions": dict(**_NO_DROPOUT, CAUSAL=False),
-    "bias_dropout": dict(**_BIAS_BY_INDEX, CAUSAL=False),
-    "causal_bias_dropout": dict(CAUSAL=True),
-}
-
-# (model, length) in bf16 at head_dim 64: what the test suite compiles.
-_HOT = {("causal", 256), ("bias", 256), ("bias_dropout", 256), ("bias", 32)}
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """Every specialisation that `make aot` compiles, for a device of this compute capability."""
-    cases = [(torch.bfloat16, 64, length) for length in (16, 32, 64, 256)]
-    cases += [(torch.bfloat16, head_dim, 256) for head_dim in (16, 48, 96, 128, 256)]
-    cases += [(torch.float16, head_dim, 256) for head_dim in (64, 128)]
-    cases += [(torch.float32, head_dim, 256) for head_dim in (16, 64, 128, 256)]
-    kernels = {"queries": attention_backward_query_kernel, "keys": attention_backward_key_kernel}
-    for (dtype, head_dim, length), (model, switches) in itertools.product(cases, _MODELS.items()):
-        configs = backward_config(
-            capability, head_dim, dtype, length, length,
-            "table_ptr" not in switches, "seed_ptr" not in switches,
-        )  # fmt: skip
-        for (side, kernel), config in zip(kernels.items(), configs, strict=True):
-            constexprs = {name: value for name, value in switches.items() if name in kernel.arg_names}
-            constexprs |= dict(
-                GROUP_SIZE=1, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
-                BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            )  # fmt: skip
-            if kernel is attention_backward_query_kernel:
-                constexprs |= dict(NUM_BUCKETS=32, BLOCK_BUCKETS=32)
-            name = _TRITON_NAMES[dtype]
-            yield AotVariant(
-                f"{side}_{model}_{name}_d{head_dim}_n{length}",
-                kernel,
-                _signature(kernel, constexprs, name),
-                constexprs,
-                dict(num_warps=config.num_warps, num_stages=config.num_stages),
-                hot=(dtype, head_dim) == (torch.bfloat16, 64) and (model, length) in _HOT,
-            )
-    constexprs = dict(NUM_BUCKETS=32, BLOCK_TILES=_SUM_TILES, BLOCK_BUCKETS=_SUM_BUCKETS)
-    yield AotVariant(
-        "sum_over_tiles",
-        sum_over_tiles_kernel,
-        _signature(sum_over_tiles_kernel, constexprs, "fp32"),
-        constexprs,
-        dict(num_warps=4, num_stages=2),
-        hot=True,
-    )

@@ -16,17 +16,14 @@ Which one runs depends on max_seqlen, dtype and head dim alone, and a sequence's
 wherever it stands in the batch: the same bits alone or in a batch. Nothing is added with atomics.
 """
 
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
-from stamp_kernels.triton_kernels._device import compute_capability
+from stamp_kernels.triton_kernels._device import DeviceProperties, device_properties, launch_grid
 from stamp_kernels.triton_kernels.attention_tiles import (
     LN_2,
     LOG2_E,
@@ -431,7 +428,11 @@ def sum_votes_kernel(
 
 
 class ForwardConfig(NamedTuple):
-    """Which kernel runs, and its tiles: queries x keys; the slots kernel has BLOCK_M = BLOCK_N and a slot > 0."""
+    """Which kernel runs, and its tiles: queries x keys; the slots kernel has BLOCK_M = BLOCK_N and a slot > 0.
+
+    max_registers: of a thread. Unless told, ptxas goes below what a kernel needs to reach the next number of programs
+    on a multiprocessor (255 to 168 to 128 registers), and spills 8 or 16 bytes for it: 255 tells it not to.
+    """
 
     kernel: str  # "slots", "short" or "general"
     block_m: int
@@ -439,6 +440,7 @@ class ForwardConfig(NamedTuple):
     slot: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 _SLOTS_LIMIT = 32
@@ -452,7 +454,14 @@ def _short_limit(block_d: int, element_size: int) -> int:
 
 
 def forward_config(
-    capability: tuple[int, int], head_dim: int, max_seqlen: int, *, element_size: int, has_bias: bool, has_dropout: bool
+    device: DeviceProperties,
+    head_dim: int,
+    max_seqlen: int,
+    *,
+    element_size: int,
+    has_bias: bool,
+    has_dropout: bool,
+    has_positions: bool,
 ) -> ForwardConfig:
     """Kernel and tiles by counting registers, as Triton 3.6 compiles them; nothing here is measured on a GPU.
 
@@ -461,8 +470,18 @@ def forward_config(
     lengths of these batches make the bottleneck: below about 500 tokens bytes bound attention, not FLOPs. A bias keeps
     an address and a weight for each score as well, dropout four random words for every four: they halve the tile or
     spread it over twice the threads. wgmma takes 64 rows per four warps, so no half-precision tile has fewer. fp32
-    goes without matrix units, its tiles are small because products are unrolled in registers. From sm_100 on a second
-    stage makes Triton unroll the loop around tcgen05, and registers spill: there, programs hide each other's loads.
+    goes without matrix units, its tiles are small because products are unrolled in registers.
+
+    By architecture:
+
+    - sm_80, sm_86, sm_89 and sm_120 multiply from registers. Heads of 72 to 128 have 128 rows on 8 warps there at any
+      length: 64 x 64 on 4 warps spills 40 bytes, 64 x 32 has twice the instructions for a pair (533 a loop, not 547
+      for four times the pairs). With bias and dropout a second stage spills 16 bytes.
+    - sm_100: a second stage makes Triton unroll the loop around tcgen05, and registers spill: programs hide each
+      other's loads. tcgen05 has a thread for each of 128 rows; with bias and dropout 64 rows spill 168 to 192 bytes,
+      4,900 instructions a loop against 1,433 for 128 x 32. (Heads of more than 128 spill even so: 936 for 3,648.)
+
+    All fit the 101,376 bytes of shared memory of sm_86 and sm_120; the most is 73,728 for heads of more than 128.
 
     Args:
         max_seqlen: the longer one of max_seqlen_q and max_seqlen_k.
@@ -470,25 +489,38 @@ def forward_config(
     """
     block_d = padded_head_dim(head_dim)
     half = element_size == 2
+    major = device.capability[0]
+    from_registers = major in (8, 12)
+    has_either, has_both = has_bias or has_dropout, has_bias and has_dropout
+    max_registers = 255 if half and major != 9 and (has_either or head_dim > 64) else None
     if max_seqlen <= _SLOTS_LIMIT:
         slot = 16 if max_seqlen <= 16 else 32
         if half:
-            return ForwardConfig("slots", 64, 64, slot, num_warps=4 if block_d <= 128 else 8, num_stages=1)
+            return ForwardConfig("slots", 64, 64, slot, 4 if block_d <= 128 else 8, 1, max_registers)
         return ForwardConfig("slots", 32, 32, slot, num_warps=4 if block_d <= 64 else 8, num_stages=1)
     if max_seqlen <= _short_limit(block_d, element_size):
         block_n = max(64, triton.next_power_of_2(max_seqlen))
-        if half:  # 64 x 128 scores with random words do not fit 128 threads
-            return ForwardConfig("short", 64, block_n, 0, num_warps=8 if has_dropout else 4, num_stages=1)
+        if half:
+            # 64 x 128 scores with random words do not fit 128 threads, but on sm_100 and without a bias. Nor do those
+            # with a bias by positions on sm_86 and sm_120, where they spill 64 bytes; on sm_80 255 registers suffice.
+            has_words = has_both or (has_dropout and major != 10)
+            does_not_fit = has_bias and has_positions and from_registers and device.capability != (8, 0)
+            num_warps = 8 if has_words or does_not_fit else 4
+            return ForwardConfig("short", 64, block_n, 0, num_warps, 1, max_registers)
         return ForwardConfig("short", 16, block_n, 0, num_warps=4, num_stages=1)
     if not half:
         return ForwardConfig("general", 32 if block_d <= 64 else 16, 32, 0, num_warps=8, num_stages=1)
-    num_stages = 1 if capability >= (10, 0) else 2
+    num_stages = 1 if major == 10 or (from_registers and block_d == 128 and has_both) else 2
+    if major == 10 and has_both:
+        return ForwardConfig("general", 128, 32, 0, 4, num_stages, max_registers)
     if block_d == 256:
-        return ForwardConfig("general", 64, 32, 0, num_warps=8, num_stages=num_stages)
-    block_n = 32 if has_bias or has_dropout else 64
+        return ForwardConfig("general", 64, 32, 0, 8, num_stages, max_registers)
+    # Of heads between 64 and 128 the columns are masked: 128 x 64 spills 48 bytes on sm_80.
+    block_n = 32 if has_either or (from_registers and 64 < head_dim < 128) else 64
     # Twice the rows halve the reads of keys and values, which pays where a sequence fills the tiles.
-    block_m, num_warps = (128, 8) if max_seqlen > 1024 else (64, 4)
-    return ForwardConfig("general", block_m, block_n, 0, num_warps=num_warps, num_stages=num_stages)
+    has_many_rows = max_seqlen > 1024 or (from_registers and block_d == 128)
+    block_m, num_warps = (128, 8) if has_many_rows else (64, 4)
+    return ForwardConfig("general", block_m, block_n, 0, num_warps, num_stages, max_registers)
 
 
 def packed_attention_forward(
@@ -523,8 +555,9 @@ def packed_attention_forward(
     total_k, num_heads_k = k.shape[0], k.shape[1]
     num_sequences = cu_seqlens_q.shape[0] - 1
     config = forward_config(
-        compute_capability(q.device), head_dim, max(max_seqlen_q, max_seqlen_k), element_size=q.element_size(),
-        has_bias=bias_table is not None, has_dropout=dropout_p > 0,
+        device_properties(q.device), head_dim, max(max_seqlen_q, max_seqlen_k),
+        element_size=q.element_size(), has_bias=bias_table is not None, has_dropout=dropout_p > 0,
+        has_positions=positions_q is not None or positions_k is not None,
     )  # fmt: skip
     out = q.new_empty(q.shape)
     lse = q.new_empty(num_heads, total_q, dtype=torch.float32)
@@ -552,10 +585,10 @@ def packed_attention_forward(
         score_scale=scale * LOG2_E.value, max_distance=bias_max_distance,
         dropout_threshold=dropout_threshold(dropout_p), kept_scale=1.0 / (1.0 - dropout_p),
         CAUSAL=causal, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
     )  # fmt: skip
     if config.kernel == "general":
-        grid = (num_tiles(total_q, num_sequences, config.block_m) * num_heads,)
+        grid = launch_grid(num_tiles(total_q, num_sequences, config.block_m) * num_heads)
         general_kernel[grid](**arguments, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
         if not return_centrality:
             return out, lse, lse.new_empty(0)
@@ -568,88 +601,15 @@ def packed_attention_forward(
     arguments |= dict(votes_ptr=votes, query_mask_ptr=query_mask, total_k=total_k)
     if config.kernel == "slots":
         groups = triton.cdiv(num_sequences, config.block_m // config.slot)
-        slots_kernel[(max(groups, 1) * num_heads,)](**arguments, BLOCK=config.block_m, SLOT=config.slot)
+        grid = launch_grid(max(groups, 1) * num_heads)
+        slots_kernel[grid](**arguments, BLOCK=config.block_m, SLOT=config.slot)
     else:
-        short_kernel[(max(num_sequences, 1) * num_heads,)](**arguments, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
+        grid = launch_grid(max(num_sequences, 1) * num_heads)
+        short_kernel[grid](**arguments, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
     if not return_centrality:
         return out, lse, lse.new_empty(0)
     centrality = lse.new_empty(total_k)
-    sum_votes_kernel[(triton.cdiv(total_k, 256),)](
+    sum_votes_kernel[launch_grid(triton.cdiv(total_k, 256))](
         centrality, votes, offsets_of_keys, num_sequences, total_k, num_heads, BLOCK=256
     )
     return out, lse, centrality
-
-
-# Ahead-of-time compilation
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """Every configuration of this module's kernels on such a device, with the features that change the code most."""
-    lengths = {"slots16": 16, "slots32": 32, "short64": 64, "short128": 128, "general": 1024, "long": 4096}
-    for head_dim, dtype, (length_name, max_seqlen), causal, features in itertools.product(
-        (64, 32, 80, 128, 256), (torch.bfloat16, torch.float32), lengths.items(), (False, True),
-        ((), ("bias",), ("bias", "positions", "dropout", "centrality")),
-    ):  # fmt: skip
-        config = forward_config(
-            capability, head_dim, max_seqlen, element_size=dtype.itemsize, has_bias="bias" in features,
-            has_dropout="dropout" in features,
-        )  # fmt: skip
-        yield _aot_variant(config, length_name, head_dim, dtype, causal, features)
-    yield AotVariant(
-        name="sum_votes",
-        kernel=sum_votes_kernel,
-        signature=dict(
-            centrality_ptr="*fp32", votes_ptr="*fp32", cu_seqlens_k_ptr="*i32", num_sequences="i32", total_k="i32",
-            num_heads="i32",
-        ),
-        constexprs=dict(BLOCK=256),
-        options=dict(num_warps=4, num_stages=1),
-        hot=True,
-    )  # fmt: skip
-
-
-def _aot_variant(
-    config: ForwardConfig, length_name: str, head_dim: int, dtype: torch.dtype, causal: bool, features: tuple[str, ...]
-) -> AotVariant:
-    # Decoders without T5's bias have longer prompts, and those with it shorter ones.
-    is_rare = causal and (
-        length_name == "long" if "bias" in features else length_name in ("slots16", "slots32", "short64")
-    )
-    kernel = {"general": general_kernel, "short": short_kernel, "slots": slots_kernel}[config.kernel]
-    rows = f"*{TRITON_TYPES[dtype]}"
-    optional = dict(
-        table_ptr="*fp32" if "bias" in features else None,
-        buckets_ptr="*i32" if "bias" in features else None,
-        positions_q_ptr="*i32" if "positions" in features else None,
-        positions_k_ptr="*i32" if "positions" in features else None,
-        query_mask_ptr="*i1" if "centrality" in features else None,
-        dropout_seed_ptr="*i64" if "dropout" in features else None,
-        votes_ptr="*fp32" if "centrality" in features else None,
-    )
-    tiles: dict[str, Any] = dict(CAUSAL=causal, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim))
-    if config.kernel == "slots":
-        tiles |= dict(BLOCK=config.block_m, SLOT=config.slot)
-    else:
-        tiles |= dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n)
-    fixed = dict(
-        out_ptr=rows, q_ptr=rows, k_ptr=rows, v_ptr=rows, lse_ptr="*fp32", cu_seqlens_q_ptr="*i32",
-        cu_seqlens_k_ptr="*i32", score_scale="fp32", kept_scale="fp32",
-    )  # fmt: skip
-    signature, constexprs = {}, {}
-    for name in kernel.arg_names:
-        if name in tiles:
-            constexprs[name] = tiles[name]
-        elif optional.get(name, "given") is None or name == "stride_table_head":
-            constexprs[name] = optional.get(name, 1)
-        else:
-            signature[name] = optional.get(name) or fixed.get(name, "i32")
-    return AotVariant(
-        name="-".join(
-            (config.kernel, length_name, str(head_dim), rows[1:], *(["causal"] if causal else []), *features)
-        ),
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        options=dict(num_warps=config.num_warps, num_stages=config.num_stages),
-        hot=dtype == torch.bfloat16 and head_dim == 64 and features in ((), ("bias",)) and not is_rare,
-    )

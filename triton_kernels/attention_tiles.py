@@ -5,13 +5,12 @@ what the tile's bias, dropout mask and visible pairs are. Conventions of all of 
 
 - rows: `x[first + index]`, `first` being the packed row of the sequence's first token, `index` the token's index in
   its sequence. `index` may run past the sequence: such rows are masked on load, never read;
-- strides are in elements and multiples of 8 (`rows_with_vector_strides` sees to it), the last dimension is contiguous;
+- every row of every head starts on a 16-byte boundary and strides, in elements, are multiples of 8
+  (`rows_with_vector_strides` sees to both); the last dimension is contiguous;
 - a head of HEAD_DIM features stands in BLOCK_D columns, a power of two of at least 16; the columns past HEAD_DIM are 0;
 - rows and heads are 64-bit where they meet a stride, so that a tensor may have more than 2^31 elements;
 - scores are in units of log 2: kernels take `scale * log2(e)` and a table times log2(e), and use exp2.
 """
-
-import functools
 
 import torch
 import triton
@@ -19,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.relative_position import relative_position_bucket
+from stamp_kernels.triton_kernels._constants import device_constant
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -30,11 +30,15 @@ _SEARCH_WIDTH = tl.constexpr(128)
 
 
 def rows_with_vector_strides(x: Tensor) -> Tensor:
-    """x `[T, H, D]`, copied only where D is not contiguous, or rows or heads are not a multiple of 8 elements apart.
+    """x `[T, H, D]`, copied unless D is contiguous and every row starts on a 16-byte boundary.
 
-    Multiples of 8 keep every row on a 16-byte boundary, which kernels need for wide loads.
+    That is: the first row does, and rows and heads are multiples of 8 elements apart. `load_rows` and `store_rows`
+    promise it to the compiler, which then moves 16 bytes at once. A new tensor of this shape always qualifies: torch
+    aligns allocations to at least 64 bytes, and D is a multiple of 8.
     """
-    return x if x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 else x.contiguous()
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
+    # Not `contiguous()`, which copies nothing where only the first row's address is wrong.
+    return x if x.stride(2) == 1 and is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -57,7 +61,6 @@ def dropout_threshold(dropout_p: float) -> int:
     return int(dropout_p * 2**32)
 
 
-@functools.lru_cache(maxsize=64)
 def distance_buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
     """int32 `[2 * max_distance + 1]`: entry `d + max_distance` is the bucket of distance d.
 
@@ -65,11 +68,15 @@ def distance_buckets(num_buckets: int, max_distance: int, bidirectional: bool, d
     host by the formula itself: a kernel's own logarithm could put a distance into another bucket than Hugging Face's.
     The first call copies it to the device, so it must not happen while a CUDA graph is captured.
     """
-    distances = torch.arange(-max_distance, max_distance + 1)
-    buckets = relative_position_bucket(
-        distances, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
-    )
-    return buckets.to(torch.int32).to(device)
+
+    def make() -> Tensor:
+        distances = torch.arange(-max_distance, max_distance + 1)
+        buckets = relative_position_bucket(
+            distances, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
+        )
+        return buckets.to(torch.int32)
+
+    return device_constant(("distance_buckets", num_buckets, max_distance, bidirectional), device, make)
 
 
 # Which tile
@@ -121,20 +128,34 @@ def row_offsets(first, index, stride):
 
 
 @triton.jit
+def row_pointers(head_ptr, first, index, stride, BLOCK_D: tl.constexpr):
+    """`[BLOCK, BLOCK_D]`: addresses of the rows `first + index` of one head, declared to be aligned.
+
+    Triton counts the divisibility of pointers in bytes: along a dimension, that of the first element of each run of
+    neighbours. Along the columns a run begins with column 0, and every row starts on a 16-byte boundary; along the
+    rows nothing is promised. The compiler derives less: of an integer argument such as a head's stride it only knows
+    whether 16 divides it, so heads of 72 features would be read 2 bytes at a time.
+    """
+    column = tl.arange(0, BLOCK_D)
+    pointers = head_ptr + row_offsets(first, index, stride)[:, None] + column[None, :]
+    return tl.multiple_of(pointers, (1, 16))
+
+
+@triton.jit
 def load_rows(
     head_ptr, first, index, stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr
 ):
     """`[BLOCK, BLOCK_D]`: rows `first + index` of one head, 0 past `length` and past HEAD_DIM.
 
     Args:
-        head_ptr: the head's features of packed row 0.
+        head_ptr: the head's features of packed row 0, on a 16-byte boundary.
         first: packed row of index 0; a scalar, or [BLOCK] where the tile's rows belong to several sequences.
         index: [BLOCK].
         length: rows of the sequence, a scalar or [BLOCK].
         BOUNDED: False where the caller knows every index to be below `length`.
     """
     column = tl.arange(0, BLOCK_D)
-    pointers = head_ptr + row_offsets(first, index, stride)[:, None] + column[None, :]  # [BLOCK, BLOCK_D]
+    pointers = row_pointers(head_ptr, first, index, stride, BLOCK_D)
     # Tail rows may hold NaN, and 0 * NaN is NaN: what is masked in the scores must be 0 here too.
     if BOUNDED and HEAD_DIM < BLOCK_D:
         return tl.load(pointers, mask=(index < length)[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
@@ -150,7 +171,7 @@ def load_rows(
 def store_rows(head_ptr, x, first, index, stride, length, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write x `[BLOCK, BLOCK_D]`, cast to the tensor's dtype, to the rows that `load_rows` would read."""
     column = tl.arange(0, BLOCK_D)
-    pointers = head_ptr + row_offsets(first, index, stride)[:, None] + column[None, :]  # [BLOCK, BLOCK_D]
+    pointers = row_pointers(head_ptr, first, index, stride, BLOCK_D)
     written = (index < length)[:, None]
     if HEAD_DIM < BLOCK_D:
         written = written & (column < HEAD_DIM)[None, :]

@@ -5,6 +5,7 @@ gradients with the loss works by chunks of logits (`cross_entropy_chunked`), or 
 there for gradcheck, and states of no features go to the reference.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from stamp_kernels.reference.cross_entropy import REDUCTIONS
 from stamp_kernels.triton_kernels.cross_entropy_backward import backward
 from stamp_kernels.triton_kernels.cross_entropy_chunked import with_gradients
 from stamp_kernels.triton_kernels.cross_entropy_forward import forward
-from stamp_kernels.triton_kernels.cross_entropy_tiles import Softmaxes, constants, list_rows, softmaxes_of
+from stamp_kernels.triton_kernels.cross_entropy_tiles import Softmaxes, list_rows, softmaxes_of
 
 # In a pass over fewer logits than this launches are all that counts, and the chunked way has more of them.
 LEAST_LOGITS_IN_CHUNKS = 2**20
@@ -28,14 +29,22 @@ def _is_for_the_reference(hidden: Tensor) -> bool:
 def _weights_on_device(
     step_weights: Sequence[float] | None, step_weights_tensor: Tensor | None, device: torch.device
 ) -> Tensor | None:
-    if step_weights is not None:
-        return constants(tuple(step_weights), torch.float32, device)
-    return None if step_weights_tensor is None else step_weights_tensor.contiguous()
+    if step_weights is None:
+        return None if step_weights_tensor is None else step_weights_tensor.contiguous()
+    # Filled on the device, a run of equal weights at a time: a copy from the host would wait for the device, and one
+    # that was kept would pile up where weights change from step to step.
+    weights = torch.empty(len(step_weights), dtype=torch.float32, device=device)
+    start = 0
+    for weight, equal_ones in itertools.groupby(step_weights):
+        end = start + len(list(equal_ones))
+        weights[start:end].fill_(weight)
+        start = end
+    return weights
 
 
 def _given(grad: Tensor | None, like: Tensor) -> Tensor:
     """A gradient as the ops return it: in the shape and dtype of what it belongs to, or empty where not needed."""
-    return like.new_empty(0) if grad is None else grad.to(like.dtype).view(like.shape)
+    return like.new_empty(0) if grad is None else grad.to(like.dtype).contiguous().view(like.shape)
 
 
 def multi_token_cross_entropy_forward(

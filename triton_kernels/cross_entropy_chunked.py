@@ -5,20 +5,17 @@ and two products that add to the gradients: 6 N V D FLOPs in all, where logits c
 memory traffic, and one chunk's logits in fp32. Notation as in `cross_entropy_forward` and `cross_entropy_backward`.
 """
 
-import itertools
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
+from stamp_kernels.triton_kernels._device import launch_grid
 from stamp_kernels.triton_kernels.cross_entropy_tiles import (
     SCALARS,
     Softmaxes,
     cap,
+    divisible,
     exp_of_difference,
     finite_pivot,
     gain,
@@ -32,6 +29,10 @@ CHUNK_BYTES = 320 * 2**20
 # Of small vocabularies a chunk would be all there is.
 LEAST_CHUNKS, LEAST_ROWS = 8, 1024
 
+# A row of logits has memory for a multiple of so many classes. It then begins on a 64-byte boundary, and all its loads
+# and stores are as wide as a thread can make them, whatever the number of classes.
+_ROW_DIVISOR = tl.constexpr(16)
+
 
 def rows_per_chunk(num_rows: int, num_classes: int) -> int:
     """Rows of a chunk, a multiple of 64; as many of some thousand rows as fit, but an eighth of them at most."""
@@ -41,9 +42,9 @@ def rows_per_chunk(num_rows: int, num_classes: int) -> int:
 
 
 @triton.jit
-def _finished_logits(logits_ptr, bias_ptr, class_, exists, softcap):
-    """z of some classes (or one) of a row, with bias and cap; 0 where they do not exist."""
-    z = tl.load(logits_ptr + class_, mask=exists, other=0.0)
+def _finished_logits(logits_ptr, bias_ptr, class_, has_memory, exists, softcap):
+    """z of some classes (or one) of a row, with bias and cap; anything where they do not exist."""
+    z = tl.load(logits_ptr + class_, mask=has_memory, other=0.0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + class_, mask=exists, other=0.0).to(tl.float32)
     if softcap is not None:
@@ -51,7 +52,11 @@ def _finished_logits(logits_ptr, bias_ptr, class_, exists, softcap):
     return z
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_row", "first_class", "first_step", "ignore_index", *SCALARS])
+@triton.jit(
+    do_not_specialize=[
+        "stride_grad", "stride_logits", "num_rows", "first_row", "first_class", "first_step", "ignore_index", *SCALARS
+    ]
+)  # fmt: skip
 def softmax_gradient_kernel(
     grad_ptr,  # [rows of the chunk, V], in the dtype of the products, over the same memory as the logits
     logits_ptr,  # fp32 [rows of the chunk, V]
@@ -70,8 +75,10 @@ def softmax_gradient_kernel(
     """
     index = tl.program_id(0).to(tl.int64)
     row = first_row + index
-    logits_ptr += index * stride_logits
-    grad_ptr += index * stride_grad
+    logits_ptr += index * divisible(stride_logits, _ROW_DIVISOR)
+    grad_ptr += index * divisible(stride_grad, _ROW_DIVISOR)
+    # Past the last class a row goes on up to here. A mask that ended within a vector would take the vector apart.
+    end_of_row: tl.constexpr = (NUM_CLASSES + _ROW_DIVISOR - 1) // _ROW_DIVISOR * _ROW_DIVISOR
 
     lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
     lane_sum = tl.zeros([BLOCK], tl.float32)
@@ -79,9 +86,9 @@ def softmax_gradient_kernel(
     for start in range(0, NUM_CLASSES, BLOCK):
         class_ = start + tl.arange(0, BLOCK)
         exists = class_ < NUM_CLASSES
-        z = _finished_logits(logits_ptr, bias_ptr, class_, exists, softcap)
+        z = _finished_logits(logits_ptr, bias_ptr, class_, class_ < end_of_row, exists, softcap)
         if SUM_LOGITS:
-            sum_logits += z
+            sum_logits += tl.where(exists, z, 0.0)
         z = tl.where(exists, z, float("-inf"))
         new_max = tl.maximum(lane_max, z)
         pivot = finite_pivot(new_max)
@@ -99,7 +106,7 @@ def softmax_gradient_kernel(
         label -= first_class
         # A label outside the range, which only STAMP_KERNELS_CHECK=1 would find, must not be read.
         is_label = is_valid & (label >= 0) & (label < NUM_CLASSES)
-        label_logit = _finished_logits(logits_ptr, bias_ptr, label, is_label, softcap)
+        label_logit = _finished_logits(logits_ptr, bias_ptr, label, is_label, is_label, softcap)
         loss = lse - (1.0 - label_smoothing) * label_logit + z_loss * lse * lse
         loss -= label_smoothing / NUM_CLASSES * tl.sum(sum_logits, axis=0)
         tl.store(losses_ptr + tl.cast(step, tl.int64) * num_rows + row, tl.where(is_valid, loss, 0.0))
@@ -110,7 +117,7 @@ def softmax_gradient_kernel(
     for start in range(0, NUM_CLASSES, BLOCK):
         class_ = start + tl.arange(0, BLOCK)
         exists = class_ < NUM_CLASSES
-        z = _finished_logits(logits_ptr, bias_ptr, class_, exists, softcap)
+        z = _finished_logits(logits_ptr, bias_ptr, class_, class_ < end_of_row, exists, softcap)
         dz = exp_of_difference(z, lse) * factor - offset
         for i in tl.static_range(LABELS):
             step = first_step + i
@@ -120,7 +127,7 @@ def softmax_gradient_kernel(
         if softcap is not None:
             dz *= slope(z, softcap)
         tl.debug_barrier()  # every thread has read its part of the block
-        tl.store(grad_ptr + class_, dz.to(grad_ptr.dtype.element_ty), mask=exists)
+        tl.store(grad_ptr + class_, dz.to(grad_ptr.dtype.element_ty), mask=class_ < end_of_row)
 
 
 def _softmax_gradient_tile(num_classes: int) -> dict[str, int]:
@@ -171,8 +178,7 @@ def with_gradients(
     grad_weight = scale.new_zeros(weight.shape) if need_weight else None
     grad_bias = scale.new_zeros(bias.shape) if need_bias else None
     rows = rows_per_chunk(num_rows, widest)
-    # A row begins on a 32-byte boundary, whatever the number of classes.
-    logits_memory = scale.new_empty(rows, triton.cdiv(widest, 8) * 8)
+    logits_memory = scale.new_empty(rows, triton.cdiv(widest, _ROW_DIVISOR.value) * _ROW_DIVISOR.value)
     grad_x_memory = scale.new_empty(rows, width) if need_hidden else None
     for first_row in range(0, num_rows, rows):
         chunk = slice(first_row, min(first_row + rows, num_rows))
@@ -186,7 +192,7 @@ def with_gradients(
             logits = logits_memory[:size, : end - start]
             dz = logits_memory.view(dtype)[:size, : end - start]
             _set_product(logits, x, w.t())
-            softmax_gradient_kernel[(size,)](
+            softmax_gradient_kernel[launch_grid(size)](
                 dz,
                 logits,
                 losses,
@@ -221,25 +227,3 @@ def with_gradients(
         if grad is not None:
             grad.mul_(unit)
     return losses, grad_hidden, grad_weight, grad_bias
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """The one kernel, in what changes its code most."""
-    for num_classes, dtype, features in itertools.product(
-        (256, 32_000), (torch.bfloat16, torch.float32), ((), ("bias", "softcap"), ("labels",))
-    ):
-        tile = _softmax_gradient_tile(num_classes)
-        types = dict(grad_ptr=f"*{TRITON_TYPES[dtype]}", targets_ptr="*i64", label_smoothing="fp32", z_loss="fp32")
-        types |= {f"{name}_ptr": "*fp32" for name in ("logits", "losses", "bias", "scale")} | dict(softcap="fp32")
-        constexprs: dict[str, Any] = {k: v for k, v in tile.items() if k.isupper()}
-        constexprs |= dict(LABELS=4 if "labels" in features else 1, SUM_LOGITS="labels" in features)
-        if "bias" not in features:
-            constexprs |= dict(bias_ptr=None, softcap=None)
-        yield AotVariant(
-            name="-".join((str(num_classes), TRITON_TYPES[dtype], *features)),
-            kernel=softmax_gradient_kernel,
-            signature={n: types.get(n, "i32") for n in softmax_gradient_kernel.arg_names if n not in constexprs},
-            constexprs=constexprs,
-            options=dict(num_warps=tile["num_warps"], num_stages=3),
-            hot=dtype == torch.bfloat16 and num_classes > 256 and not features,
-        )

@@ -15,8 +15,6 @@ Labels' logits are products of their own, a row of the weight for each label: a 
 whether it is a label would cost more.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,20 +23,25 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.reference.cross_entropy import REDUCTIONS
-from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
+from stamp_kernels.triton_kernels._device import DeviceProperties, device_properties, launch_grid
 from stamp_kernels.triton_kernels.cross_entropy_tiles import (
     SCALARS,
     SIZES,
+    STRIDES,
     RowLists,
     Softmaxes,
     biased_and_capped,
+    divisible,
     exp_of_difference,
     finite_pivot,
+    has_asynchronous_products,
     label_logits,
     listed_rows,
     load_features,
     load_label,
+    load_range,
     multiply,
+    stages_that_fit,
 )
 
 # Classes that a program passes over one after the other: few rows still are many programs, and what a split leaves
@@ -83,7 +86,7 @@ def _add_classes(
 
 @triton.jit
 def _finish_rows(
-    loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, lse, sum_logits, block, row, is_listed, softmax, num_classes,
+    loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, lse, sum_logits, block, row, is_listed, softmax,
     first_class, end_class, hidden_ptr, weight_ptr, bias_ptr, targets_ptr,
     stride_hidden_row, stride_weight_class, stride_target_row, stride_target_step,
     num_rows, num_steps, num_blocks, ignore_index, label_smoothing, z_loss, softcap,
@@ -102,7 +105,7 @@ def _finish_rows(
             WIDTH, BLOCK_K,
         )  # fmt: skip
         loss = lse - (1.0 - label_smoothing) * label_logit + z_loss * lse * lse
-        loss -= label_smoothing / num_classes * sum_logits
+        loss -= label_smoothing / (end_class - first_class) * sum_logits
         loss = tl.where(is_valid, loss, 0.0)
         tl.store(lse_ptr + tl.cast(step, tl.int64) * num_rows + row, tl.where(is_valid, lse, 0.0), mask=is_listed)
         if losses_ptr is not None:
@@ -111,7 +114,7 @@ def _finish_rows(
         tl.store(counts_ptr + step * num_blocks + block, tl.sum(is_valid.to(tl.int32), axis=0))
 
 
-@triton.jit(do_not_specialize=[*SCALARS, *SIZES, "num_blocks"])
+@triton.jit(do_not_specialize=[*SCALARS, *SIZES, *STRIDES, "num_blocks"])
 def forward_kernel(
     loss_sums_ptr,  # fp32 [K, num_blocks]
     counts_ptr,  # int32 [K, num_blocks]
@@ -122,13 +125,15 @@ def forward_kernel(
     weight_ptr,  # [V, WIDTH] or [K, V, WIDTH]
     bias_ptr,  # [V] or [K, V], or None
     targets_ptr,  # int64 [N, K]
-    ranges_ptr,  # int32 [num_softmaxes, 2]
+    ranges_ptr,  # int32 [num_softmaxes, 2], or None: first_class and end_class
     rows_ptr,  # int32 [num_hidden, N]
     lengths_ptr,  # int32 [num_hidden]
     stride_hidden_step, stride_hidden_row, stride_weight_step, stride_weight_class, stride_bias_step,
     stride_target_row, stride_target_step,
-    num_rows, num_steps, num_softmaxes, num_splits, num_blocks, ignore_index, label_smoothing, z_loss, softcap,
+    num_rows, num_steps, num_softmaxes, num_splits, first_class, end_class, num_blocks, ignore_index, label_smoothing,
+    z_loss, softcap,
     LABELS: tl.constexpr, HIDDEN_PER_STEP: tl.constexpr, SUM_LOGITS: tl.constexpr, CLASSES_PER_SPLIT: tl.constexpr,
+    STRIDE_DIVISOR: tl.constexpr, CLASS_DIVISOR: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of one softmax against one split of its classes; losses too, where that is all of them.
@@ -149,13 +154,13 @@ def forward_kernel(
         return
 
     row, is_listed, _ = listed_rows(rows_ptr, hidden, first, num_listed, num_rows, BLOCK_N)
-    first_class = tl.load(ranges_ptr + 2 * softmax)
-    end_class = tl.load(ranges_ptr + 2 * softmax + 1)
-    softmax_64 = tl.cast(softmax, tl.int64)
-    hidden_ptr += softmax_64 * stride_hidden_step
-    weight_ptr += softmax_64 * stride_weight_step
+    first_class, end_class = load_range(ranges_ptr, first_class, end_class, softmax, CLASS_DIVISOR)
+    stride_hidden_row = divisible(stride_hidden_row, STRIDE_DIVISOR)
+    stride_weight_class = divisible(stride_weight_class, STRIDE_DIVISOR)
+    hidden_ptr += softmax * divisible(stride_hidden_step, STRIDE_DIVISOR)
+    weight_ptr += softmax * divisible(stride_weight_step, STRIDE_DIVISOR)
     if bias_ptr is not None:
-        bias_ptr += softmax_64 * stride_bias_step
+        bias_ptr += softmax * divisible(stride_bias_step, CLASS_DIVISOR)
     RESIDENT: tl.constexpr = WIDTH <= BLOCK_D
     x = 0.0
     if RESIDENT:
@@ -178,28 +183,29 @@ def forward_kernel(
     if partials_ptr is None:
         _finish_rows(
             loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, row_max + tl.log(row_sum), sum_logits, block, row,
-            is_listed, softmax, end_class - first_class, first_class, end_class, hidden_ptr, weight_ptr, bias_ptr,
+            is_listed, softmax, first_class, end_class, hidden_ptr, weight_ptr, bias_ptr,
             targets_ptr, stride_hidden_row, stride_weight_class, stride_target_row, stride_target_step,
             num_rows, num_steps, num_blocks, ignore_index, label_smoothing, z_loss, softcap, LABELS, WIDTH,
             BLOCK_D if BLOCK_D < 64 else 64,
         )  # fmt: skip
     else:
         entry = first + tl.arange(0, BLOCK_N)
-        of_split = partials_ptr + (softmax_64 * num_splits + split) * num_rows + entry
+        of_split = partials_ptr + (tl.cast(softmax, tl.int64) * num_splits + split) * num_rows + entry
         kind = tl.cast(num_softmaxes, tl.int64) * num_splits * num_rows
         tl.store(of_split, row_max, mask=is_listed)
         tl.store(of_split + kind, row_sum, mask=is_listed)
         tl.store(of_split + 2 * kind, sum_logits, mask=is_listed)
 
 
-@triton.jit(do_not_specialize=[*SCALARS, *SIZES, "num_blocks"])
+@triton.jit(do_not_specialize=[*SCALARS, *SIZES, *STRIDES, "num_blocks"])
 def combine_kernel(
     loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, partials_ptr, hidden_ptr, weight_ptr, bias_ptr, targets_ptr,
     ranges_ptr, rows_ptr, lengths_ptr,
     stride_hidden_step, stride_hidden_row, stride_weight_step, stride_weight_class, stride_bias_step,
     stride_target_row, stride_target_step,
-    num_rows, num_steps, num_softmaxes, num_splits, num_blocks, ignore_index, label_smoothing, z_loss, softcap,
-    LABELS: tl.constexpr, HIDDEN_PER_STEP: tl.constexpr,
+    num_rows, num_steps, num_softmaxes, num_splits, first_class, end_class, num_blocks, ignore_index, label_smoothing,
+    z_loss, softcap,
+    LABELS: tl.constexpr, HIDDEN_PER_STEP: tl.constexpr, STRIDE_DIVISOR: tl.constexpr, CLASS_DIVISOR: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Losses of BLOCK_N rows of one softmax from the partial sums of its splits, in their order.
@@ -232,14 +238,15 @@ def combine_kernel(
         row_sum = row_sum * exp_of_difference(row_max, pivot) + split_sum * exp_of_difference(split_max, pivot)
         sum_logits += tl.load(of_split + 2 * kind, mask=is_listed, other=0.0)
         row_max = new_max
-    first_class = tl.load(ranges_ptr + 2 * softmax)
-    end_class = tl.load(ranges_ptr + 2 * softmax + 1)
+    first_class, end_class = load_range(ranges_ptr, first_class, end_class, softmax, CLASS_DIVISOR)
     _finish_rows(
         loss_sums_ptr, counts_ptr, losses_ptr, lse_ptr, row_max + tl.log(row_sum), sum_logits, block, row, is_listed,
-        softmax, end_class - first_class, first_class, end_class, hidden_ptr + softmax_64 * stride_hidden_step,
-        weight_ptr + softmax_64 * stride_weight_step,
+        softmax, first_class, end_class,
+        hidden_ptr + softmax * divisible(stride_hidden_step, STRIDE_DIVISOR),
+        weight_ptr + softmax * divisible(stride_weight_step, STRIDE_DIVISOR),
         None if bias_ptr is None else bias_ptr + softmax_64 * stride_bias_step, targets_ptr,
-        stride_hidden_row, stride_weight_class, stride_target_row, stride_target_step,
+        divisible(stride_hidden_row, STRIDE_DIVISOR), divisible(stride_weight_class, STRIDE_DIVISOR),
+        stride_target_row, stride_target_step,
         num_rows, num_steps, num_blocks, ignore_index, label_smoothing, z_loss, softcap, LABELS, WIDTH, BLOCK_K,
     )  # fmt: skip
 
@@ -290,19 +297,27 @@ class ForwardConfig(NamedTuple):
     num_stages: int
 
 
-def forward_config(width: int, *, element_size: int) -> ForwardConfig:
-    """Tiles by counting, unmeasured: a thread of 256 holds 64 logits of a 128 x 128 tile. Shared memory holds the rows,
-    128 * BLOCK_D elements, and `num_stages` blocks of classes: 128 KB at width 128, within the 163 KB of an A100.
+def forward_config(properties: DeviceProperties, width: int, *, element_size: int) -> ForwardConfig:
+    """Tiles by counting, unmeasured: a thread of 256 holds 64 logits of a 128 x 128 tile. Shared memory holds the rows
+    and blocks of classes: 128 KB at width 128 on an H100, 98 KB with mma.sync, of 99 KB that an A10 or an RTX 4090 has.
     fp32 goes without matrix units; its products are unrolled in registers, so its tiles are small.
     """
     block_d = max(16, triton.next_power_of_2(width))
     if element_size == 4:
         return ForwardConfig(32, 32, min(block_d, 64), num_warps=4, num_stages=2)
+    block_n = 128
     if block_d > 256:
-        return ForwardConfig(128, 128, 64, num_warps=8, num_stages=3)
-    if block_d == 256:
-        return ForwardConfig(128, 64, 256, num_warps=8, num_stages=2)
-    return ForwardConfig(128, 128, block_d, num_warps=8, num_stages=3)
+        # With mma.sync, whose factors and addresses take registers, blocks of 64 features spilled on sm_80 and sm_86.
+        block_d, most_stages = (64, 3) if has_asynchronous_products(properties) else (32, 4)
+        block_v = 128
+        resident, per_stage = 0, (block_n + block_v) * block_d
+    else:
+        # On sm_120, four labels a row and 64 classes of 256 features spilled.
+        block_v = 128 if block_d <= 128 else 32 if properties.capability[0] == 12 else 64
+        most_stages = 3 if block_d <= 128 else 2
+        resident, per_stage = block_n * block_d, block_v * block_d
+    num_stages = stages_that_fit(properties, most_stages, resident * element_size, per_stage * element_size)
+    return ForwardConfig(block_n, block_v, block_d, num_warps=8, num_stages=num_stages)
 
 
 def forward(
@@ -321,7 +336,8 @@ def forward(
     """
     hidden, targets = softmaxes.hidden, softmaxes.targets
     num_rows, num_steps = targets.shape
-    config = forward_config(softmaxes.width, element_size=hidden.element_size())
+    properties = device_properties(hidden.device)
+    config = forward_config(properties, softmaxes.width, element_size=hidden.element_size())
     num_blocks = triton.cdiv(num_rows, config.block_n)
     num_splits = triton.cdiv(softmaxes.widest_range, CLASSES_PER_SPLIT)
     is_reduced = reduction != REDUCTIONS["none"]
@@ -354,7 +370,7 @@ def forward(
         BLOCK_N=config.block_n,
     )
     if num_blocks > 0:
-        forward_kernel[(num_blocks, softmaxes.num_softmaxes, num_splits)](
+        forward_kernel[launch_grid(num_blocks, softmaxes.num_softmaxes, num_splits)](
             **arguments,
             SUM_LOGITS=label_smoothing > 0,
             CLASSES_PER_SPLIT=CLASSES_PER_SPLIT,
@@ -364,71 +380,15 @@ def forward(
             num_stages=config.num_stages,
         )
         if num_splits > 1:
-            combine_kernel[(num_blocks, softmaxes.num_softmaxes)](
-                **arguments, BLOCK_K=min(config.block_d, 64), num_warps=4
+            # Left to itself, the compiler spills to get 80 registers a thread on sm_86 and sm_100.
+            combine_kernel[launch_grid(num_blocks, softmaxes.num_softmaxes)](
+                **arguments, BLOCK_K=min(config.block_d, 64), num_warps=8, maxnreg=128
             )
     if not is_reduced:
         return losses, lse.new_empty(0), lse.new_empty(0), lse
     loss, step_losses, step_scale = lse.new_empty(()), lse.new_empty(num_steps), lse.new_empty(num_steps)
-    reduce_kernel[(1,)](
+    reduce_kernel[launch_grid(1)](
         loss, step_losses, step_scale, loss_sums, counts, step_weights, num_steps, num_blocks,
         MEAN=reduction == REDUCTIONS["mean"], BLOCK=512, num_warps=4,
     )  # fmt: skip
     return loss, step_losses, step_scale, lse
-
-
-# Ahead-of-time compilation
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """Typical configurations of the kernels, the same on every device."""
-    for width, dtype, features in itertools.product(
-        (64, 128, 200, 256, 1024), (torch.bfloat16, torch.float32),
-        ((), ("splits",), ("labels", "bias", "softcap", "smoothing", "rows")),
-    ):  # fmt: skip
-        config = forward_config(width, element_size=dtype.itemsize)
-        name = "-".join((str(width), TRITON_TYPES[dtype], *features))
-        tile = dict(BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d)
-        options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
-        hot = dtype == torch.bfloat16 and width == 128 and not features
-        yield _aot_variant(f"rows-{name}", forward_kernel, width, dtype, features, tile, options, hot)
-        if "splits" in features:
-            tile = dict(BLOCK_N=config.block_n, BLOCK_K=min(config.block_d, 64))
-            options = dict(num_warps=4, num_stages=3)
-            yield _aot_variant(f"combine-{name}", combine_kernel, width, dtype, features, tile, options, hot=False)
-    types = {name: "*fp32" for name in reduce_kernel.arg_names if name.endswith("_ptr")} | dict(counts_ptr="*i32")
-    yield AotVariant(
-        name="reduce",
-        kernel=reduce_kernel,
-        signature={n: types.get(n, "i32") for n in reduce_kernel.arg_names if n not in ("MEAN", "BLOCK")},
-        constexprs=dict(MEAN=True, BLOCK=512),
-        options=dict(num_warps=4, num_stages=3),
-        hot=False,
-    )
-
-
-def _aot_variant(
-    name: str,
-    kernel: triton.runtime.JITFunction,
-    width: int,
-    dtype: torch.dtype,
-    features: tuple[str, ...],
-    tile: dict[str, int],
-    options: dict[str, int],
-    hot: bool,
-) -> AotVariant:
-    inputs = f"*{TRITON_TYPES[dtype]}"
-    types = dict(hidden_ptr=inputs, weight_ptr=inputs, bias_ptr="*fp32", targets_ptr="*i64", counts_ptr="*i32")
-    types |= {f"{integers}_ptr": "*i32" for integers in ("ranges", "rows", "lengths")}
-    types |= dict(label_smoothing="fp32", z_loss="fp32", softcap="fp32")
-    constexprs: dict[str, Any] = tile | dict(
-        LABELS=4 if "labels" in features else 1, HIDDEN_PER_STEP=False, WIDTH=width
-    )
-    if kernel is forward_kernel:
-        constexprs |= dict(SUM_LOGITS="smoothing" in features, CLASSES_PER_SPLIT=CLASSES_PER_SPLIT)
-    optional = dict(bias_ptr="bias", softcap="softcap", losses_ptr="rows", partials_ptr="splits")
-    constexprs |= {argument: None for argument, feature in optional.items() if feature not in features}
-    signature = {
-        n: types.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in kernel.arg_names if n not in constexprs
-    }
-    return AotVariant(name, kernel, signature, constexprs, options, hot)

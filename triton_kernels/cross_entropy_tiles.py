@@ -16,30 +16,52 @@ Gradients of the logits are products' operands in the inputs' dtype. So that fp1
 relative to `unit`, the largest |gradient of a row's loss|, and times GAIN; sums are scaled back in fp32.
 """
 
-import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamp_kernels.triton_kernels._aot import AotVariant
+from stamp_kernels.triton_kernels._constants import device_constant
+from stamp_kernels.triton_kernels._device import DeviceProperties, launch_grid
 from stamp_kernels.triton_kernels.attention_tiles import LOG2_E
 
-# No kernel is compiled anew for the values of these arguments.
+# No kernel is compiled anew for the values of these arguments. What divides strides is said by STRIDE_DIVISOR and
+# CLASS_DIVISOR, see `Softmaxes.arguments`.
 SCALARS = ["label_smoothing", "z_loss"]
-SIZES = ["num_rows", "num_softmaxes", "num_splits", "ignore_index"]
+SIZES = ["num_rows", "num_softmaxes", "num_splits", "first_class", "end_class", "ignore_index"]
+STRIDES = ["stride_hidden_step", "stride_hidden_row", "stride_weight_step", "stride_weight_class", "stride_bias_step"]
 
 
 # On the host
 
 
-@functools.lru_cache(maxsize=64)
-def constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`[len(values)]` on the device. The first call copies it there: not while a CUDA graph is captured."""
-    return torch.tensor(values, dtype=dtype).to(device)
+def ranges_on_device(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """int32 `[len(ranges), 2]`, a constant of the device."""
+    return device_constant(("vocab_ranges", ranges), device, lambda: torch.tensor(ranges, dtype=torch.int32))
+
+
+def elements_of_vector(dtype: torch.dtype) -> int:
+    """Of 16 bytes, the most that a thread loads at once."""
+    return 16 // dtype.itemsize
+
+
+def rows_of_vectors(x: Tensor) -> Tensor:
+    """x `[..., D]` with rows that begin on 16-byte boundaries, D filled up with zeros to a multiple of 16 bytes.
+
+    Copied only where it is not so: for D = 100, or for a view that begins or steps elsewhere, such as a weight in one
+    flat buffer with other parameters. Kernels that loaded element by element would run out of registers.
+    """
+    vector = elements_of_vector(x.dtype)
+    missing = -x.shape[-1] % vector
+    if missing > 0:
+        return F.pad(x, (0, missing))
+    is_aligned = x.data_ptr() % 16 == 0 and all(stride % vector == 0 for stride in x.stride()[:-1])
+    return x if x.stride(-1) == 1 and is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 class Softmaxes(NamedTuple):
@@ -79,6 +101,11 @@ class Softmaxes(NamedTuple):
         return self.hidden.shape[0] if self.hidden.dim() == 3 else 1
 
     @property
+    def has_hidden_per_step(self) -> bool:
+        """Whether softmax p has hidden p. So has a softmax that is the only one."""
+        return self.num_hidden == self.num_softmaxes
+
+    @property
     def num_weights(self) -> int:
         """1 where all steps share it."""
         return self.weight.shape[0] if self.weight.dim() == 3 else 1
@@ -91,33 +118,43 @@ class Softmaxes(NamedTuple):
     def num_softmaxes(self) -> int:
         return len(self.ranges)
 
-    @property
-    def ranges_on_device(self) -> Tensor:
-        """int32 `[2 * num_softmaxes]`."""
-        bounds = tuple(bound for span in self.ranges for bound in span)
-        return constants(bounds, torch.int32, self.hidden.device)
+    def range_arguments(self) -> dict[str, Tensor | int | None]:
+        """What `load_range` takes. A range that all softmaxes have needs no memory."""
+        is_one = len(set(self.ranges)) == 1
+        ranges = None if is_one else ranges_on_device(self.ranges, self.hidden.device)
+        first_class, end_class = self.ranges[0]
+        return dict(ranges_ptr=ranges, first_class=first_class, end_class=end_class)
 
     def arguments(self) -> dict[str, Tensor | int | None]:
-        """What the kernels take of it, by their arguments' names; step strides are 0 where all steps share."""
+        """What the kernels take of it, by their arguments' names; step strides are 0 where all steps share.
+
+        WIDTH is that of whole vectors. STRIDE_DIVISOR divides the strides of hidden and weight; CLASS_DIVISOR the first
+        class of each range and the bias' stride, so that a tile's part of the bias is loaded in vectors.
+        """
 
         def step_stride(x: Tensor | None, shared_dims: int) -> int:
             return 0 if x is None or x.dim() == shared_dims else x.stride(0)
 
+        hidden, weight = rows_of_vectors(self.hidden), rows_of_vectors(self.weight)
+        stride_bias_step = step_stride(self.bias, 1)
+        first_classes = (start for start, _ in self.ranges)
         return dict(
-            hidden_ptr=self.hidden,
-            weight_ptr=self.weight,
+            **self.range_arguments(),
+            hidden_ptr=hidden,
+            weight_ptr=weight,
             bias_ptr=self.bias,
-            ranges_ptr=self.ranges_on_device,
-            stride_hidden_step=step_stride(self.hidden, 2),
-            stride_hidden_row=self.hidden.stride(-2),
-            stride_weight_step=step_stride(self.weight, 2),
-            stride_weight_class=self.weight.stride(-2),
-            stride_bias_step=step_stride(self.bias, 1),
+            stride_hidden_step=step_stride(hidden, 2),
+            stride_hidden_row=hidden.stride(-2),
+            stride_weight_step=step_stride(weight, 2),
+            stride_weight_class=weight.stride(-2),
+            stride_bias_step=stride_bias_step,
             num_rows=self.num_rows,
             num_softmaxes=self.num_softmaxes,
             LABELS=self.num_labels,
-            HIDDEN_PER_STEP=self.num_hidden > 1,
-            WIDTH=self.width,
+            HIDDEN_PER_STEP=self.has_hidden_per_step,
+            STRIDE_DIVISOR=elements_of_vector(hidden.dtype),
+            CLASS_DIVISOR=1 if self.bias is None else math.gcd(16, stride_bias_step, *first_classes),
+            WIDTH=hidden.shape[-1],
         )
 
 
@@ -135,6 +172,30 @@ def softmaxes_of(
         tuple(ranges[:1] if one_for_all else ranges),
         targets.shape[1] if one_for_all else 1,
     )
+
+
+def has_asynchronous_products(properties: DeviceProperties) -> bool:
+    """Whether products are wgmma or tcgen05, which read their factors from shared memory, and not mma.sync."""
+    return properties.capability[0] in (9, 10)
+
+
+# What a kernel has in shared memory beside its tiles: sums over rows, layouts in exchange.
+_OTHER_SHARED_MEMORY = 3072
+
+
+def stages_that_fit(properties: DeviceProperties, most: int, resident: int, per_stage: int) -> int:
+    """The most stages, `most` at best, of which a block has the memory.
+
+    Counted as the compiler was seen to allocate: what stays, and a buffer for each stage; one less for mma.sync, which
+    has read its factors into registers when the next ones arrive.
+
+    Args:
+        resident: bytes that stay in shared memory.
+        per_stage: bytes that a step of the loop loads.
+    """
+    free = properties.shared_memory - _OTHER_SHARED_MEMORY - resident
+    buffers = free // per_stage
+    return max(1, min(most, buffers if has_asynchronous_products(properties) else buffers + 1))
 
 
 class RowLists(NamedTuple):
@@ -158,7 +219,7 @@ def list_rows(softmaxes: Softmaxes, ignore_index: int) -> RowLists:
     rows = targets.new_empty((num_hidden, softmaxes.num_rows), dtype=torch.int32)
     lengths = targets.new_empty(num_hidden, dtype=torch.int32)
     if softmaxes.num_rows > 0:
-        list_rows_kernel[(triton.cdiv(softmaxes.num_rows, _ROWS_PER_PROGRAM), num_hidden)](
+        list_rows_kernel[launch_grid(triton.cdiv(softmaxes.num_rows, _ROWS_PER_PROGRAM), num_hidden)](
             rows,
             lengths,
             targets,
@@ -241,7 +302,25 @@ def listed_rows(rows_ptr, hidden, first, num_listed, num_rows, BLOCK_N: tl.const
     return row.to(tl.int64), entry < num_listed, exists
 
 
+# Which classes
+
+
+@triton.jit
+def load_range(ranges_ptr, first_class, end_class, softmax, CLASS_DIVISOR: tl.constexpr):
+    """(first, end) of a softmax's classes: an entry of int32 [num_softmaxes, 2], or what is given for all softmaxes."""
+    if ranges_ptr is not None:
+        first_class = tl.load(ranges_ptr + 2 * softmax)
+        end_class = tl.load(ranges_ptr + 2 * softmax + 1)
+    return first_class // CLASS_DIVISOR * CLASS_DIVISOR, end_class
+
+
 # Logits
+
+
+@triton.jit
+def divisible(stride, DIVISOR: tl.constexpr):
+    """A stride in int64. The compiler hears that DIVISOR divides it, and so how wide loads may be."""
+    return tl.multiple_of(tl.cast(stride, tl.int64), DIVISOR)
 
 
 @triton.jit
@@ -325,19 +404,3 @@ def exp_of_difference(a, b):
 def finite_pivot(largest):
     """What is subtracted before exp: the largest logit, 0 where all are -inf and their difference no number."""
     return tl.where(largest == float("-inf"), 0.0, largest)
-
-
-# Ahead-of-time compilation
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """The one kernel of this module that is launched."""
-    types = dict(rows_ptr="*i32", lengths_ptr="*i32", targets_ptr="*i64")
-    yield AotVariant(
-        name="list_rows",
-        kernel=list_rows_kernel,
-        signature={n: types.get(n, "i32") for n in list_rows_kernel.arg_names if n != "BLOCK"},
-        constexprs=dict(BLOCK=_ROWS_PER_PROGRAM),
-        options=dict(num_warps=8, num_stages=3),
-        hot=False,
-    )

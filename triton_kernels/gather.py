@@ -6,8 +6,6 @@
 Every row is written once: neither a zero-fill pass nor atomics.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.reference._contents import contents_are_checked
-from stamp_kernels.triton_kernels._aot import AotVariant
+from stamp_kernels.triton_kernels._device import launch_grid
 from stamp_kernels.triton_kernels.importance import power_of_two_divisor
 
 
@@ -99,7 +97,8 @@ def gather_rows(x: Tensor, row_map: Tensor) -> Tensor:
         y.numel() // y.shape[0] * y.element_size(), x.stride(0) * x.element_size(), x.data_ptr() | y.data_ptr()
     )
     integers = _INTEGERS[config.element_size]
-    gather_rows_kernel[(triton.cdiv(y.shape[0], config.rows), triton.cdiv(config.width, config.columns))](
+    grid = launch_grid(triton.cdiv(y.shape[0], config.rows), triton.cdiv(config.width, config.columns))
+    gather_rows_kernel[grid](
         triton.reinterpret(y, integers),
         triton.reinterpret(x, integers),
         row_map,
@@ -140,23 +139,3 @@ def gather_tokens_backward(grad: list[Tensor], inverse: Tensor) -> list[Tensor]:
     The adjoint gathers too: every row is written once, without atomics.
     """
     return _gather_list(grad, inverse, "inverse")
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """Typical widths of rows, the same on every device."""
-    for row_bytes, map_type in itertools.product((4, 48, 256, 2048, 16384), ("i64", "i32")):
-        config = gather_config(row_bytes, row_bytes, 0)
-        integers = f"*i{8 * config.element_size}"
-        yield AotVariant(
-            name=f"{row_bytes}_bytes-{map_type}",
-            kernel=gather_rows_kernel,
-            signature=dict(
-                destination_ptr=integers, source_ptr=integers, row_map_ptr=f"*{map_type}", source_stride="i32",
-                num_rows="i32",
-            ),
-            constexprs=dict(
-                WIDTH=config.width, STRIDE_DIVISOR=config.stride_divisor, ROWS=config.rows, COLUMNS=config.columns
-            ),
-            options=dict(num_warps=4, num_stages=3),
-            hot=False,
-        )  # fmt: skip

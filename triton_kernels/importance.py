@@ -6,18 +6,15 @@ With scores S_ij = scale * q_i . k_j + bias, as in `attention_forward`, and hidd
     importance_j = ||h_j|| * centrality_j
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.reference._contents import check_cu_seqlens_contents
 from stamp_kernels.reference._precision import compute_dtype
-from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
+from stamp_kernels.triton_kernels._device import DeviceProperties, device_properties, launch_grid
 from stamp_kernels.triton_kernels.attention_tiles import (
     LOG2_E,
     bias_tile,
@@ -146,14 +143,20 @@ class CentralityConfig(NamedTuple):
     num_stages: int
 
 
-def centrality_config(head_dim: int, *, element_size: int, has_bias: bool) -> CentralityConfig:
+def centrality_config(
+    device: DeviceProperties, head_dim: int, *, element_size: int, has_bias: bool
+) -> CentralityConfig:
     """Tiles by counting: a thread of 128 holds 32 scores and 32 sums of a 64 x 64 tile, and a bias an address and a
-    weight for each score. The tile of keys and two of queries take 3 * 64 * BLOCK_D elements of shared memory.
+    weight for each score. The tile of keys and two of queries take 3 * 64 * BLOCK_D elements of shared memory, at most
+    98,304 bytes, which every device has. With a second stage a causal loop spills 40 bytes on sm_100 at BLOCK_D 128, 8
+    on sm_120 where columns are masked there, and 24 to 112 on sm_86 and sm_120 at BLOCK_D 256: they have one stage.
     fp32 goes without matrix units; its products are unrolled in registers, so its tiles are small.
     """
     if element_size == 4:
         return CentralityConfig(32, 32, num_warps=4 if padded_head_dim(head_dim) <= 64 else 8, num_stages=1)
-    return CentralityConfig(64, 32 if has_bias else 64, num_warps=4, num_stages=2)
+    major = device.capability[0]
+    has_one_stage = major == 10 or (major == 12 and 64 < head_dim < 128) or (major != 9 and head_dim > 128)
+    return CentralityConfig(64, 32 if has_bias else 64, num_warps=4, num_stages=1 if has_one_stage else 2)
 
 
 def attention_centrality(
@@ -184,10 +187,10 @@ def attention_centrality(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         positions_k = positions_q if positions_k is None else positions_k
-    config = centrality_config(head_dim, element_size=q.element_size(), has_bias=bias_table is not None)
     has_bias = bias_table is not None
+    config = centrality_config(device_properties(q.device), head_dim, element_size=q.element_size(), has_bias=has_bias)
     centrality = lse.new_empty(total_k)
-    centrality_kernel[(num_tiles(total_k, num_sequences, config.block_n),)](
+    centrality_kernel[launch_grid(num_tiles(total_k, num_sequences, config.block_n))](
         centrality,
         q,
         k,
@@ -317,7 +320,7 @@ def token_importance(
         return importance
     config = importance_config(width, element_size=hidden.element_size())
     stride = hidden.stride(0)
-    importance_kernel[(triton.cdiv(total, config.rows),)](
+    importance_kernel[launch_grid(triton.cdiv(total, config.rows))](
         importance,
         hidden,
         centrality,
@@ -334,53 +337,3 @@ def token_importance(
         num_warps=config.num_warps,
     )
     return importance
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """Every configuration of the kernels, the same on every device."""
-    yield from _centrality_variants()
-    yield from _importance_variants()
-
-
-def _centrality_variants() -> Iterator[AotVariant]:
-    optional = dict(table_ptr="*fp32", buckets_ptr="*i32", query_mask_ptr="*i1")
-    optional |= dict(positions_q_ptr="*i32", positions_k_ptr="*i32")
-    features = {"": (), "bias": ("table_ptr", "buckets_ptr"), "bias-positions-mask": tuple(optional)}
-    for head_dim, dtype, causal, (feature, given) in itertools.product(
-        (64, 32, 80, 128, 256), (torch.bfloat16, torch.float32), (False, True), features.items()
-    ):
-        config = centrality_config(head_dim, element_size=dtype.itemsize, has_bias="table_ptr" in given)
-        rows = f"*{TRITON_TYPES[dtype]}"
-        types = dict(centrality_ptr="*fp32", q_ptr=rows, k_ptr=rows, lse_ptr="*fp32", cu_seqlens_q_ptr="*i32")
-        types |= dict(cu_seqlens_k_ptr="*i32", score_scale="fp32") | {name: optional[name] for name in given}
-        constexprs = dict(CAUSAL=causal, HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), stride_table_head=1)
-        constexprs |= dict(BLOCK_M=config.block_m, BLOCK_N=config.block_n)
-        constexprs |= {name: None for name in optional if name not in given}
-        yield AotVariant(
-            name="-".join(filter(None, ("centrality", str(head_dim), rows[1:], "causal" if causal else "", feature))),
-            kernel=centrality_kernel,
-            signature={n: types.get(n, "i32") for n in centrality_kernel.arg_names if n not in constexprs},
-            constexprs=constexprs,
-            options=dict(num_warps=config.num_warps, num_stages=config.num_stages),
-            hot=dtype == torch.bfloat16 and head_dim == 64 and feature in ("", "bias"),
-        )
-
-
-def _importance_variants() -> Iterator[AotVariant]:
-    for width, dtype, norm_order, per_visible_query in itertools.product(
-        (128, 100, 1024), (torch.bfloat16, torch.float32), (1, 2), (False, True)
-    ):
-        config = importance_config(width, element_size=dtype.itemsize)
-        types = dict(importance_ptr="*fp32", hidden_ptr=f"*{TRITON_TYPES[dtype]}", centrality_ptr="*fp32")
-        types |= dict(cu_seqlens_ptr="*i32")
-        constexprs = dict(WIDTH=width, STRIDE_DIVISOR=power_of_two_divisor(width, 16), NORM_ORDER=norm_order)
-        constexprs |= dict(PER_VISIBLE_QUERY=per_visible_query, ROWS=config.rows, COLUMNS=config.columns)
-        feature = "visible_queries" if per_visible_query else ""
-        yield AotVariant(
-            name="-".join(filter(None, ("importance", str(width), TRITON_TYPES[dtype], f"l{norm_order}", feature))),
-            kernel=importance_kernel,
-            signature={n: types.get(n, "i32") for n in importance_kernel.arg_names if n not in constexprs},
-            constexprs=constexprs,
-            options=dict(num_warps=config.num_warps, num_stages=3),
-            hot=dtype == torch.bfloat16 and width == 128 and norm_order == 1 and per_visible_query,
-        )

@@ -6,9 +6,7 @@ digit by digit, by counting; every count is one of integers, exact in any order.
 prefix sums: no sort, no atomics on memory, and nothing that the host would have to wait for.
 """
 
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +16,7 @@ from torch import Tensor
 from stamp_kernels.reference._contents import check_cu_seqlens_contents, contents_are_checked
 from stamp_kernels.reference.selection import check_whole_items
 from stamp_kernels.reference.selection import kept_items as reference_kept_items
-from stamp_kernels.triton_kernels._aot import TRITON_TYPES, AotVariant
+from stamp_kernels.triton_kernels._device import launch_grid
 from stamp_kernels.triton_kernels.attention_tiles import contiguous
 
 # Keys
@@ -434,7 +432,7 @@ def select(
         if keep_counts is not None and bool((keep_counts < 0).any()):
             raise RuntimeError(f"keep_count must not be negative, got {int(keep_counts.min())}")
     config, is_long = selection_config(max_seqlen // item_length)
-    grid = (max(1, triton.cdiv(num_sequences, config.sequences)),)
+    grid = launch_grid(max(1, triton.cdiv(num_sequences, config.sequences)))
     num_protected = None
     if protect is not None:
         num_protected = cu_seqlens.new_empty(num_sequences)
@@ -462,7 +460,7 @@ def select(
             raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
     budget = ratio_q32 if ratio_q32 is not None else keep_count or 0
     cu_seqlens_kept = torch.empty_like(cu_seqlens)
-    kept_offsets_kernel[(1,)](
+    kept_offsets_kernel[launch_grid(1)](
         cu_seqlens_kept,
         cu_seqlens,
         num_protected,
@@ -508,66 +506,3 @@ def select_tokens(
         total_kept,
     )  # fmt: skip
     return selected.indices, selected.cu_seqlens, selected.inverse
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """Typical configurations of the kernels, the same on every device."""
-    # (items of the longest sequence, item length, protected and with positions)
-    for max_items, item_length, has_all, dtype in itertools.product(
-        (16, 64, 200, 1000, 4000, 5000), (1, 4), (False, True), (torch.float32, torch.bfloat16)
-    ):
-        yield _selection_variant(max_items, item_length, has_all, dtype)
-    for max_items, item_length in ((64, 1), (200, 4)):
-        config, _ = selection_config(max_items)
-        yield _aot_variant(
-            f"protected_items-{config.items}-items_of_{item_length}",
-            protected_items_kernel,
-            dict(ITEM_LENGTH=item_length, SEQUENCES=config.sequences, ITEMS=config.items),
-            config.num_warps,
-        )
-    for is_ratio, given in ((True, ()), (True, ("num_protected_ptr",)), (False, ("keep_counts_ptr",))):
-        constexprs: dict[str, Any] = dict(BUDGET_IS_RATIO=is_ratio, ITEM_LENGTH=1, BLOCK=_OFFSETS_BLOCK)
-        constexprs |= {name: None for name in ("num_protected_ptr", "keep_counts_ptr") if name not in given}
-        name = "-".join(("kept_offsets", *(name.removesuffix("_ptr") for name in given)))
-        yield _aot_variant(name, kept_offsets_kernel, constexprs, num_warps=4)
-
-
-def _selection_variant(max_items: int, item_length: int, has_all: bool, dtype: torch.dtype) -> AotVariant:
-    config, is_long = selection_config(max_items)
-    constexprs: dict[str, Any] = dict(BUDGET_IS_RATIO=True, ITEM_LENGTH=item_length, keep_counts_ptr=None)
-    if is_long:
-        constexprs |= dict(BLOCK=config.items)
-    else:
-        constexprs |= dict(SEQUENCES=config.sequences, ITEMS=config.items)
-    if not has_all:
-        constexprs |= dict(kept_positions_ptr=None, num_protected_ptr=None, protect_ptr=None, positions_ptr=None)
-    parts = ("select_long" if is_long else "select", str(config.items), TRITON_TYPES[dtype], f"items_of_{item_length}")
-    return _aot_variant(
-        "-".join((*parts, *(["protect-positions"] if has_all else []))),
-        select_long_kernel if is_long else select_kernel,
-        constexprs,
-        config.num_warps,
-        types=dict(importance_ptr=f"*{TRITON_TYPES[dtype]}"),
-        hot=config.items == 256 and item_length == 1 and has_all and dtype == torch.float32,
-    )
-
-
-_POINTER_TYPES = dict(indices_ptr="*i64", keep_counts_ptr="*i64", protect_ptr="*i1")
-
-
-def _aot_variant(
-    name: str,
-    kernel: triton.runtime.JITFunction,
-    constexprs: dict[str, Any],
-    num_warps: int,
-    types: dict[str, str] | None = None,
-    hot: bool = False,
-) -> AotVariant:
-    """Pointers are to int32 and numbers of 32 bits where neither `types` nor the tables above say otherwise."""
-    types = _POINTER_TYPES | dict(budget="i64", min_keep="i64") | (types or {})
-    signature = {
-        argument: types.get(argument, "*i32" if argument.endswith("_ptr") else "i32")
-        for argument in kernel.arg_names
-        if argument not in constexprs
-    }
-    return AotVariant(name, kernel, signature, constexprs, dict(num_warps=num_warps, num_stages=3), hot)

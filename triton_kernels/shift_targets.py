@@ -1,14 +1,12 @@
 """Targets of multi-step prediction: the labels ahead of every row, within its sequence. One launch."""
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.reference._contents import check_cu_seqlens_contents
-from stamp_kernels.triton_kernels._aot import AotVariant
+from stamp_kernels.triton_kernels._device import launch_grid
 from stamp_kernels.triton_kernels.importance import sequence_ends
 
 
@@ -47,7 +45,7 @@ def shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, i
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total)
     targets = labels.new_empty((total, steps), dtype=torch.int64)
     if total > 0:
-        shift_targets_kernel[(triton.cdiv(total, _BLOCK),)](
+        shift_targets_kernel[launch_grid(triton.cdiv(total, _BLOCK))](
             targets,
             labels,
             cu_seqlens.contiguous(),
@@ -61,17 +59,3 @@ def shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, i
             num_warps=4,
         )
     return targets
-
-
-def aot_variants(capability: tuple[int, int]) -> Iterator[AotVariant]:
-    """Labels as tokenizers give them, and as codes are stored."""
-    for label_type in ("i64", "i16"):
-        signature = dict(targets_ptr="*i64", labels_ptr=f"*{label_type}", cu_seqlens_ptr="*i32")
-        yield AotVariant(
-            name=label_type,
-            kernel=shift_targets_kernel,
-            signature={n: signature.get(n, "i32") for n in shift_targets_kernel.arg_names if n != "BLOCK"},
-            constexprs=dict(BLOCK=_BLOCK),
-            options=dict(num_warps=4, num_stages=3),
-            hot=False,
-        )

@@ -272,10 +272,12 @@ def multi_token_cross_entropy(
         weight: the unembedding, `[V, D]` shared or `[K, V, D]`, in hidden's dtype.
         targets: int64 `[N, K]`, absolute ids (rows of weight), or ignore_index.
         bias: added to the logits, `[V]` shared or `[K, V]`, in fp32 or weight's dtype.
-        step_weights: K floats, or a floating tensor `[K]` on the same device (which keeps torch.compile from
-            specializing on values that change). Not differentiable. None: all 1. They are not renormalised.
+        step_weights: K floats, or a floating tensor `[K]` on the same device. A tensor keeps torch.compile from
+            specializing on values that change, and a captured CUDA graph reads it at every replay; floats are part of
+            the graph. Not differentiable. None: all 1. They are not renormalised.
         vocab_ranges: K pairs (start, end): step k's softmax runs over rows start to end - 1 of weight alone (one
             semantic-ID level's codebook), which its targets must lie in. The other logits are not computed. None: all.
+            On a GPU, `prepare` before the first call that is captured in a CUDA graph.
         ignore_index: targets of this value have no loss.
         label_smoothing: share of the target spread evenly over the classes of the step's range, as in
             `torch.nn.functional.cross_entropy`, in [0, 1].

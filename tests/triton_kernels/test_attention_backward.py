@@ -20,10 +20,12 @@ from attention_cases import (
 )
 from closeness import assert_close
 from ragged import BATCHES, RaggedBatch
+from row_layouts import mixed_layouts
 from torch import Tensor
 
 from stamp_kernels.reference.attention import packed_attention_forward as reference_forward
-from stamp_kernels.triton_kernels.attention_backward import packed_attention_backward
+from stamp_kernels.triton_kernels.aot import TARGETS
+from stamp_kernels.triton_kernels.attention_backward import backward_config, packed_attention_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRADIENTS = ("dq", "dk", "dv", "dtable")
@@ -67,6 +69,28 @@ def assert_right(case: AttentionCase, dtype: torch.dtype) -> None:
     inputs = case.inputs(dtype)
     want = forward_and_backward(dense_attention, in_float64(inputs))
     assert_results_close(backward(inputs), {name: want[name] for name in GRADIENTS if name in want}, dtype)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_tiles_suit_the_architecture(arch):
+    device = TARGETS[arch]
+    for head_dim, dtype, max_q, max_k, has_bias, has_dropout, has_positions in itertools.product(
+        (8, 64, 72, 128, 192, 256), (torch.bfloat16, torch.float32), (4, 16, 40, 120, 4096), (4, 16, 40, 120, 4096),
+        (False, True), (False, True), (False, True),
+    ):  # fmt: skip
+        queries, keys = backward_config(
+            device, head_dim, dtype, max_q, max_k, has_bias=has_bias, has_dropout=has_dropout,
+            has_positions=has_positions,
+        )  # fmt: skip
+        # Triton 3.6 does not compile the bias gradient of 32 or 64 queries and 16 keys.
+        assert queries.block_m == 16 or queries.block_n >= 32
+        for config, passes_over in ((queries, max_k <= queries.block_n), (keys, max_q <= keys.block_m)):
+            assert config.block_m in (16, 32, 64, 128) and config.block_n in (16, 32, 64)
+            assert config.num_warps in (1, 2, 4, 8)
+            assert not passes_over or config.num_stages == 1  # nothing to load ahead
+        if dtype == torch.bfloat16 and head_dim > 128 and max_q > 64 and max_k > 64:
+            # 64 queries take 131,072 bytes, and a block of sm_86 or sm_120 has 101,376.
+            assert keys.block_m == (64 if device.shared_memory >= 131072 else 32)
 
 
 @all_cases
@@ -152,6 +176,17 @@ def test_strided_inputs():
         inputs = case.inputs(torch.float32)
         got, want = backward(inputs, **strided), backward(inputs, **contiguous)
         assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@mixed_layouts
+def test_rows_anywhere_in_memory(layouts):
+    """`promises_are_kept` sees to what the compiler is told of them."""
+    inputs = AttentionCase(RaggedBatch((5, 0, 9), tail=1), head_dim=24).inputs(torch.float16)
+    want = forward_and_backward(dense_attention, in_float64(inputs))
+    rows = {name: inputs[name].detach() for name in ("q", "k", "v")}
+    rows["grad_out"] = small_integers(rows["q"])
+    got = backward(inputs, **{name: layout(x) for layout, (name, x) in zip(layouts, rows.items(), strict=True)})
+    assert_results_close(got, {name: want[name] for name in got}, torch.float16)
 
 
 @pytest.mark.parametrize("name", ["causal_bias_positions", "dropout_everything"])

@@ -13,6 +13,7 @@ from attention_cases import (
 )
 from closeness import assert_close
 from ragged import BATCHES, RaggedBatch
+from row_layouts import mixed_layouts
 
 pytest.importorskip("triton")
 
@@ -73,6 +74,15 @@ def test_strided_views():
     inputs = dict(q=q, k=k, v=k, cu_seqlens_q=batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, causal=False, scale=None)
     lse, want = lse_and_centrality(inputs)
     assert_close(run(inputs, lse.t().contiguous().t()), want)
+
+
+@mixed_layouts
+def test_rows_anywhere_in_memory(layouts):
+    """`promises_are_kept` sees to what the compiler is told of them."""
+    inputs = detached(AttentionCase(RaggedBatch((5, 0, 9), tail=1), head_dim=24).inputs(torch.float16))
+    lse, want = lse_and_centrality(inputs)
+    for q_layout, k_layout in (layouts[:2], layouts[2:]):
+        assert_close(run(inputs | dict(q=q_layout(inputs["q"]), k=k_layout(inputs["k"])), lse), want)
 
 
 def test_every_vote_is_cast_once():

@@ -1,6 +1,7 @@
 """The forward kernels of packed attention, interpreted where there is no GPU, against the float64 oracle."""
 
 import bisect
+import itertools
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from attention_cases import (
     shared_op_arguments,
 )
 from ragged import BATCHES, RaggedBatch
+from row_layouts import LAYOUTS, mixed_layouts
 
 pytest.importorskip("triton")
 
@@ -25,6 +27,8 @@ import triton.language as tl
 
 from stamp_kernels.reference.philox import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
+from stamp_kernels.triton_kernels._device import H100
+from stamp_kernels.triton_kernels.aot import TARGETS
 from stamp_kernels.triton_kernels.attention_forward import forward_config, packed_attention_forward
 from stamp_kernels.triton_kernels.attention_tiles import (
     distance_buckets,
@@ -63,9 +67,33 @@ def oracle(inputs):
 def test_bounds_select_the_kernels_that_they_name():
     for name, max_seqlen in KERNELS.items():
         for element_size in (2, 4):
-            config = forward_config((8, 0), 16, max_seqlen, element_size=element_size, has_bias=True, has_dropout=False)
+            config = forward_config(
+                H100, 16, max_seqlen, element_size=element_size, has_bias=True, has_dropout=False, has_positions=False
+            )
             assert name.startswith(config.kernel)
             assert config.slot == {"slots of 16": 16, "slots of 32": 32}.get(name, 0)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_tiles_suit_the_architecture(arch):
+    for head_dim, max_seqlen, element_size, has_bias, has_dropout, has_positions in itertools.product(
+        (8, 64, 72, 128, 256), (16, 32, 64, 120, 240, 4096), (2, 4), (False, True), (False, True), (False, True)
+    ):
+        config = forward_config(
+            TARGETS[arch], head_dim, max_seqlen, element_size=element_size, has_bias=has_bias, has_dropout=has_dropout,
+            has_positions=has_positions,
+        )  # fmt: skip
+        assert config.kernel != "short" or config.block_n >= max_seqlen
+        assert config.kernel != "slots" or config.slot >= max_seqlen
+        if element_size == 4:
+            continue
+        assert config.block_m in (64, 128)
+        assert config.num_stages == 1 or (config.kernel == "general" and arch != 100)  # nothing to load ahead
+        if arch == 100 and config.kernel == "general" and has_bias and has_dropout:
+            assert (config.block_m, config.num_warps) == (128, 4)  # 64 rows spill 168 bytes and more
+        # Unless told otherwise, ptxas spills to reach the next number of programs on a multiprocessor.
+        is_heavy = has_bias or has_dropout or head_dim > 64
+        assert config.max_registers == (255 if arch != 90 and is_heavy else None)
 
 
 # Values
@@ -123,14 +151,36 @@ def test_strided_views(max_seqlen):
         assert_results_close(run(views, max_seqlen), oracle(views), torch.float32)
 
 
-def test_only_rows_off_the_grid_of_eight_are_copied():
-    rows = torch.randn(5, 3, 2, 24)
-    packed = rows.unbind(1)[1]
-    assert rows_with_vector_strides(packed) is packed
-    for x in (rows[..., 4:20].unbind(1)[1], torch.randn(5, 24, 2).mT, torch.randn(5, 4, 12)[:, :2, :8]):
-        copy = rows_with_vector_strides(x)
-        assert torch.equal(copy, x)
-        assert copy.stride(2) == 1 and copy.stride(0) % 8 == 0 and copy.stride(1) % 8 == 0
+@mixed_layouts
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_rows_anywhere_in_memory(max_seqlen, layouts):
+    """`promises_are_kept` sees to what the compiler is told of them."""
+    inputs = detached(AttentionCase(RaggedBatch((5, 0, 9), tail=1), head_dim=24).inputs(torch.float16))
+    views = {name: layout(inputs[name]) for name, layout in zip(("q", "k", "v"), layouts, strict=False)}
+    assert_results_close(run(inputs | views, max_seqlen), oracle(inputs), torch.float16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_off_the_grid_are_copied(name, dtype, device):
+    """A row must start on a 16-byte boundary, and strides be multiples of 8 elements; what has both is not copied."""
+    x = torch.randn(5, 2, 24).to(dtype)
+    view = LAYOUTS[name](x.to(device))
+    is_on_grid = ("elements into" in name and view.storage_offset() * dtype.itemsize % 16 == 0) or name in (
+        "rows 8 elements apart", "rows 24 elements apart", "heads 8 elements apart", "heads before rows"
+    )  # fmt: skip
+    rows = rows_with_vector_strides(view)
+    assert (rows is view) == is_on_grid
+    assert rows.data_ptr() % 16 == 0 and rows.stride(0) % 8 == 0 and rows.stride(1) % 8 == 0 and rows.stride(2) == 1
+    assert device == "meta" or torch.equal(rows, x)
+
+
+def test_a_single_row_off_the_grid_is_copied():
+    """Torch calls it contiguous, whatever the strides of dimensions of size 1."""
+    row = torch.randn(100)[3:27].as_strided((1, 1, 24), (33, 17, 1), 3)
+    copy = rows_with_vector_strides(row)
+    assert torch.equal(copy, row) and copy.stride() == (24, 24, 1) and copy.data_ptr() % 16 == 0
 
 
 def every_other(x):

@@ -4,11 +4,14 @@ What the loss is, test_cross_entropy.py checks; here are the kernels' own ways t
 chunks.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from closeness import assert_close
 from test_cross_entropy import CASES, Case, forward_arguments
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -16,12 +19,13 @@ import stamp_kernels.reference.cross_entropy as reference
 import stamp_kernels.triton_kernels.cross_entropy as kernels
 from stamp_kernels.reference.cross_entropy import REDUCTIONS
 from stamp_kernels.triton_kernels import (
+    _constants,
     cross_entropy_backward,
     cross_entropy_chunked,
     cross_entropy_forward,
     cross_entropy_tiles,
 )
-from stamp_kernels.triton_kernels.cross_entropy_tiles import list_rows, softmaxes_of
+from stamp_kernels.triton_kernels.cross_entropy_tiles import list_rows, rows_of_vectors, softmaxes_of
 
 # Infinities and NaN that the kernels mean, and what a masked lane of the interpreter computes.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -55,17 +59,26 @@ def arguments_in(dtype: torch.dtype, device: str, arguments: tuple) -> list:
     ]
 
 
+Layout = Callable[[Tensor], Tensor]
+
+
 def assert_matches_reference(
-    arguments: tuple, dtype: torch.dtype, ways: tuple[str, ...] = ("twice", "chunked")
+    arguments: tuple,
+    dtype: torch.dtype,
+    ways: tuple[str, ...] = ("twice", "chunked"),
+    layouts: tuple[Layout | None, ...] = (),
 ) -> None:
     """Losses, lse and gradients by the kernels' two ways equal the reference's.
 
     Args:
         arguments: of the forward op, in float64; what is floating must be exact in `dtype`.
         ways: "twice", logits computed again in the backward, and "chunked", gradients with the loss.
+        layouts: how the kernels get the first arguments: hidden, weight, targets and bias.
     """
     arguments = arguments_in(torch.float64, "cpu", arguments)
     given = arguments_in(dtype, DEVICE, arguments)
+    for i, layout in enumerate(layouts):
+        given[i] = given[i] if layout is None else layout(given[i])
     options, reduction = arguments[6:11], arguments[-1]
     needs = (True, True, arguments[3] is not None)
     loss, step_losses, step_scale, lse = reference.multi_token_cross_entropy_forward(*arguments)
@@ -354,19 +367,127 @@ def test_no_rows_and_no_features():
         assert_matches_reference(inputs_of(rows, width, 30, steps=2), torch.float32)
 
 
-def test_strided_inputs():
-    hidden, weight, targets, bias, *rest = inputs_of(50, 24, 60, steps=3, per_step=("hidden", "weight", "bias"))
+# Where inputs lie in memory
 
-    def interleaved(x: Tensor) -> Tensor:
-        return torch.stack([x, torch.full_like(x, 7)], dim=-2).flatten(-3, -2)[..., ::2, :]
 
-    views = {
-        "rows apart": (interleaved(hidden), interleaved(weight)),
-        "features apart": tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (hidden, weight)),
-        "steps inside": tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (hidden, weight)),
-    }
-    for view in views.values():
-        assert_matches_reference((*view, targets.t().contiguous().t(), bias.t().contiguous().t(), *rest), torch.float32)
+def at_offset(offset: int) -> Layout:
+    return lambda x: x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x)
+
+
+def rows_apart(extra: int) -> Layout:
+    """Each row followed by `extra` elements of something else."""
+    return lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] + extra)[..., : x.shape[-1]].copy_(x)
+
+
+def swapped(i: int, j: int) -> Layout:
+    return lambda x: x.transpose(i, j).contiguous().transpose(i, j)
+
+
+LAYOUTS = {f"{offset} elements into the storage": at_offset(offset) for offset in range(1, 9)}
+LAYOUTS |= {f"rows {extra} elements apart": rows_apart(extra) for extra in (1, 2, 4, 8, 24)}
+LAYOUTS |= {"features apart": swapped(-1, -2), "steps inside": swapped(0, 1)}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("width", "classes", "dtype"), [(24, 49, torch.float16), (17, 50, torch.float32)])
+def test_strided_inputs(width, classes, dtype, name):
+    """Even and odd widths, and odd numbers of classes, such as GPT-2's 50,257."""
+    arguments = inputs_of(20, width, classes, steps=2, per_step=("hidden", "weight", "bias"))
+    assert_matches_reference(arguments, dtype, layouts=(LAYOUTS[name], LAYOUTS[name], swapped(0, 1), swapped(0, 1)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 7, 8, 100])
+def test_slices_of_a_shared_weight_and_bias(width, dtype):
+    """As a model with one flat buffer of parameters has them: they begin anywhere."""
+    weight, bias = at_offset(3), at_offset(5)
+    arguments = inputs_of(20, width, 49, steps=2, per_step=(), vocab_ranges=((3, 40), (16, 49)))
+    assert_matches_reference(arguments, dtype, layouts=(None, weight, None, bias))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("width", [1, 17, 24, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_become_vectors_of_16_bytes(dtype, width, name):
+    x = torch.randn(3, 5, width).to(dtype)
+    placed = LAYOUTS[name](x)
+    rows = rows_of_vectors(placed)
+    vector = 16 // x.element_size()
+    assert torch.equal(rows[..., :width], x) and not rows[..., width:].any() and rows.shape[-1] % vector == 0
+    assert rows.stride(-1) == 1 and rows.data_ptr() % 16 == 0
+    assert all(stride % vector == 0 for stride in rows.stride()[:-1])
+    is_aligned = all(stride % vector == 0 for stride in placed.stride()[:-1]) and placed.data_ptr() % 16 == 0
+    assert (rows is placed) == (is_aligned and placed.stride(-1) == 1 and width % vector == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 15, 16, 17, 33])
+def test_rows_of_logits_that_end_within_a_vector(classes, dtype):
+    """What a row has past its last class counts for nothing."""
+    arguments = inputs_of(20, 8, classes, steps=2, label_smoothing=0.1, z_loss=0.01, softcap=3.0)
+    assert_matches_reference(arguments, dtype, ("chunked",))
+
+
+@pytest.mark.parametrize("per_step", [(), ("hidden",), ("hidden", "weight", "bias")], ids=str)
+@pytest.mark.parametrize("span", [(0, 150), (16, 150), (3, 40), (67, 150)])
+def test_one_range_for_all_steps(span, per_step):
+    """It is an argument, no tensor on the device."""
+    arguments = inputs_of(70, 16, 150, 2, per_step, vocab_ranges=(span,) * 2, label_smoothing=0.1)
+    assert softmaxes_of(*arguments[:4], [span] * 2).range_arguments()["ranges_ptr"] is None
+    assert_matches_reference(arguments, torch.float32)
+
+
+# What is on the device
+
+
+@pytest.mark.parametrize("step_weights", [[0.5], [1.0, 1.0, 1.0], [1.0, 0.5, 0.5, 0.25], [2, 1]])
+def test_step_weights_are_written_on_the_device(step_weights):
+    """A copy from the host would wait for the device, and in a CUDA graph lose its source."""
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        weights = kernels._weights_on_device(step_weights, None, torch.device(DEVICE))
+    assert weights.tolist() == step_weights and weights.dtype == torch.float32
+    assert set(called) <= {torch.ops.aten.empty, torch.ops.aten.slice, torch.ops.aten.fill_}
+    assert called.count(torch.ops.aten.fill_) == len(dict.fromkeys(step_weights))
+
+
+def test_changing_step_weights_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr(_constants, "_CONSTANTS", {})
+    arguments = arguments_in(torch.float32, DEVICE, inputs_of(4, 8, 9, steps=2, vocab_ranges=((0, 9), (2, 9))))
+    losses = {}
+    for weight in (0.5, 1.0, 2.0):
+        arguments[4] = [1.0, weight]
+        loss, step_losses, _, _ = kernels.multi_token_cross_entropy_forward(*arguments)
+        losses[weight] = loss, step_losses
+    for weight, (loss, step_losses) in losses.items():
+        assert_close(loss.cpu(), (step_losses[0] + weight * step_losses[1]).double().cpu(), torch.float32)
+    assert [name for name, _ in _constants._CONSTANTS] == [("vocab_ranges", ((0, 9), (2, 9)))]
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_products_of_half_precision_reach_the_overload_of_torch(monkeypatch, add):
+    """It runs on a GPU alone; here it is held that torch takes these arguments."""
+    monkeypatch.undo()
+    reached = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            reached.append((func, args, kwargs))
+            return kwargs["out"]
+
+    a, b, out = torch.ones(4, 8).bfloat16(), torch.ones(8, 6).bfloat16(), torch.ones(4, 6)
+    with Record():
+        cross_entropy_chunked._set_product(out, a, b, add=add)
+    ((func, args, kwargs),) = reached
+    assert func is torch.ops.aten.addmm.dtype_out
+    assert [x is y for x, y in zip(args, (out, a, b, torch.float32), strict=True)] == [True] * 4
+    assert kwargs.pop("out") is out and kwargs.get("beta", 1) == int(add) and set(kwargs) <= {"beta"}
 
 
 def test_fp64_goes_to_the_reference():
