@@ -5,6 +5,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DATA ?=
 OUTPUT ?=
+# Of the machine that `make gpu-bundle` is for: Triton's cache depends on it.
+GPU_PYTHON ?= python3.12
+STAGE ?= 1
 # A model and a training that one CPU core finishes in half an hour on 82,000 short histories (Amazon Instruments).
 QUALITY ?= --min-items 3 --max-items 10 --batch-size 32 --epochs 2 --learning-rate 0.002 --dropout 0 --layers 2 \
 	--prune-after-block 1 --d-model 64 --num-heads 4 --d-kv 16 --d-ff 256 --threads 1
@@ -13,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: install test lint profile profile-long quality benchmark aot wheel gpu-check clean
+.PHONY: install test lint profile profile-long quality benchmark aot wheel gpu-bundle gpu-check clean
 
 install: $(INSTALLED)
 
@@ -51,16 +54,23 @@ benchmark: install
 	$(BIN)/python -m pytest -q benchmarks/micro --benchmark-only --benchmark-quiet --benchmark-json=build/micro.json
 	$(BIN)/python benchmarks/table.py build/micro.json
 
-# Every Triton kernel and table entry, compiled for sm_80, sm_90 and sm_100 without a GPU.
+# Every kernel that T5, Qwen and the benchmarks launch, compiled for five GPU architectures without a GPU, and compared
+# with benchmarks/gpu/machine_code.csv (WRITE=1 brings that up to date).
 aot: install
-	$(BIN)/python -m stamp_kernels.triton_kernels.compile_ahead
+	$(BIN)/python benchmarks/gpu/machine_code.py $(if $(WRITE),--write)
 
 wheel: install
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
-# On a machine with a GPU and no network: uses $(PYTHON)'s own packages, and the wheel in dist/ if there is one.
+# What the next target needs on a machine with a GPU and no network, made here: build/gpu-bundle.tar.gz.
+gpu-bundle: wheel
+	$(BIN)/python benchmarks/gpu/bundle.py build --python $(GPU_PYTHON) --wheel $(wildcard dist/stamp_kernels-*.whl) \
+		$(if $(DATA),--data $(DATA))
+
+# On the machine with a GPU, whose $(PYTHON) has torch, triton and transformers: STAGE=1 or STAGE=2.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(if $(DATA),--data $(DATA)) $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--output $(OUT))
+	$(PYTHON) benchmarks/gpu/bundle.py run -- $(PYTHON) benchmarks/gpu/check.py --stage $(STAGE) \
+		--output $(or $(OUT),build/gpu-check) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf build dist stamp_kernels/*.so *.egg-info

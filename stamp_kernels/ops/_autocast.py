@@ -15,7 +15,8 @@ def cast_for_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     for name, x in tensors.items():
         check_tensor(name, x)
     device_type = next(iter(tensors.values())).device.type
-    # A device without autocast, meta above all, has no such setting to ask for.
+    if device_type == "meta":  # stands for a GPU, as in ahead-of-time compilation
+        device_type = "cuda"
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tuple(tensors.values())
     dtype = torch.get_autocast_dtype(device_type)

@@ -1,0 +1,149 @@
+"""What the timed workloads are compared with: the peers of stamp_kernels.profiling on the same inputs.
+
+A peer is given the workload's inputs and lays them out as it wants before it is timed. None has dropout, and for all of
+them every target of a cross-entropy is valid.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from cases import SkipError
+from device import Device
+from torch import Tensor
+from workloads import KEEP_RATIO, Attention, CrossEntropy, Gather, Prune, Workload
+
+from stamp_kernels.profiling import attention_peers, cross_entropy_peers
+from stamp_kernels.profiling.attention_peers import AttentionProblem, PreparedAttention
+from stamp_kernels.profiling.cross_entropy_peers import CrossEntropyProblem
+from stamp_kernels.profiling.selection_peers import num_kept, sort_within_sequences
+
+Inputs = dict[str, Tensor]
+
+# A padded map, of which the peers hold several; larger ones would take seconds.
+MOST_MAP_BYTES = 4 * 2**30
+# Of each logit: itself, the softmax, the gradients of both, all in 16 bits, and twice that for temporaries.
+BYTES_PER_LOGIT = 16
+
+
+class Steps(NamedTuple):
+    """What is timed; `both` is the forward and the backward, None where there is no backward."""
+
+    forward: Callable[[], object]
+    both: Callable[[], object] | None
+
+
+Peer = Callable[[Inputs], Steps]
+
+
+def ours(workload: Workload) -> Peer:
+    def prepare(x: Inputs) -> Steps:
+        return Steps(lambda: workload.forward(x), (lambda: workload.run(x)) if workload.leaves else None)
+
+    return prepare
+
+
+def peers_of(workload: Workload, device: Device) -> dict[str, Peer]:
+    """By name. Preparing one raises SkipError where it would not fit."""
+    if isinstance(workload, Attention):
+        return _attention_peers(workload)
+    if isinstance(workload, CrossEntropy):
+        return {"full logits": lambda x: _cross_entropy(workload, device, x)}
+    if isinstance(workload, Gather):
+        return {"index_select": _index_select, "copy": lambda x: _copy(workload, x)}
+    if isinstance(workload, Prune):
+        return {"sort, index_select": lambda x: _sorted_prune(workload, x)}
+    return {}
+
+
+def _with_backward(loss_or_out: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor | None) -> Steps:
+    """Steps of a function of leaves."""
+
+    def forward() -> object:
+        with torch.no_grad():
+            return loss_or_out(*inputs)
+
+    return Steps(forward, lambda: torch.autograd.grad(loss_or_out(*inputs), inputs, grad))
+
+
+# Attention
+
+
+def _attention_peers(workload: Attention) -> dict[str, Peer]:
+    """Of self-attention without positions, which is what they know."""
+    if workload.query_lengths is not None or workload.positions:
+        return {}
+
+    def peer(prepare: Callable[[AttentionProblem], PreparedAttention]) -> Peer:
+        return lambda x: _attention(workload, prepare, x)
+
+    if workload.centrality != "no":
+        return {"padded eager": peer(attention_peers.centrality_eager)}
+    if workload.bias:
+        return {"padded SDPA": peer(attention_peers.padded_sdpa), "padded eager": peer(attention_peers.padded_eager)}
+    return {"varlen_attn": peer(attention_peers.varlen)}
+
+
+def _attention(workload: Attention, prepare: Callable[[AttentionProblem], PreparedAttention], x: Inputs) -> Steps:
+    if workload.bias:
+        map_bytes = len(workload.lengths) * workload.heads * max(workload.lengths) ** 2 * x["q"].element_size()
+        if map_bytes > MOST_MAP_BYTES:
+            raise SkipError(f"a padded map has {map_bytes / 2**30:.1f} GiB")
+    problem = AttentionProblem(
+        x["q"], x["k"], x["v"], workload.lengths, workload.causal, scale=1.0 if workload.bias else None,
+        bias_table=x["table"].to(x["q"].dtype) if workload.bias else None,
+    )  # fmt: skip
+    prepared = prepare(problem)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        result = prepared.attend(*inputs)
+        return result[0] if isinstance(result, tuple) else result  # with the centrality, which has no gradient
+
+    grad = problem.pad(x["grad"]) if prepared.padded else x["grad"]
+    return _with_backward(attend, prepared.inputs, grad)
+
+
+# Cross-entropy
+
+
+def _cross_entropy(workload: CrossEntropy, device: Device, x: Inputs) -> Steps:
+    softmaxes = workload.steps if workload.hidden_per_step or workload.codebooks else 1
+    num_bytes = BYTES_PER_LOGIT * softmaxes * workload.rows * workload.classes
+    free = device.free_memory()
+    if num_bytes > free:
+        raise SkipError(f"logits would take {num_bytes / 2**30:.0f} GiB of {free / 2**30:.0f}")
+    first_class = workload.classes * torch.arange(workload.steps, device=x["targets"].device) * workload.codebooks
+    targets = torch.where(x["targets"] < 0, first_class, x["targets"])
+    sizes = (workload.classes,) * workload.steps if workload.codebooks else None
+    problem = CrossEntropyProblem(x["hidden"], x["weight"], targets, sizes)
+    return _with_backward(cross_entropy_peers.full_logits(problem), problem.leaves(), None)
+
+
+# Pruning
+
+
+def _index_select(x: Inputs) -> Steps:
+    leaf = x["x"].detach().requires_grad_()
+    return _with_backward(lambda rows: rows.index_select(0, x["indices"]), (leaf,), x["grad"])
+
+
+def _copy(workload: Gather, x: Inputs) -> Steps:
+    """As many rows, one after the other: what an index costs is the difference."""
+    return Steps(lambda: x["x"][: workload.kept].clone(), None)
+
+
+def _sorted_prune(workload: Prune, x: Inputs) -> Steps:
+    device = x["hidden"].device
+    lengths = torch.tensor(workload.lengths)
+    kept = torch.tensor([num_kept(n, KEEP_RATIO) for n in workload.lengths])
+    total_kept = int(kept.sum())
+    sequence, kept = torch.repeat_interleave(lengths).to(device), kept.to(device)
+    cu_seqlens = x["cu_seqlens"].long()
+
+    def prune(hidden: Tensor) -> Tensor:
+        importance = hidden.detach().abs().sum(-1, dtype=torch.float32) * x["centrality"]
+        indices = sort_within_sequences(importance, sequence, cu_seqlens, kept, total_kept).indices
+        x["labels"].index_select(0, indices)
+        return hidden.index_select(0, indices)
+
+    return _with_backward(prune, (x["hidden"].detach().requires_grad_(),), x["grad"])

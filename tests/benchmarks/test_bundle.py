@@ -1,0 +1,54 @@
+"""The bundle for a GPU machine: a Triton cache that hits where it is unpacked."""
+
+import json
+import shutil
+import sys
+
+from gpu_scripts import SCRIPTS, run_script
+
+sys.path.append(str(SCRIPTS))
+from bundle import relocate
+
+COMPILE = """
+import sys
+sys.path.insert(0, {scripts!r})
+import torch
+from stamp_kernels.ops._served_by_triton import ServedByTriton
+from stamp_kernels.triton_kernels.aot import compile_only
+from workloads import ShiftTargets
+
+shift = ShiftTargets("shift", lengths=(3, 2))
+with compile_only(90) as launches, ServedByTriton():
+    shift.run(shift.inputs(torch.device("meta"), torch.bfloat16))
+print([launch.is_hit for launch in launches])
+"""
+
+
+def test_cache_hits_in_another_folder(tmp_path):
+    """Triton's own lists hold absolute paths: only after `relocate` does the moved cache serve."""
+    script = tmp_path / "compile.py"
+    script.write_text(COMPILE.format(scripts=str(SCRIPTS)))
+
+    def hits(cache: str) -> str:
+        run = run_script(script, TRITON_CACHE_DIR=tmp_path / cache)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    assert hits("made") == "[False]"
+    assert hits("made") == "[True]"
+    shutil.move(tmp_path / "made", tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "not relocated")
+    assert hits("not relocated") == "[False]"
+    relocate(tmp_path / "moved")
+    assert hits("moved") == "[True]"
+
+
+def test_relocated_groups_name_only_files_that_are_there(tmp_path):
+    """With binaries alone in the cache, the lists name intermediate representations that were not kept."""
+    kernel = tmp_path / "KEY"
+    kernel.mkdir()
+    (kernel / "k.cubin").write_bytes(b"machine code")
+    group = kernel / "__grp__k.json"
+    group.write_text(json.dumps({"child_paths": {"k.cubin": "/elsewhere/KEY/k.cubin", "k.ttir": "/elsewhere/k.ttir"}}))
+    relocate(tmp_path)
+    assert json.loads(group.read_text()) == {"child_paths": {"k.cubin": str(kernel / "k.cubin")}}
