@@ -482,7 +482,8 @@ def select(
         keep_counts, budget, min_keep, num_sequences, total, total_kept, ratio_q32 is not None, item_length,
     )  # fmt: skip
     if is_long:
-        select_long_kernel[grid](*arguments, BLOCK=config.items, num_warps=config.num_warps)
+        # Unless told, ptxas stops at 80 registers on sm_80, for a third program on a processor, and spills 8 bytes.
+        select_long_kernel[grid](*arguments, BLOCK=config.items, num_warps=config.num_warps, maxnreg=255)
     else:
         select_kernel[grid](*arguments, SEQUENCES=config.sequences, ITEMS=config.items, num_warps=config.num_warps)
     return Selected(indices, cu_seqlens_kept, inverse, kept_positions)

@@ -446,6 +446,7 @@ COMPILED: tuple[Workload, ...] = (
     ShiftTargets("shift", lengths=fixed(256, 240)),
     Score("score", lengths=fixed(256, 240)),
     Score("score.long", lengths=(8192, 100), width=1024),
+    Prune("prune.protected.items", lengths=fixed(256, 240), protect=True, codes_per_item=4),
 )
 
 _MIXED = (33, 0, 1, 257, 64, 5, 5, 120)
