@@ -80,9 +80,9 @@ def resolve_budget(
         if not isinstance(keep_ratio, int | float | torch.SymFloat):
             raise ValueError(f"keep_ratio must be a number (not a tensor), got {type(keep_ratio).__name__}")
         check_range("keep_ratio", keep_ratio, 0.0, 1.0)
-        # torch.compile(dynamic=True) makes floats symbolic, and such a symbol cannot be part of a size: hashing it
-        # guards on its value.
-        hash(keep_ratio)
+        # torch.compile(dynamic=True) makes floats symbolic, and such a symbol cannot be part of a size. As the key of a
+        # dict it becomes a number, with a guard on its value; hash() would do, but torch 2.11 cannot trace it.
+        (keep_ratio,) = {keep_ratio: None}
     elif isinstance(keep_count, Tensor):
         check_tensor("keep_count", keep_count, shape=[batch], dtypes=[torch.int32, torch.int64], device=device)
     else:
