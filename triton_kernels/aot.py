@@ -8,6 +8,7 @@ instructions and the instructions of each loop.
 Needs a process without TRITON_INTERPRET, which makes kernels that cannot be compiled.
 """
 
+import functools
 import hashlib
 import re
 import subprocess
@@ -143,6 +144,7 @@ class MachineCode(NamedTuple):
         return found
 
 
+@functools.cache  # disassembling takes half a second, and launches of one specialisation share their kernel
 def machine_code(kernel: CompiledKernel) -> MachineCode:
     """Read a compiled kernel's resources and its disassembly."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
