@@ -13,13 +13,14 @@ import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
@@ -81,6 +82,16 @@ class _CompileOnlyDriver:
         return torch.device("meta")
 
 
+class _ProductsInto(TorchDispatchMode):
+    """`addmm` into an fp32 output of 16-bit factors: torch 2.11's own kernel for `meta` raises a TypeError."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
+
+
 @contextmanager
 def compile_only(arch: int) -> Iterator[list[Launch]]:
     """Within the block, launches are compiled for `arch` (a key of TARGETS) and appended to the list that it gives."""
@@ -103,7 +114,7 @@ def compile_only(arch: int) -> Iterator[list[Launch]]:
     JITFunction.run = compile_instead
     triton.knobs.compilation.listener = note_cache_use
     try:
-        with stand_in(TARGETS[arch]):
+        with stand_in(TARGETS[arch]), _ProductsInto():
             yield launches
     finally:
         JITFunction.run = launch

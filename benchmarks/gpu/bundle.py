@@ -10,9 +10,8 @@ GPU machine's Python, torch and triton, for the architecture of that machine. It
 launchers that Triton would otherwise build at the first launch.
 
 `run` unpacks it and runs a command with the package on PYTHONPATH, the cache in TRITON_CACHE_DIR and the data file in
-STAMP_KERNELS_DATA. `warm` compiles
-what the cache lacks, in as many processes as there are cores, and says what it had: on the GPU machine the answer
-should be everything.
+STAMP_KERNELS_DATA. `warm` compiles what the cache lacks, in as many processes as there are cores, and says what it had:
+on the GPU machine the answer should be everything.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -134,7 +133,7 @@ def warm(processes: int, results: Path | None) -> int:
         done = list(pool.map(_warm_one, jobs))
     record: dict[str, object] = {"part": "warm", "seconds": round(time.monotonic() - start, 1)}
     for what in ("kernels", "launchers"):
-        hits = {key: hit for one in done for key, hit in one[what].items()}
+        hits = all_hits([one[what] for one in done])
         record |= {f"{what}_found": sum(hits.values()), f"{what}_compiled": len(hits) - sum(hits.values())}
     record["errors"] = [one["error"] for one in done if one["error"]]
     line = json.dumps(record)
@@ -145,6 +144,15 @@ def warm(processes: int, results: Path | None) -> int:
     return 1 if record["errors"] else 0
 
 
+def all_hits(done: list[dict[str, bool]]) -> dict[str, bool]:
+    """Whether the cache had each key: not where one entry had to compile what the next one then found."""
+    hits: dict[str, bool] = {}
+    for one in done:
+        for key, hit in one.items():
+            hits[key] = hits.get(key, True) and hit
+    return hits
+
+
 def _recordable() -> list[tuple[str, object]]:
     """(name, run(device)) of everything that the check launches."""
     from training_step import TRAINING_STEPS
@@ -153,7 +161,7 @@ def _recordable() -> list[tuple[str, object]]:
     return [*importlib.import_module("recordable").recordable(), *steps]
 
 
-def _warm_one(index: int) -> dict[str, object]:
+def _warm_one(index: int) -> dict[str, Any]:
     """What one entry needs: kernels and launchers by name, and whether the cache had them."""
     import torch
 

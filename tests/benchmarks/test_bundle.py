@@ -7,7 +7,7 @@ import sys
 from gpu_scripts import SCRIPTS, run_script
 
 sys.path.append(str(SCRIPTS))
-from bundle import relocate
+from bundle import all_hits, relocate
 
 COMPILE = """
 import sys
@@ -52,3 +52,8 @@ def test_relocated_groups_name_only_files_that_are_there(tmp_path):
     group.write_text(json.dumps({"child_paths": {"k.cubin": "/elsewhere/KEY/k.cubin", "k.ttir": "/elsewhere/k.ttir"}}))
     relocate(tmp_path)
     assert json.loads(group.read_text()) == {"child_paths": {"k.cubin": str(kernel / "k.cubin")}}
+
+
+def test_what_one_entry_compiled_was_not_in_the_cache():
+    hits = all_hits([{"a": True, "b": False}, {"b": True}, {"a": True, "c": True}])
+    assert hits == {"a": True, "b": False, "c": True}
