@@ -29,7 +29,7 @@ $(INSTALLED): $(SOURCES)
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
