@@ -14,12 +14,12 @@ without arithmetic. A stage as a whole ends after 200 and 240, whatever its part
 
     stage  part          expected  limit  what takes them
     1      environment         12     25  two starts of Python with torch, 4 s each, and CUDA's
-    1      warm                25     45  some 150 recordings, 1 s each on a core, and what Triton's cache lacks
+    1      warm                15     45  153 recordings took two cores 8 s with all in Triton's cache; what it lacks
     1      correctness         45     70  4 s to start; 99 cases, 0.4 s each: up to six runs, a reference, a graph
     1      sanitizer           20     40  the start of torch under two tools at once
     1      timings             75     90  7 s to start; 29 workloads and 36 peers, 1 s each for two graphs
     2      environment         12     25
-    2      warm                25     45
+    2      warm                15     45
     2      training            90    110  10 s to start; 12 configurations of 28 steps, their model and two profiles
     2      alternatives        60     90  4 s to start; 44 variants, 1.3 s each for two graphs
 """
