@@ -28,8 +28,9 @@ $(INSTALLED): $(SOURCES)
 	$(BIN)/pip install --quiet --no-deps recbole
 	touch $@
 
+# Each process has as many threads as there are cores; those that wait must not take the others' cores.
 test: install
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Settings of the whole test session: threads, poisoned uninitialised memory, hypothesis, the `gpu` marker."""
+"""Settings of the whole test session: poisoned uninitialised memory, hypothesis, the `gpu` marker."""
 
 import os
 
@@ -15,12 +15,6 @@ from stamp_kernels.ops._library import served_by
 
 hypothesis.settings.register_profile("stamp", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("stamp")
-
-
-def pytest_configure():
-    """Workers of pytest-xdist share the cores: were each to take them all, they would wait for one another."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture(scope="session", autouse=True)

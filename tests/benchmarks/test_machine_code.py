@@ -5,13 +5,15 @@ import pkgutil
 import sys
 
 import pytest
+import torch
 from gpu_scripts import SCRIPTS, run_script
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(SCRIPTS))
 from machine_code import WORKLOADS, Row, differences, read_table
 
 from stamp_kernels import triton_kernels
-from stamp_kernels.triton_kernels.aot import TARGETS, MachineCode, _innermost_loops, _instructions
+from stamp_kernels.triton_kernels.aot import TARGETS, MachineCode, _innermost_loops, _instructions, compile_only
 
 MODULES = [module.name for module in pkgutil.iter_modules(triton_kernels.__path__)]
 # One for each kernel and for what changes its code most; `make aot` compiles all.
@@ -36,6 +38,22 @@ def test_table_has_every_kernel_and_no_problem():
     modules = (importlib.import_module(f"{triton_kernels.__name__}.{name}") for name in MODULES)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert {row.kernel.partition(".")[0] for row in rows} == kernels
+
+
+class AddmmRaises(TorchDispatchMode):
+    """As torch 2.11's kernel for `meta` does where the output's dtype is not that of the factors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.dtype_out:
+            raise TypeError("addmm() got multiple values for argument 'beta'")
+        return func(*args, **(kwargs or {}))
+
+
+def test_products_into_an_output_need_no_meta_kernel():
+    factor = torch.empty(3, 3, dtype=torch.bfloat16, device="meta")
+    out = torch.empty(3, 3, device="meta")
+    with AddmmRaises(), compile_only(90):
+        assert torch.addmm(out, factor, factor, out_dtype=torch.float32, beta=0, out=out) is out
 
 
 GOOD = MachineCode(
