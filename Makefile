@@ -14,7 +14,7 @@ QUALITY ?= --min-items 3 --max-items 10 --batch-size 32 --epochs 2 --learning-ra
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.h csrc/*/*)
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: install test lint profile profile-long quality benchmark aot wheel gpu-bundle gpu-check clean
 

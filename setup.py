@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -29,14 +29,19 @@ OLDEST_TORCH = "0x020b000000000000"  # 2.11, as TORCH_TARGET_VERSION wants it
 CUDA_CODE = {"compute_80": "sm_80", "compute_90a": "sm_90a", "compute_100": "sm_100,compute_100"}
 COMMON_FLAGS = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
 CXX_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-# Kernels that exist once for each instruction set, chosen at run time; every other file may assume no more than the
-# platform's baseline. By the end of the file's name.
-INSTRUCTION_SET_FLAGS = {
-    "_avx512.cpp": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
-        "-mprefer-vector-width=512",
-    ],
-    "_avx2.cpp": ["-mavx2", "-mfma"],
+# csrc/cpu/<family>/kernels.cpp is compiled once for each instruction set (csrc/cpu/core/dispatch.h says how the sets
+# become tables); every other file may assume no more than the platform's baseline. By name: the floats of a vector, and
+# the compiler's flags.
+PORTABLE = {"portable": (4, [])}
+X86_INSTRUCTION_SETS = {
+    "avx2": (8, ["-mavx2", "-mfma"]),
+    "avx512": (
+        16,
+        [
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+            "-mprefer-vector-width=512",
+        ],
+    ),
 }
 NVCC_FLAGS = [
     *COMMON_FLAGS,
@@ -82,11 +87,21 @@ def host_compiler() -> str:
     return compiler
 
 
-def instruction_set_flags(source: str) -> list[str]:
-    """What a C++ file is compiled with beyond CXX_FLAGS, on the processors that it is for."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return []
-    return next((flags for ending, flags in INSTRUCTION_SET_FLAGS.items() if source.endswith(ending)), [])
+def instruction_sets() -> dict[str, tuple[int, list[str]]]:
+    """Those of this platform's processors."""
+    return PORTABLE | (X86_INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {})
+
+
+def compilations(source: str) -> dict[str, str]:
+    """The object files that a C++ or CUDA source becomes, each with the flags that it needs beyond the common ones."""
+    if Path(source).name != "kernels.cpp":
+        return {f"{source}.o": ""}
+    return {
+        f"{source}.{name}.o": " ".join(
+            [*flags, f"-DSTAMP_INSTRUCTION_SET={name}", f"-DSTAMP_FLOATS_PER_VECTOR={floats}"]
+        )
+        for name, (floats, flags) in instruction_sets().items()
+    }
 
 
 class StableLibrary(Extension):
@@ -94,7 +109,7 @@ class StableLibrary(Extension):
 
     def __init__(self, name: str, folder: str) -> None:
         suffix = ".cu" if folder == "cuda" else ".cpp"
-        sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).glob(f"*{suffix}"))
+        sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / folder).rglob(f"*{suffix}"))
         super().__init__(name, sources)
         self.folder = folder
 
@@ -121,7 +136,8 @@ class NinjaBuild(build_ext):
         from ninja import BIN_DIR, ninja_syntax
 
         torch_root = Path(torch.__file__).parent
-        torch_includes = [
+        includes = [
+            *("-I", str(ROOT / "csrc")),
             "-isystem",
             f"{torch_root}/include",
             "-isystem",
@@ -136,8 +152,8 @@ class NinjaBuild(build_ext):
             ninja.rule(
                 "cxx",
                 [
-                    *(host_compiler(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *torch_includes),
-                    *("$isa_flags", "-c", "$in", "-o", "$out"),
+                    *(host_compiler(), "-MMD", "-MF", "$out.d", *CXX_FLAGS, *includes),
+                    *("$flags", "-c", "$in", "-o", "$out"),
                 ],
                 depfile="$out.d",
                 deps="gcc",
@@ -150,7 +166,7 @@ class NinjaBuild(build_ext):
                 ninja.build(stub, "stub", variables={"soname": Path(stub).name})
                 ninja.rule(
                     "nvcc",
-                    [nvcc, "-MD", "-MF", "$out.d", *NVCC_FLAGS, *torch_includes, "-c", "$in", "-o", "$out"],
+                    [nvcc, "-MD", "-MF", "$out.d", *NVCC_FLAGS, *includes, "-c", "$in", "-o", "$out"],
                     depfile="$out.d",
                     deps="gcc",
                 )
@@ -168,13 +184,9 @@ class NinjaBuild(build_ext):
             for extension in self.extensions:
                 compiler, linker = ("nvcc", "nvcc_link") if extension.folder == "cuda" else ("cxx", "link")
                 objects = [
-                    ninja.build(
-                        str(build_dir / f"{source}.o"),
-                        compiler,
-                        str(ROOT / source),
-                        variables={"isa_flags": " ".join(instruction_set_flags(source))},
-                    )[0]
+                    ninja.build(str(build_dir / name), compiler, str(ROOT / source), variables={"flags": flags})[0]
                     for source in extension.sources
+                    for name, flags in compilations(source).items()
                 ]
                 library = str(Path(self.get_ext_fullpath(extension.name)).resolve())
                 ninja.build(library, linker, objects, implicit=[stub] if extension.folder == "cuda" else None)
@@ -197,12 +209,12 @@ if (nvcc := find_nvcc()) is not None:
     libraries.append(StableLibrary(f"stamp_kernels._cuda{cuda_major(nvcc)}", "cuda"))
 
 setup(
-    packages=[
-        "stamp_kernels",
-        *(f"stamp_kernels.{name}" for name in ("ops", "reference", "modules", "integrations", "data", "profiling")),
-        "stamp_kernels.triton_kernels",
-    ],
-    package_dir={"stamp_kernels.triton_kernels": "triton_kernels"},
+    # stamp_kernels/triton_kernels is a link to triton_kernels/, so that one folder serves the installed package and,
+    # in an editable install, type checkers and editors. (A package of that name at the top level of an installation
+    # would collide with the one that ships with Triton's own repository.)
+    packages=find_packages(include=["stamp_kernels", "stamp_kernels.*"]),
+    # An editable install is then one line in a .pth file, which every tool reads, instead of an import hook.
+    package_dir={"": "."},
     package_data={"stamp_kernels": ["py.typed"]},
     ext_modules=libraries,
     cmdclass={"build_ext": NinjaBuild, "bdist_wheel": AnyPythonWheel},

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from stamp_kernels.profiling.data import batches
-from stamp_kernels.profiling.interactions import load_interactions
+from stamp_kernels.profiling.commands.train import TrainSettings, prepare_data
+from stamp_kernels.profiling.data.batches import batches
+from stamp_kernels.profiling.data.interactions import load_interactions
 from stamp_kernels.profiling.measure import describe_device, keep_freed_memory
-from stamp_kernels.profiling.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
-from stamp_kernels.profiling.train import TrainSettings, prepare_data
+from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
 
 WARMUP = 3
 SAP_OPS = {
@@ -34,7 +34,9 @@ def profiled_steps(arguments: argparse.Namespace, device: torch.device) -> profi
         batch_size=arguments.batch_size, dtype="float32", device=device, seed=0, epochs=0, evaluate=False, max_items=30,
     )  # fmt: skip
     data = prepare_data(load_interactions(arguments.data), settings)
-    sizes = RecommenderSettings(levels=data.vocabulary.levels, codebook_size=data.vocabulary.codebook_size)
+    sizes = RecommenderSettings(
+        codes_per_item=data.vocabulary.codes_per_item, codebook_size=data.vocabulary.codebook_size
+    )
     recommender = build_recommender(arguments.configuration, sizes, seed=0).to(device).train()
     optimizer = torch.optim.AdamW(recommender.parameters(), fused=True)
     rows = batches(

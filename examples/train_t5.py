@@ -26,15 +26,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import T5Config, T5ForConditionalGeneration
 
 from stamp_kernels.data import PackingCollator, TokenBudgetBatchSampler
-from stamp_kernels.integrations.transformers_t5 import (
+from stamp_kernels.integrations.transformers.t5 import (
     PredictionConfig,
     PruningConfig,
     apply_stamp,
     global_target_counts,
 )
-from stamp_kernels.profiling.data import TrainingRows, Vocabulary
-from stamp_kernels.profiling.interactions import load_interactions
-from stamp_kernels.profiling.semantic_ids import assign_semantic_ids
+from stamp_kernels.profiling.data.batches import TrainingRows, Vocabulary
+from stamp_kernels.profiling.data.interactions import load_interactions
+from stamp_kernels.profiling.data.semantic_ids import assign_semantic_ids
 
 
 class NextItems(Dataset):
@@ -45,10 +45,10 @@ class NextItems(Dataset):
         semantic_ids = interactions.semantic_ids
         if semantic_ids is None:
             semantic_ids = assign_semantic_ids(interactions)
-        self.vocabulary = Vocabulary(levels=semantic_ids.shape[1], codebook_size=int(semantic_ids.max()) + 1)
+        self.vocabulary = Vocabulary(codes_per_item=semantic_ids.shape[1], codebook_size=int(semantic_ids.max()) + 1)
         self.tokens_of_item = self.vocabulary.tokens(semantic_ids)  # [num_items, levels]
         self.rows = TrainingRows(interactions, max_items)
-        self.lengths = (self.rows.target - self.rows.start) * self.vocabulary.levels
+        self.lengths = (self.rows.target - self.rows.start) * self.vocabulary.codes_per_item
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,9 +120,9 @@ def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimize
 def train(args: argparse.Namespace, device: torch.device) -> None:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dataset = NextItems(args.data, args.max_items)
-    levels = dataset.vocabulary.levels
+    levels = dataset.vocabulary.codes_per_item
     ranges = [dataset.vocabulary.level_range(level) for level in range(levels)]
-    prediction = PredictionConfig(num_steps=3, levels=levels, vocab_ranges=ranges)
+    prediction = PredictionConfig(num_steps=3, codes_per_item=levels, vocab_ranges=ranges)
     loader = DataLoader(
         dataset,
         batch_sampler=TokenBudgetBatchSampler(dataset.lengths, args.max_tokens, seed=args.seed),

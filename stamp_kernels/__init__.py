@@ -7,13 +7,16 @@ linear cross-entropy. Importing this package loads no Triton, no model library, 
 from stamp_kernels._backend import use_backend
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import PrunedSequence, SemanticAdaptivePruning
-from stamp_kernels.ops.attention import AttentionOutput, packed_attention
-from stamp_kernels.ops.cross_entropy import MultiTokenLoss, multi_token_cross_entropy, shift_targets
-from stamp_kernels.ops.importance import attention_centrality, token_importance
+from stamp_kernels.ops.attention.attention_centrality import attention_centrality
+from stamp_kernels.ops.attention.packed_attention import AttentionOutput, packed_attention
+from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
+from stamp_kernels.ops.cross_entropy.shift_targets import shift_targets
 from stamp_kernels.ops.prepare import prepare
-from stamp_kernels.ops.pruning import PrunedTokens, prune
-from stamp_kernels.ops.selection import TokenSelection, gather_tokens, select_tokens
-from stamp_kernels.packed import PackedSequence
+from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.ops.pruning.importance import token_importance
+from stamp_kernels.ops.pruning.prune import PrunedTokens, prune
+from stamp_kernels.ops.pruning.selection import TokenSelection, select_tokens
+from stamp_kernels.packed import PackedBatch
 from stamp_kernels.relative_position import RelativePositionBias
 
 __version__ = "0.1.0"
@@ -23,7 +26,7 @@ __all__ = [
     "LinearDecay",
     "MultiStepPrediction",
     "MultiTokenLoss",
-    "PackedSequence",
+    "PackedBatch",
     "PrunedSequence",
     "PrunedTokens",
     "RelativePositionBias",

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stamp_kernels.common.contents import check_cu_seqlens_contents
+from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
-from stamp_kernels.ops.selection import gather_tokens
-from stamp_kernels.reference._contents import check_cu_seqlens_contents
-from stamp_kernels.reference.selection import TokenSelection, sequence_of_row
+from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.ops.pruning.selection import TokenSelection
 
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import JaggedTensor
@@ -20,7 +21,7 @@ _INTEGERS = (torch.int32, torch.int64)
 
 # eq=False: comparing tensors for equality gives tensors, so packed batches compare by identity.
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedSequence:
+class PackedBatch:
     """Sequences packed one after another, in the layout of variable-length attention kernels.
 
     Differentiable through `values`. `dataclasses.replace(packed, values=...)` gives other values in the same layout.
@@ -65,7 +66,7 @@ class PackedSequence:
             check_tensor("lengths_cpu", self.lengths_cpu, shape=[batch], dtypes=_INTEGERS, device=_HOST)
 
     @classmethod
-    def from_padded(cls, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> "PackedSequence":
+    def from_padded(cls, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> "PackedBatch":
         """Drop the padding of `x`.
 
         Packs every row's valid tokens in their order, wherever the padding is: right, left or scattered. The host
@@ -171,7 +172,7 @@ class PackedSequence:
         return padded.unflatten(0, (batch, total_length))
 
     @classmethod
-    def from_nested(cls, nested: Tensor) -> "PackedSequence":
+    def from_nested(cls, nested: Tensor) -> "PackedBatch":
         """The values and offsets of a nested tensor of the jagged layout, without a copy of the values.
 
         One sync for the lengths where the tensor is not on the CPU.
@@ -197,7 +198,7 @@ class PackedSequence:
         )
 
     @classmethod
-    def from_jagged(cls, jagged: "JaggedTensor") -> "PackedSequence":
+    def from_jagged(cls, jagged: "JaggedTensor") -> "PackedBatch":
         """The values and offsets of a TorchRec JaggedTensor, without a copy of the values; weights are left out.
 
         One sync for the lengths where the tensor is not on the CPU. One feature of a KeyedJaggedTensor is
@@ -229,7 +230,7 @@ class PackedSequence:
         position = row - self.cu_seqlens[sequence]
         return torch.where(row < self.cu_seqlens[-1], position, 0)
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedSequence":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         """The same batch on another device; lengths_cpu stays on the host."""
         positions = self.positions
         return dataclasses.replace(
@@ -239,7 +240,7 @@ class PackedSequence:
             positions=None if positions is None else positions.to(device, non_blocking=non_blocking),
         )
 
-    def pin_memory(self) -> "PackedSequence":
+    def pin_memory(self) -> "PackedBatch":
         """The same batch in page-locked host memory, from where `to(device, non_blocking=True)` does not wait.
 
         A DataLoader with pin_memory=True calls it. lengths_cpu, which never leaves the host, stays as it is.
@@ -253,7 +254,7 @@ class PackedSequence:
         )
 
     @classmethod
-    def _from_offsets(cls, values: Tensor, offsets: Tensor) -> "PackedSequence":
+    def _from_offsets(cls, values: Tensor, offsets: Tensor) -> "PackedBatch":
         lengths_cpu = offsets.diff().to(_HOST, torch.int32)
         max_seqlen = int(lengths_cpu.max()) if lengths_cpu.numel() > 0 else 0
         return cls(values, offsets.to(torch.int32), max_seqlen, lengths_cpu=lengths_cpu)
@@ -264,4 +265,4 @@ class PackedSequence:
 
 
 # FSDP2 and torch.export find the tensors of arguments and results through the pytree.
-torch.export.register_dataclass(PackedSequence, serialized_type_name="stamp_kernels.PackedSequence")
+torch.export.register_dataclass(PackedBatch, serialized_type_name="stamp_kernels.PackedBatch")

@@ -11,8 +11,7 @@ from closeness import assert_close
 from ragged import BATCHES, RaggedBatch
 from torch import Tensor
 
-from stamp_kernels.ops.attention import flat_bias
-from stamp_kernels.reference.attention import AttentionOutput
+from stamp_kernels.ops.attention.packed_attention import AttentionOutput, flat_bias
 from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
 
 # Small enough that the sequences below reach the logarithmic buckets and the shared last one.
@@ -63,7 +62,7 @@ class AttentionCase:
             if self.batch_k is not None:
                 inputs["positions_k"] = batch_k.positions()
         if self.query_mask:
-            inputs["query_mask"] = torch.rand(self.batch.total) < 0.6
+            inputs["centrality_query_mask"] = torch.rand(self.batch.total) < 0.6
         if self.dropout_p > 0:
             inputs |= dict(dropout_p=self.dropout_p, dropout_seed=torch.tensor([DROPOUT_SEED]))
         return inputs
@@ -118,9 +117,9 @@ def contract_keep_mask(p: float, seed: int, sequence: int, shape: tuple[int, int
 
 
 def dense_attention(
-    q, k, v, cu_seqlens_q, max_seqlen_q, cu_seqlens_k=None, max_seqlen_k=None, *, causal=False, scale=None,
-    relative_bias=None, positions_q=None, positions_k=None, query_mask=None, dropout_p=0.0, dropout_seed=None,
-    return_lse=False, return_centrality=False,
+    q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *, causal=False, scale=None,
+    relative_bias=None, positions_q=None, positions_k=None, centrality_query_mask=None, dropout_p=0.0,
+    dropout_seed=None, return_lse=False, return_centrality=False,
 ) -> AttentionOutput:  # fmt: skip
     """Sequence by sequence with torch's attention and an explicit mask, lse and centrality from explicit scores."""
     if cu_seqlens_k is None:
@@ -151,7 +150,7 @@ def dense_attention(
         scores = scale * q_i @ k_i.transpose(1, 2) + mask
         lse[:, rows_q] = scores.detach().logsumexp(-1)
         weights = (scores - lse[:, rows_q, None]).exp().nan_to_num(0)  # 0 where the query sees no key
-        voting = slice(None) if query_mask is None else query_mask[rows_q]
+        voting = slice(None) if centrality_query_mask is None else centrality_query_mask[rows_q]
         centrality[rows_k] = weights.detach()[:, voting].sum((0, 1))
         if dropout_p > 0:
             keep = contract_keep_mask(dropout_p, dropout_seed.item(), i, (num_heads, n_q, n_k))
@@ -250,11 +249,11 @@ BAD_ARGUMENTS = [
         {name: _bad_rows(_TOTAL, 4, 8, device="meta") for name in ("q", "k")},
         "q must have dtype float32, float16 or bfloat16 on this device, got torch.float64",
     ),
-    (dict(k=_bad_rows(_TOTAL, 2, 16)), r"k must have shape \[31, num_heads_k, 8\], got \[31, 2, 16\]"),
-    (dict(k=_bad_rows(_TOTAL + 1, 2, 8)), r"k must have shape \[31, num_heads_k, 8\], got \[32, 2, 8\]"),
+    (dict(k=_bad_rows(_TOTAL, 2, 16)), r"k must have shape \[31, num_heads_kv, 8\], got \[31, 2, 16\]"),
+    (dict(k=_bad_rows(_TOTAL + 1, 2, 8)), r"k must have shape \[31, num_heads_kv, 8\], got \[32, 2, 8\]"),
     (dict(k=_bad_rows(_TOTAL, 2, 8, dtype=torch.float32)), "k must have dtype torch.float64, got torch.float32"),
-    (dict(k=_bad_rows(_TOTAL, 3, 8)), "k: num_heads_k must divide the 4 heads of q, got 3"),
-    (dict(k=_bad_rows(_TOTAL, 0, 8)), "k: num_heads_k must divide the 4 heads of q, got 0"),
+    (dict(k=_bad_rows(_TOTAL, 3, 8)), "k: num_heads_kv must divide the 4 heads of q, got 3"),
+    (dict(k=_bad_rows(_TOTAL, 0, 8)), "k: num_heads_kv must divide the 4 heads of q, got 0"),
     *(
         (
             dict(q=_bad_rows(_TOTAL, 4, dim), k=_bad_rows(_TOTAL, 2, dim)),
@@ -282,11 +281,15 @@ BAD_ARGUMENTS = [
         dict(positions_k=torch.zeros(_TOTAL - 1, dtype=torch.int32)),
         r"positions_k must have shape \[31\], got \[30\]",
     ),
-    (dict(query_mask=torch.ones(_TOTAL)), "query_mask must have dtype torch.bool, got torch.float32"),
     (
-        dict(query_mask=torch.ones(_TOTAL + 1, dtype=torch.bool)),
+        dict(centrality_query_mask=torch.ones(_TOTAL)),
+        "query_mask must have dtype torch.bool, got torch.float32",
+    ),
+    (
+        dict(centrality_query_mask=torch.ones(_TOTAL + 1, dtype=torch.bool)),
         r"query_mask must have shape \[31\], got \[32\]",
     ),
+    (dict(max_seqlen_q=None), r"max_seqlen_q must be an int \(not a tensor\), got NoneType"),
 ]
 BAD_CONTENTS = [
     (dict(cu_seqlens_q=_CU + 1), r"cu_seqlens_q\[0\] must be 0, got 1"),

@@ -7,20 +7,20 @@ from closeness import relative_error
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from stamp_kernels.integrations.transformers_t5 import (
+from stamp_kernels.integrations.transformers.t5 import (
     PredictionConfig,
     PruningConfig,
     StampT5ForConditionalGeneration,
     apply_stamp,
 )
-from stamp_kernels.packed import PackedSequence
+from stamp_kernels.packed import PackedBatch
 
 VOCAB_SIZE = 61
 LEVELS = 4
 LENGTHS = (7, 1, 30, 2, 13, 200)  # the last one reaches beyond the exact and the logarithmic buckets
 
 PRUNING = PruningConfig(schedule=[(1, 0.5)])
-PREDICTION = PredictionConfig(num_steps=2, levels=LEVELS)
+PREDICTION = PredictionConfig(num_steps=2, codes_per_item=LEVELS)
 HEADS = {
     "linear": dict(head="linear"),
     "residual": dict(head="residual"),
@@ -61,9 +61,9 @@ def future_batch() -> dict[str, Tensor]:
     return batch | dict(future_ids=torch.randint(1, VOCAB_SIZE, (len(LENGTHS), 2 * LEVELS)))
 
 
-def packed_batch() -> PackedSequence:
+def packed_batch() -> PackedBatch:
     batch = padded_batch()
-    return PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"])
+    return PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"])
 
 
 def trained_heads(model: StampT5ForConditionalGeneration) -> StampT5ForConditionalGeneration:

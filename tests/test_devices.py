@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from stamp_kernels import (
-    PackedSequence,
+    PackedBatch,
     RelativePositionBias,
     attention_centrality,
     gather_tokens,
@@ -25,7 +25,7 @@ from stamp_kernels import (
     token_importance,
     use_backend,
 )
-from stamp_kernels.integrations.transformers_t5 import (
+from stamp_kernels.integrations.transformers.t5 import (
     PredictionConfig,
     PruningConfig,
     StampT5ForConditionalGeneration,
@@ -88,11 +88,11 @@ def attention_step(
     max_seqlen = max_seqlen or max(lengths)
     options = dict(causal=True, relative_bias=RelativePositionBias(table))
     result = packed_attention(
-        q, k, v, cu_seqlens, max_seqlen, **options, dropout_p=dropout_p,
+        q, k, v, cu_seqlens, max_seqlen_q=max_seqlen, **options, dropout_p=dropout_p,
         dropout_seed=torch.tensor([7], device=q.device) if dropout_p > 0 else None, return_lse=True,
         return_centrality=True,
     )  # fmt: skip
-    centrality = attention_centrality(q, k, result.lse, cu_seqlens, max_seqlen, **options)
+    centrality = attention_centrality(q, k, result.lse, cu_seqlens, max_seqlen_q=max_seqlen, **options)
     gradients = torch.autograd.grad(result.out, (q, k, v, table), grad)
     return [result.out, result.lse.t(), result.centrality, centrality, *gradients]
 
@@ -163,7 +163,14 @@ def test_attention_in_a_cuda_graph():
 
     def step() -> list[Tensor]:
         result = packed_attention(
-            q, k, v, cu_seqlens, 257, relative_bias=RelativePositionBias(table), return_lse=True, return_centrality=True
+            q,
+            k,
+            v,
+            cu_seqlens,
+            max_seqlen_q=257,
+            relative_bias=RelativePositionBias(table),
+            return_lse=True,
+            return_centrality=True,
         )
         return [*result, *torch.autograd.grad(result.out, (q, k, v, table), grad)]
 
@@ -210,7 +217,7 @@ def test_prune(device, dtype, lengths):
     def run(device: str) -> list[Tensor]:
         kept = prune(
             [x.to(device) for x in (hidden, labels)], scores.to(device), cu_seqlens.to(device), max(lengths),
-            keep_ratio=1 / 3, protect=protect.to(device), item_length=4,
+            keep_ratio=1 / 3, protect=protect.to(device), codes_per_item=4,
         )  # fmt: skip
         return [kept.selection.cu_seqlens, kept.selection.inverse, *kept.x, kept.positions, kept.selection.indices]
 
@@ -389,9 +396,9 @@ def test_a_capture_that_lacks_a_constant_says_what_to_call():
 @pytest.fixture
 def no_constants(monkeypatch):
     """As in a process whose first calls are compiled ones."""
-    from stamp_kernels.triton_kernels import _constants
+    from stamp_kernels.triton_kernels import constants
 
-    monkeypatch.setattr(_constants, "_CONSTANTS", {})
+    monkeypatch.setattr(constants, "_CONSTANTS", {})
 
 
 def assert_reduced_overhead_changes_nothing(
@@ -424,7 +431,14 @@ def test_attention_compiled_to_cuda_graphs(no_constants, differentiate):
         bias = RelativePositionBias(table)
         return list(
             packed_attention(
-                q, k, v, cu_seqlens, max(LENGTHS), relative_bias=bias, return_lse=True, return_centrality=True
+                q,
+                k,
+                v,
+                cu_seqlens,
+                max_seqlen_q=max(LENGTHS),
+                relative_bias=bias,
+                return_lse=True,
+                return_centrality=True,
             )
         )
 
@@ -532,7 +546,7 @@ def test_stamped_t5(device):
 @pytest.mark.gpu
 def test_a_training_step_on_packed_inputs_never_waits_for_the_gpu():
     model, batch = stamped_t5().to("cuda"), t5_batch()
-    packed = PackedSequence.from_padded(batch["input_ids"], batch["attention_mask"]).to("cuda")
+    packed = PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"]).to("cuda")
     labels, future_ids = batch["labels"].to("cuda"), batch["future_ids"].to("cuda")
     counts = global_target_counts(labels, future_ids, model.stamp_prediction_config)
     inputs = dict(packed_inputs=packed, labels=labels, future_ids=future_ids, **counts)
@@ -545,8 +559,8 @@ def test_a_training_step_on_packed_inputs_never_waits_for_the_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("item_length", [1, 4])
-def test_pruning_in_a_cuda_graph(item_length):
+@pytest.mark.parametrize("codes_per_item", [1, 4])
+def test_pruning_in_a_cuda_graph(codes_per_item):
     """From attention to the kept rows and back, captured once, replayed on other contents and other lengths."""
     lengths, other_lengths = (32, 0, 4, 260, 64, 8, 8, 120), (8, 64, 260, 4, 0, 32, 120, 8)
     total = sum(lengths) + TAIL
@@ -556,10 +570,10 @@ def test_pruning_in_a_cuda_graph(item_length):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
 
     def step() -> list[Tensor]:
-        centrality = packed_attention(q, k, v, cu_seqlens, 260, return_centrality=True).centrality
+        centrality = packed_attention(q, k, v, cu_seqlens, max_seqlen_q=260, return_centrality=True).centrality
         kept = prune(
             [hidden, labels], centrality, cu_seqlens, 260, keep_ratio=1 / 3, protect=protect, num_protected=total,
-            item_length=item_length,
+            codes_per_item=codes_per_item,
         )  # fmt: skip
         importance = token_importance(hidden, centrality, cu_seqlens, norm="l2", normalize="visible_queries")
         selection = select_tokens(importance, cu_seqlens, 260, keep_count=5 * cu_seqlens.diff() // 9)

@@ -10,8 +10,9 @@ from closeness import assert_close
 from ragged import BATCHES
 
 from stamp_kernels._backend import reference_is_forced, use_backend
-from stamp_kernels.ops.importance import token_importance
-from stamp_kernels.ops.selection import gather_tokens, select_tokens
+from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.ops.pruning.importance import token_importance
+from stamp_kernels.ops.pruning.selection import select_tokens
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:

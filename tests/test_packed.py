@@ -1,4 +1,4 @@
-"""PackedSequence: into the packed layout and back, from padded, nested and TorchRec tensors."""
+"""PackedBatch: into the packed layout and back, from padded, nested and TorchRec tensors."""
 
 import dataclasses
 import re
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
-from stamp_kernels.packed import PackedSequence
+from stamp_kernels.packed import PackedBatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def packed_of(batch: RaggedBatch, *shape: int, known: bool = True, device: str = "cpu") -> PackedSequence:
+def packed_of(batch: RaggedBatch, *shape: int, known: bool = True, device: str = "cpu") -> PackedBatch:
     values = torch.randn(batch.total, *shape, device=device)
     lengths_cpu = torch.tensor(batch.lengths, dtype=torch.int64) if known else None
-    return PackedSequence(values, batch.cu_seqlens.to(device), batch.max_seqlen, lengths_cpu=lengths_cpu)
+    return PackedBatch(values, batch.cu_seqlens.to(device), batch.max_seqlen, lengths_cpu=lengths_cpu)
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
@@ -51,7 +51,7 @@ def padded_mask(lengths: tuple[int, ...], padded_length: int, padding: str) -> T
 def test_from_padded_takes_the_valid_tokens_of_each_row(batch, room, padding):
     mask = padded_mask(batch.lengths, batch.max_seqlen + room, padding)
     x = torch.randn(*mask.shape, 3)
-    packed = PackedSequence.from_padded(x, mask)
+    packed = PackedBatch.from_padded(x, mask)
     assert torch.equal(packed.values, x[mask])
     assert torch.equal(packed.cu_seqlens, batch.cu_seqlens)
     assert packed.max_seqlen == batch.max_seqlen
@@ -64,7 +64,7 @@ def test_lengths_mean_padding_on_the_right(batch, room):
     mask = padded_mask(batch.lengths, batch.max_seqlen + room, "right")
     x = torch.randn(*mask.shape, 3)
     for dtype in (torch.int32, torch.int64):
-        packed = PackedSequence.from_padded(x, lengths=torch.tensor(batch.lengths, dtype=dtype))
+        packed = PackedBatch.from_padded(x, lengths=torch.tensor(batch.lengths, dtype=dtype))
         assert torch.equal(packed.values, x[mask])
         assert torch.equal(packed.cu_seqlens, batch.cu_seqlens)
 
@@ -74,7 +74,7 @@ def test_lengths_mean_padding_on_the_right(batch, room):
 def test_integer_masks_and_token_ids(device, dtype):
     mask = torch.tensor([[0, 1, 1], [1, 0, 0], [0, 0, 0]], dtype=dtype, device=device)
     token_ids = torch.arange(9, device=device).view(3, 3)
-    packed = PackedSequence.from_padded(token_ids, mask)
+    packed = PackedBatch.from_padded(token_ids, mask)
     assert packed.values.tolist() == [1, 2, 3]
     assert packed.values.dtype == torch.int64
     assert packed.cu_seqlens.tolist() == [0, 2, 3, 3]
@@ -101,10 +101,10 @@ def test_to_padded_is_as_wide_as_the_longest_sequence(name):
 def test_padded_there_and_back(dtype, shape):
     batch = BATCHES["ragged"]
     values = torch.randint(0, 2, (batch.total, *shape)).to(dtype)
-    packed = PackedSequence(values, batch.cu_seqlens, batch.max_seqlen)
+    packed = PackedBatch(values, batch.cu_seqlens, batch.max_seqlen)
     for side in ("right", "left"):
         padded = packed.to_padded(padding_side=side)
-        back = PackedSequence.from_padded(padded, padded_mask(batch.lengths, batch.max_seqlen, side))
+        back = PackedBatch.from_padded(padded, padded_mask(batch.lengths, batch.max_seqlen, side))
         assert back.values.dtype == dtype
         assert torch.equal(back.values, values[: batch.valid])
         assert torch.equal(back.cu_seqlens, batch.cu_seqlens)
@@ -124,7 +124,7 @@ def test_gradients_reach_valid_tokens_alone(device):
     assert (values.grad[batch.valid :] == 0).all()
 
     x = torch.randn(*mask.shape, 2, device=device, requires_grad=True)
-    PackedSequence.from_padded(x, mask).values.backward(weight[mask])
+    PackedBatch.from_padded(x, mask).values.backward(weight[mask])
     assert torch.equal(x.grad, weight * mask.unsqueeze(2))
 
 
@@ -134,9 +134,9 @@ def test_gradcheck():
     mask = padded_mask(batch.lengths, 4, "scattered")
     x = torch.randn(4, 4, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda values: PackedSequence(values, batch.cu_seqlens, 3).to_padded(padding_side="left"), values
+        lambda values: PackedBatch(values, batch.cu_seqlens, 3).to_padded(padding_side="left"), values
     )
-    assert torch.autograd.gradcheck(lambda x: PackedSequence.from_padded(x, mask).values, x)
+    assert torch.autograd.gradcheck(lambda x: PackedBatch.from_padded(x, mask).values, x)
 
 
 @pytest.mark.gpu
@@ -146,8 +146,8 @@ def test_host_masks_and_lengths_cost_no_sync():
     lengths = torch.tensor([4, 0, 2])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        from_mask = PackedSequence.from_padded(x, mask)
-        from_lengths = PackedSequence.from_padded(x, lengths=lengths)
+        from_mask = PackedBatch.from_padded(x, mask)
+        from_lengths = PackedBatch.from_padded(x, lengths=lengths)
         padded = from_lengths.to_padded(padding_side="left")
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -173,14 +173,14 @@ def test_host_masks_and_lengths_cost_no_sync():
 )
 def test_from_padded_names_the_bad_argument(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        PackedSequence.from_padded(**{"x": torch.zeros(2, 3), **arguments})
+        PackedBatch.from_padded(**{"x": torch.zeros(2, 3), **arguments})
 
 
 @pytest.mark.parametrize("lengths", [[-1, 2], [0, 4]])
 def test_from_padded_reports_lengths_that_do_not_fit(lengths):
     message = f"lengths must be in [0, 3], got {lengths[0]} to {lengths[1]}"
     with pytest.raises(RuntimeError, match=re.escape(message)):
-        PackedSequence.from_padded(torch.zeros(2, 3), lengths=torch.tensor(lengths))
+        PackedBatch.from_padded(torch.zeros(2, 3), lengths=torch.tensor(lengths))
 
 
 def test_to_padded_names_the_bad_argument():
@@ -211,7 +211,7 @@ def test_nested_there_and_back(name, known):
     assert [row.tolist() for row in nested.unbind()] == [packed.values[rows].tolist() for rows in batch.slices()]
     assert share_memory(nested.values(), packed.values)
 
-    back = PackedSequence.from_nested(nested)
+    back = PackedBatch.from_nested(nested)
     assert share_memory(back.values, packed.values)
     assert torch.equal(back.values, packed.values[: batch.valid])
     assert torch.equal(back.cu_seqlens, batch.cu_seqlens)
@@ -224,7 +224,7 @@ def test_nested_there_and_back(name, known):
 
 def test_from_nested_of_a_list():
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.zeros(0, 3), torch.ones(4, 3)], layout=torch.jagged)
-    packed = PackedSequence.from_nested(nested)
+    packed = PackedBatch.from_nested(nested)
     assert packed.cu_seqlens.dtype == torch.int32
     assert packed.cu_seqlens.tolist() == [0, 2, 2, 6]
     assert packed.max_seqlen == 4
@@ -232,15 +232,15 @@ def test_from_nested_of_a_list():
 
 def test_from_nested_names_the_bad_argument():
     with pytest.raises(ValueError, match=r"nested must be a nested tensor with layout=torch\.jagged"):
-        PackedSequence.from_nested(torch.zeros(2, 3))
+        PackedBatch.from_nested(torch.zeros(2, 3))
     jagged = packed_of(BATCHES["no_tail"], 2).to_nested()
     holes = torch.nested.narrow(
         torch.zeros(2, 5, 3), 1, torch.tensor([0, 1]), torch.tensor([2, 3]), layout=torch.jagged
     )
     for nested in (jagged.transpose(1, 2), holes):
         with pytest.raises(ValueError, match=r"nested must be contiguous.*\.contiguous\(\)"):
-            PackedSequence.from_nested(nested)
-    assert PackedSequence.from_nested(holes.contiguous()).lengths_cpu.tolist() == [2, 3]
+            PackedBatch.from_nested(nested)
+    assert PackedBatch.from_nested(holes.contiguous()).lengths_cpu.tolist() == [2, 3]
 
 
 # TorchRec
@@ -283,7 +283,7 @@ def test_jagged_there_and_back(torchrec, name, known):
     assert jagged.lengths().tolist() == list(batch.lengths)
     assert torch.equal(jagged.offsets(), batch.cu_seqlens)
 
-    back = PackedSequence.from_jagged(jagged)
+    back = PackedBatch.from_jagged(jagged)
     assert share_memory(back.values, packed.values)
     assert torch.equal(back.cu_seqlens, batch.cu_seqlens)
     assert back.max_seqlen == batch.max_seqlen
@@ -291,7 +291,7 @@ def test_jagged_there_and_back(torchrec, name, known):
 
 
 def test_from_jagged_takes_int64_offsets():
-    packed = PackedSequence.from_jagged(StandInJaggedTensor(torch.arange(5), offsets=torch.tensor([0, 3, 5])))
+    packed = PackedBatch.from_jagged(StandInJaggedTensor(torch.arange(5), offsets=torch.tensor([0, 3, 5])))
     assert packed.cu_seqlens.dtype == torch.int32
     assert packed.max_seqlen == 3
 
@@ -341,7 +341,7 @@ def test_pin_memory_pins_what_moves_to_the_device(monkeypatch, with_positions):
     result = torch_pin_memory({"packed": packed})["packed"]
     moving = [packed.values, packed.cu_seqlens, *([packed.positions] if with_positions else [])]
     assert [id(x) for x in pinned] == [id(x) for x in moving]
-    assert isinstance(result, PackedSequence)
+    assert isinstance(result, PackedBatch)
     assert result.values is not packed.values
     assert torch.equal(result.values, packed.values)
     assert torch.equal(result.cu_seqlens, packed.cu_seqlens)
@@ -391,7 +391,7 @@ def test_is_frozen():
 def test_names_the_bad_field(fields, message):
     good = {"values": torch.zeros(5, 2), "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32), "max_seqlen": 5}
     with pytest.raises(ValueError, match=re.escape(message)):
-        PackedSequence(**{**good, **fields})
+        PackedBatch(**{**good, **fields})
 
 
 @pytest.mark.gpu
@@ -405,7 +405,7 @@ def test_is_a_pytree():
     leaves, spec = pytree.tree_flatten({"packed": packed})
     assert any(leaf is packed.values for leaf in leaves)
     back = pytree.tree_unflatten(leaves, spec)["packed"]
-    assert isinstance(back, PackedSequence)
+    assert isinstance(back, PackedBatch)
     assert back.values is packed.values
     assert back.positions is None
     doubled = pytree.tree_map_only(Tensor, lambda x: x * 2, packed)
@@ -414,8 +414,8 @@ def test_is_a_pytree():
 
 @pytest.mark.parametrize("known", [True, False])
 def test_compiles_in_and_out_once_for_all_sizes(known):
-    def double(packed: PackedSequence) -> tuple[PackedSequence, Tensor]:
-        made = PackedSequence(packed.values * 2, packed.cu_seqlens, packed.max_seqlen, packed.materialized_positions())
+    def double(packed: PackedBatch) -> tuple[PackedBatch, Tensor]:
+        made = PackedBatch(packed.values * 2, packed.cu_seqlens, packed.max_seqlen, packed.materialized_positions())
         made = dataclasses.replace(made, lengths_cpu=packed.lengths_cpu)
         return made, made.to_padded(made.max_seqlen + 1, padding_side="left", padding_value=-1)
 
@@ -425,7 +425,7 @@ def test_compiles_in_and_out_once_for_all_sizes(known):
         packed = packed_of(batch, 24, known=known)
         values = packed.values.requires_grad_()
         (made, padded), (made_eager, padded_eager) = compiled(packed), double(packed)
-        assert isinstance(made, PackedSequence)
+        assert isinstance(made, PackedBatch)
         assert torch.equal(made.positions, made_eager.positions)
         assert made.max_seqlen == batch.max_seqlen
         assert (made.lengths_cpu is not None) == known

@@ -26,10 +26,10 @@ def constants(monkeypatch) -> dict:
     pytest.importorskip("triton")
     from triton.runtime.jit import KernelInterface
 
-    from stamp_kernels.triton_kernels import _constants
+    from stamp_kernels.triton_kernels import constants
 
     made: dict = {}
-    monkeypatch.setattr(_constants, "_CONSTANTS", made)
+    monkeypatch.setattr(constants, "_CONSTANTS", made)
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
     return made
 
@@ -50,9 +50,16 @@ def attend(relative_bias: RelativePositionBias, max_seqlen: int) -> None:
     cu_seqlens = torch.empty(3, device=META, dtype=torch.int32)
     with served_by_triton():
         result = packed_attention(
-            q, k, v, cu_seqlens, max_seqlen, relative_bias=relative_bias, return_lse=True, return_centrality=True
+            q,
+            k,
+            v,
+            cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            relative_bias=relative_bias,
+            return_lse=True,
+            return_centrality=True,
         )
-        attention_centrality(q, k, result.lse, cu_seqlens, max_seqlen, relative_bias=relative_bias)
+        attention_centrality(q, k, result.lse, cu_seqlens, max_seqlen_q=max_seqlen, relative_bias=relative_bias)
         result.out.sum().backward()
 
 
@@ -92,8 +99,8 @@ def test_attention_without_preparation_makes_the_same(constants):
 def test_cross_entropy_finds_all_constants(constants, monkeypatch, vocab_ranges, memory, per_step):
     from stamp_kernels.triton_kernels import cross_entropy
 
-    for least in (0, cross_entropy.LEAST_LOGITS_IN_CHUNKS):
-        monkeypatch.setattr(cross_entropy, "LEAST_LOGITS_IN_CHUNKS", least)
+    for least in (0, cross_entropy.MIN_LOGITS_IN_CHUNKS):
+        monkeypatch.setattr(cross_entropy, "MIN_LOGITS_IN_CHUNKS", least)
         prepare(META, vocab_ranges=vocab_ranges)
         prepared = set(constants)
         predict(vocab_ranges, memory, per_step)
@@ -113,7 +120,9 @@ def test_multi_step_prediction_finds_all_constants(constants):
     prepare("meta", vocab_ranges=ranges)
     prepared = set(constants)
     with META:
-        prediction = MultiStepPrediction(16, 2, levels=3, vocab_size=40, vocab_ranges=ranges, step_weights=[1.0, 0.5])
+        prediction = MultiStepPrediction(
+            16, 2, codes_per_item=3, vocab_size=40, vocab_ranges=ranges, step_weights=[1.0, 0.5]
+        )
         hidden, targets = torch.empty(30, 16), torch.empty(30, 2, dtype=torch.int64)
     with served_by_triton():
         prediction(hidden, targets).backward()
@@ -122,7 +131,7 @@ def test_multi_step_prediction_finds_all_constants(constants):
 
 def test_constants_hold_what_they_name(constants):
     prepare("meta", vocab_ranges=RANGES)
-    from stamp_kernels.triton_kernels.cross_entropy_tiles import ranges_on_device
+    from stamp_kernels.triton_kernels.cross_entropy.tiles import ranges_on_device
 
     on_cpu: Tensor = ranges_on_device(tuple(RANGES), torch.device("cpu"))
     assert on_cpu.tolist() == [list(span) for span in RANGES] and on_cpu.dtype == torch.int32
@@ -185,7 +194,7 @@ def test_calls_after_preparation_never_wait_for_the_gpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss = multi_token_cross_entropy(hidden, weight, targets, vocab_ranges=RANGES, step_weights=[1.0, 0.5, 0.25])
-        out = packed_attention(q, q, q, cu_seqlens, 20, relative_bias=RelativePositionBias(table))
+        out = packed_attention(q, q, q, cu_seqlens, max_seqlen_q=20, relative_bias=RelativePositionBias(table))
         (loss + out.sum()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

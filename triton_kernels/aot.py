@@ -26,7 +26,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from stamp_kernels.triton_kernels._device import H100, DeviceProperties, stand_in
+from stamp_kernels.triton_kernels.device import H100, DeviceProperties, stand_in
 
 # Architectures by the number of their compute capability, each as a GPU that has it. What differs for the kernels is
 # shared memory: sm_86, sm_89 and sm_120 (A10, L4, RTX 4090 and 5090) have 99 KB for a block.

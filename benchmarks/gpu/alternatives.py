@@ -78,7 +78,7 @@ def _timed(name: str) -> Workload:
 
 
 def _forward_tile(name: str, **fields: object) -> Variant:
-    change = partial(changed_result, f"{_TRITON}.attention_forward", "forward_config", lambda c: c._replace(**fields))
+    change = partial(changed_result, f"{_TRITON}.attention.forward", "forward_config", lambda c: c._replace(**fields))
     return Variant(name, change)
 
 
@@ -91,7 +91,7 @@ def _backward_tile(name: str, *, of_queries: bool, **fields: object) -> Variant:
             return for_queries._replace(**fields), for_keys
         return for_queries, for_keys._replace(**fields)
 
-    return Variant(name, partial(changed_result, f"{_TRITON}.attention_backward", "backward_config", change))
+    return Variant(name, partial(changed_result, f"{_TRITON}.attention.backward", "backward_config", change))
 
 
 def _cross_entropy_by_width(width: int) -> Question:
@@ -107,12 +107,12 @@ def _cross_entropy_by_width(width: int) -> Question:
 
 
 def _chunk_bytes(mebibytes: int) -> Variant:
-    change = partial(changed_constant, f"{_TRITON}.cross_entropy_chunked", "CHUNK_BYTES", mebibytes * 2**20)
+    change = partial(changed_constant, f"{_TRITON}.cross_entropy.chunked", "CHUNK_BYTES", mebibytes * 2**20)
     return Variant(f"{mebibytes} MiB", change)
 
 
 def _hidden_gradient_stages(num_stages: int) -> Variant:
-    module, name = f"{_TRITON}.cross_entropy_backward", "hidden_gradient_config"
+    module, name = f"{_TRITON}.cross_entropy.backward", "hidden_gradient_config"
     return Variant(
         f"{num_stages} stages", partial(changed_result, module, name, lambda c: c._replace(num_stages=num_stages))
     )

@@ -55,7 +55,7 @@ GPU_FACTS = ("name", "driver_version", "clocks.max.sm", "clocks.max.mem", "power
 STAGE_SECONDS = {1: 200, 2: 240}
 REHEARSAL_FACTOR = 4  # of all limits: a rehearsal shares its two cores with whatever else runs there
 RESTART = 75  # as in cases.py, which imports torch
-MOST_RESTARTS = 10
+MAX_RESTARTS = 10
 # Between SIGINT, SIGTERM and SIGKILL; a process that hangs in the driver may survive all three.
 GRACE_SECONDS = 5
 
@@ -162,7 +162,7 @@ def run_part(part: Part, results: Results, log: IO[str], seconds: float, extra: 
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONUNBUFFERED": "1", **({"TRITON_INTERPRET": "1"} if rehearse else {})}
     end = time.monotonic() + seconds
-    for _ in range(MOST_RESTARTS):
+    for _ in range(MAX_RESTARTS):
         begun = len(results.begun())
         process = subprocess.Popen(
             [*command, *extra], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
@@ -180,7 +180,7 @@ def run_part(part: Part, results: Results, log: IO[str], seconds: float, extra: 
             return "finished"
         if code != RESTART and len(results.begun()) == begun:
             return f"exit status {code}"
-    return f"started {MOST_RESTARTS} times"
+    return f"started {MAX_RESTARTS} times"
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -21,7 +21,7 @@ from stamp_kernels.profiling.measure import describe_device
 
 T = TypeVar("T")
 
-FEWEST_REPLAYS, MOST_REPLAYS = 5, 40
+FEWEST_REPLAYS, MAX_REPLAYS = 5, 40
 
 
 class CaptureError(RuntimeError):
@@ -154,7 +154,7 @@ class Gpu(Device):
         end.record()
         torch.cuda.synchronize()
         once = 1e-3 * start.elapsed_time(end)
-        count = min(MOST_REPLAYS, max(FEWEST_REPLAYS, int(seconds / once)))
+        count = min(MAX_REPLAYS, max(FEWEST_REPLAYS, int(seconds / once)))
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
         captured.replay()  # the GPU is busy from here on, so that no interval has the launch of a graph in it
         for mark in marks[:-1]:

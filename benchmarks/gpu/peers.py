@@ -13,15 +13,16 @@ from device import Device
 from torch import Tensor
 from workloads import KEEP_RATIO, Attention, CrossEntropy, Gather, Prune, Workload
 
-from stamp_kernels.profiling import attention_peers, cross_entropy_peers
-from stamp_kernels.profiling.attention_peers import AttentionProblem, PreparedAttention
-from stamp_kernels.profiling.cross_entropy_peers import CrossEntropyProblem
-from stamp_kernels.profiling.selection_peers import num_kept, sort_within_sequences
+from stamp_kernels.profiling.peers import attention as attention_peers
+from stamp_kernels.profiling.peers import cross_entropy as cross_entropy_peers
+from stamp_kernels.profiling.peers.attention import AttentionProblem, PreparedAttention
+from stamp_kernels.profiling.peers.cross_entropy import CrossEntropyProblem
+from stamp_kernels.profiling.peers.pruning import num_kept, sort_within_sequences
 
 Inputs = dict[str, Tensor]
 
 # A padded map, of which the peers hold several; larger ones would take seconds.
-MOST_MAP_BYTES = 4 * 2**30
+MAX_MAP_BYTES = 4 * 2**30
 # Of each logit: itself, the softmax, the gradients of both, all in 16 bits, and twice that for temporaries.
 BYTES_PER_LOGIT = 16
 
@@ -87,7 +88,7 @@ def _attention_peers(workload: Attention) -> dict[str, Peer]:
 def _attention(workload: Attention, prepare: Callable[[AttentionProblem], PreparedAttention], x: Inputs) -> Steps:
     if workload.bias:
         map_bytes = len(workload.lengths) * workload.heads * max(workload.lengths) ** 2 * x["q"].element_size()
-        if map_bytes > MOST_MAP_BYTES:
+        if map_bytes > MAX_MAP_BYTES:
             raise SkipError(f"a padded map has {map_bytes / 2**30:.1f} GiB")
     problem = AttentionProblem(
         x["q"], x["k"], x["v"], workload.lengths, workload.causal, scale=1.0 if workload.bias else None,

@@ -9,7 +9,7 @@ from device import Device
 from torch import Tensor
 
 SECONDS = 0.12  # of replays that are timed, for each graph
-MOST_SETS = 40
+MAX_SETS = 40
 # A graph has several calls, so that the gap between two graphs, some 2 us, is a small part of it.
 MICROSECONDS_PER_GRAPH = 400
 
@@ -32,7 +32,7 @@ class Microseconds(NamedTuple):
 def num_input_sets(device: Device, one: dict[str, Tensor]) -> int:
     """As many as together exceed twice the cache, so that every set has left it when its turn comes again."""
     num_bytes = sum(x.numel() * x.element_size() for x in one.values())
-    return max(1, min(MOST_SETS, math.ceil(2 * device.cache_bytes / num_bytes)))
+    return max(1, min(MAX_SETS, math.ceil(2 * device.cache_bytes / num_bytes)))
 
 
 def microseconds(device: Device, step: Callable[[Any], object], input_sets: Sequence[Any]) -> Microseconds:

@@ -23,7 +23,7 @@ from stopwatch import Microseconds, microseconds, num_input_sets
 from workloads import TIMED, Workload
 
 from stamp_kernels.profiling.measure import Rates
-from stamp_kernels.profiling.peer_availability import PeerUnavailableError
+from stamp_kernels.profiling.peers.availability import PeerUnavailableError
 
 PREDICTIONS = json.loads(Path(__file__).with_name("predictions.json").read_text())["microseconds"]
 

@@ -23,11 +23,11 @@ from cases import Case, SkipError, arguments_of_part, leave, run_part
 from device import Device
 from records import Record
 
-from stamp_kernels.profiling.data import Batch, batches
-from stamp_kernels.profiling.interactions import Interactions, load_interactions
+from stamp_kernels.profiling.commands.train import Trainee, TrainingData, TrainSettings, prepare_data
+from stamp_kernels.profiling.data.batches import Batch, batches
+from stamp_kernels.profiling.data.interactions import Interactions, load_interactions
 from stamp_kernels.profiling.measure import keep_freed_memory, peak_bytes, resident_bytes
-from stamp_kernels.profiling.recommender import CONFIGURATIONS, RecommenderSettings
-from stamp_kernels.profiling.train import Trainee, TrainingData, TrainSettings, prepare_data
+from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings
 
 SHOWN_KERNELS, SHOWN_CHARACTERS = 8, 60
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import Workload, offsets
 
-from stamp_kernels.profiling.data import Batch
-from stamp_kernels.profiling.recommender import RecommenderSettings, build_recommender
+from stamp_kernels.profiling.data.batches import Batch
+from stamp_kernels.profiling.recommender.recommender import RecommenderSettings, build_recommender
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
@@ -65,7 +65,7 @@ class TrainingStep(Workload):
 
     def _batch(self, sizes: RecommenderSettings) -> Batch:
         meta = torch.device("meta")
-        lengths = torch.tensor(self.items) * sizes.levels
+        lengths = torch.tensor(self.items) * sizes.codes_per_item
         batch, longest = len(self.items), int(lengths.max())
 
         def tokens(*shape: int) -> Tensor:
@@ -78,8 +78,8 @@ class TrainingStep(Workload):
             cu_seqlens=offsets(lengths.tolist(), meta),
             lengths=lengths,
             max_seqlen=longest,
-            labels=tokens(batch, sizes.levels),
-            future_labels=tokens(batch, sizes.auxiliary_steps, sizes.levels),
+            labels=tokens(batch, sizes.codes_per_item),
+            future_labels=tokens(batch, sizes.auxiliary_steps, sizes.codes_per_item),
         )
 
     def work(self, element_size: int) -> Any:

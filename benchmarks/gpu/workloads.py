@@ -25,7 +25,7 @@ from stamp_kernels import (
     shift_targets,
     token_importance,
 )
-from stamp_kernels.ops.selection import TokenSelection
+from stamp_kernels.ops.pruning.selection import TokenSelection
 
 NUM_BUCKETS = 32
 KEEP_RATIO = 1 / 3
@@ -169,12 +169,14 @@ class Attention(Workload):
         )
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        lengths: list[Any] = [x["cu_seqlens"], max(self.query_lengths or self.lengths, default=0)]
+        lengths: dict[str, Any] = dict(
+            cu_seqlens_q=x["cu_seqlens"], max_seqlen_q=max(self.query_lengths or self.lengths, default=0)
+        )
         if self.query_lengths is not None:
-            lengths += [x["cu_seqlens_k"], max(self.lengths)]
+            lengths |= dict(cu_seqlens_k=x["cu_seqlens_k"], max_seqlen_k=max(self.lengths))
         options = self._options(x)
         result = packed_attention(
-            x["q"], x["k"], x["v"], *lengths, **options, dropout_p=self.dropout_p, dropout_seed=x.get("seed"),
+            x["q"], x["k"], x["v"], **lengths, **options, dropout_p=self.dropout_p, dropout_seed=x.get("seed"),
             return_lse=True, return_centrality=self.centrality == "fused",
         )  # fmt: skip
         outputs = dict(out=result.out, lse=result.lse)
@@ -184,7 +186,7 @@ class Attention(Workload):
             if self.bias:
                 options["relative_bias"] = RelativePositionBias(x["table"].detach(), not self.causal, 128)
             outputs["centrality"] = attention_centrality(
-                x["q"].detach(), x["k"].detach(), result.lse, *lengths, **options
+                x["q"].detach(), x["k"].detach(), result.lse, **lengths, **options
             )
         return outputs
 
@@ -292,7 +294,7 @@ class Prune(Workload):
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         kept = prune(
             [x["hidden"], x["labels"]], x["centrality"], x["cu_seqlens"], max(self.lengths, default=0),
-            keep_ratio=KEEP_RATIO, protect=x.get("protect"), item_length=self.codes_per_item,
+            keep_ratio=KEEP_RATIO, protect=x.get("protect"), codes_per_item=self.codes_per_item,
             lengths_cpu=torch.tensor(self.lengths) if not self.protect else None,
         )  # fmt: skip
         rows, labels = kept.x

@@ -21,7 +21,7 @@ from lengths import fixed_lengths, lognormal_lengths, long_tail_lengths
 from torch import Tensor
 
 from stamp_kernels import RelativePositionBias, attention_centrality, packed_attention
-from stamp_kernels.profiling.attention_peers import (
+from stamp_kernels.profiling.peers.attention import (
     AttentionProblem,
     PreparedAttention,
     centrality_by_second_attention,
@@ -34,7 +34,7 @@ from stamp_kernels.profiling.attention_peers import (
     turbo_t5,
     varlen,
 )
-from stamp_kernels.profiling.peer_availability import PeerUnavailableError
+from stamp_kernels.profiling.peers.availability import PeerUnavailableError
 
 HEADS, HEAD_DIM = 6, 64
 NUM_BUCKETS = 32
@@ -60,7 +60,7 @@ def packed(problem: AttentionProblem) -> PreparedAttention:
             k,
             v,
             problem.cu_seqlens,
-            problem.max_seqlen,
+            max_seqlen_q=problem.max_seqlen,
             causal=problem.causal,
             scale=problem.scale,
             relative_bias=bias,
@@ -71,7 +71,7 @@ def packed(problem: AttentionProblem) -> PreparedAttention:
 
 def packed_with_centrality(problem: AttentionProblem) -> PreparedAttention:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        result = packed_attention(q, k, v, problem.cu_seqlens, problem.max_seqlen, return_centrality=True)
+        result = packed_attention(q, k, v, problem.cu_seqlens, max_seqlen_q=problem.max_seqlen, return_centrality=True)
         return result.out, result.centrality
 
     return PreparedAttention(attend, problem.leaves(padded=False), padded=False)
@@ -79,11 +79,11 @@ def packed_with_centrality(problem: AttentionProblem) -> PreparedAttention:
 
 def packed_then_centrality(problem: AttentionProblem) -> PreparedAttention:
     """The op for attention that comes from elsewhere, after the fact."""
-    lengths = (problem.cu_seqlens, problem.max_seqlen)
+    lengths = dict(cu_seqlens_q=problem.cu_seqlens, max_seqlen_q=problem.max_seqlen)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        result = packed_attention(q, k, v, *lengths, return_lse=True)
-        return result.out, attention_centrality(q, k, result.lse, *lengths)
+        result = packed_attention(q, k, v, **lengths, return_lse=True)
+        return result.out, attention_centrality(q, k, result.lse, **lengths)
 
     return PreparedAttention(attend, problem.leaves(padded=False), padded=False)
 

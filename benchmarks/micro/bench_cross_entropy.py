@@ -16,9 +16,9 @@ import torch
 from kernel_work import KernelWork
 
 from stamp_kernels import multi_token_cross_entropy
-from stamp_kernels.profiling import cross_entropy_peers as peers
-from stamp_kernels.profiling.cross_entropy_peers import CrossEntropyProblem, LossFunction
-from stamp_kernels.profiling.peer_availability import PeerUnavailableError
+from stamp_kernels.profiling.peers import cross_entropy as peers
+from stamp_kernels.profiling.peers.availability import PeerUnavailableError
+from stamp_kernels.profiling.peers.cross_entropy import CrossEntropyProblem, LossFunction
 
 ON_GPU = torch.cuda.is_available()
 ROWS = 32_768 if ON_GPU else 4096

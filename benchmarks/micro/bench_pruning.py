@@ -16,7 +16,7 @@ from lengths import fixed_lengths, lognormal_lengths
 from torch import Tensor
 
 from stamp_kernels import gather_tokens, packed_attention, prune, select_tokens, token_importance
-from stamp_kernels.profiling.selection_peers import num_kept, sort_within_sequences, topk_per_sequence
+from stamp_kernels.profiling.peers.pruning import num_kept, sort_within_sequences, topk_per_sequence
 
 RATIO = 1 / 3
 HEADS, HEAD_DIM = 6, 64
@@ -134,7 +134,7 @@ def test_attention_beside_it(measured, device, dtype, shape):
     q, k, v = (torch.randn(pruning.tokens, HEADS, HEAD_DIM, device=device).to(dtype) for _ in range(3))
     pairs = int(pruning.lengths.square().sum())
     measured(
-        torch.no_grad()(lambda: packed_attention(q, k, v, pruning.cu_seqlens, pruning.longest)),
+        torch.no_grad()(lambda: packed_attention(q, k, v, pruning.cu_seqlens, max_seqlen_q=pruning.longest)),
         case=f"pruning, {shape}, forward",
         implementation="(one attention forward)",
         kernels=[KernelWork(4 * pairs * HEADS * HEAD_DIM, 4 * q.nbytes + 4 * pruning.tokens * HEADS)],

@@ -17,7 +17,7 @@ from lengths import fixed_lengths, lognormal_lengths, long_tail_lengths
 from torch import Tensor
 
 from stamp_kernels import TokenSelection, gather_tokens, select_tokens
-from stamp_kernels.profiling.selection_peers import num_kept, padded_topk, sort_within_sequences, topk_per_sequence
+from stamp_kernels.profiling.peers.pruning import num_kept, padded_topk, sort_within_sequences, topk_per_sequence
 
 RATIO = 1 / 3
 LENGTHS = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stamp_kernels.data._integers import integers_of
 from stamp_kernels.ops._checks import check_count
-from stamp_kernels.packed import PackedSequence
+from stamp_kernels.packed import PackedBatch
 
 _IGNORE_INDEX = -100
 
@@ -18,7 +18,7 @@ _IGNORE_INDEX = -100
 class PackingCollator:
     """A `collate_fn` that packs histories one after another, without padding, and keeps their lengths on the host.
 
-    For torch's DataLoader (it can be pickled and runs in workers; PackedSequence can be pinned) and Hugging Face's
+    For torch's DataLoader (it can be pickled and runs in workers; PackedBatch can be pinned) and Hugging Face's
     Trainer. The Trainer drops dataset columns that the model's forward does not name before they get here: where it
     names other arguments than the keys below, set `remove_unused_columns=False`.
 
@@ -48,7 +48,7 @@ class PackingCollator:
         """A batch of B features; B may be 0, for a rank that has no sequences in a step.
 
         Returns:
-            `"packed_inputs"`: a PackedSequence with values int64 `[T]`, lengths_cpu int64 `[B]`, an exact max_seqlen
+            `"packed_inputs"`: a PackedBatch with values int64 `[T]`, lengths_cpu int64 `[B]`, an exact max_seqlen
             and without positions; `"labels"`: int64 `[B, longest]`, padded with -100 on the right; and, unless
             future_length is 0, `"future_ids"`: int64 `[B, future_length]`, padded with -100 on the right.
 
@@ -108,10 +108,10 @@ def _without_padding(values: Tensor, lengths: Tensor, is_valid: Tensor) -> tuple
     return values[is_valid], torch.bincount(sequence[is_valid], minlength=len(lengths))
 
 
-def _packed(values: Tensor, lengths: Tensor) -> PackedSequence:
+def _packed(values: Tensor, lengths: Tensor) -> PackedBatch:
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     max_seqlen = int(lengths.max()) if len(lengths) > 0 else 0
-    return PackedSequence(values, cu_seqlens, max_seqlen, lengths_cpu=lengths)
+    return PackedBatch(values, cu_seqlens, max_seqlen, lengths_cpu=lengths)
 
 
 def _padded(rows: list[Tensor], width: int) -> Tensor:

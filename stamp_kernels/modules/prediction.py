@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._checks import check_choice, check_range, check_tensor
-from stamp_kernels.ops.attention import packed_attention
-from stamp_kernels.ops.cross_entropy import multi_token_cross_entropy
-from stamp_kernels.reference._precision import compute_dtype
-from stamp_kernels.reference.cross_entropy import MultiTokenLoss
+from stamp_kernels.ops.attention.packed_attention import packed_attention
+from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
 
 
 class LinearDecay(NamedTuple):
@@ -82,7 +81,7 @@ class TransformerHead(nn.Module):
     def forward(self, hidden: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         qkv = self.query_key_value(self.attention_norm(hidden))
         q, k, v = qkv.unflatten(1, (3, self.num_attention_heads, -1)).unbind(1)
-        attended = packed_attention(q, k, v, cu_seqlens, max_seqlen, causal=self.causal)
+        attended = packed_attention(q, k, v, cu_seqlens, max_seqlen_q=max_seqlen, causal=self.causal)
         hidden = hidden + self.attention_out(attended.flatten(1))
         return hidden + self.mlp_out(F.silu(self.mlp_in(self.mlp_norm(hidden))))
 
@@ -109,13 +108,13 @@ class MultiStepPrediction(nn.Module):
         >>> loss = loss + prediction(hidden, items, unembedding=unembedding)
 
     An encoder-decoder over semantic IDs of L codes has L decoder states per user, one for each code of the next item.
-    Step k's head turns state h into a prediction of code h of the item k further on. With levels=L the rows come as L
-    consecutive ones per item, and vocab_ranges gives each (step, level) its codebook's slice of the vocabulary:
+    Step k's head turns state h into a prediction of code h of the item k further on. With codes_per_item=L the rows come
+    as L consecutive ones per item, and vocab_ranges gives each (step, level) its codebook's slice of the vocabulary:
 
         >>> codebooks = [(0, 256), (256, 512), (512, 768)]
-        >>> prediction = MultiStepPrediction(64, num_steps=2, head="linear", levels=3, vocab_ranges=codebooks * 2)
-        >>> states = torch.randn(8, 3, 64)  # [users, levels, D]
-        >>> codes = torch.randint(256, (8, 3, 2)) + torch.tensor([0, 256, 512]).view(3, 1)  # [users, levels, steps]
+        >>> prediction = MultiStepPrediction(64, num_steps=2, codes_per_item=3, vocab_ranges=codebooks * 2)
+        >>> states = torch.randn(8, 3, 64)  # [users, codes_per_item, D]
+        >>> codes = torch.randint(256, (8, 3, 2)) + torch.tensor([0, 256, 512]).view(3, 1)  # [users, 3, steps]
         >>> codes[0, :, 1] = -100  # user 0 has no second item after the next
         >>> loss = prediction(states.flatten(0, 1), codes.flatten(0, 1), unembedding=unembedding)
 
@@ -127,10 +126,10 @@ class MultiStepPrediction(nn.Module):
         vocab_size: for an unembedding of its own, of this many rows. None: forward is given the model's (tied).
         step_weights: w_k, K floats. None: all 1.
         lambda_: a float, or a function of the training step such as LinearDecay(0.3, 0.1, 10_000).
-        levels: L, how many consecutive rows make an item. A step's loss is the mean over its levels' losses. Where
-            sequences are pruned, whole items must stay: `SemanticAdaptivePruning(unit="item")`.
-        vocab_ranges: one (start, end) for each (step, level), the levels of step 1 first: K * levels. None: the whole
-            vocabulary for all.
+        codes_per_item: L, how many consecutive rows make an item. A step's loss is the mean over its levels' losses.
+            Where sequences are pruned, whole items must stay: `SemanticAdaptivePruning(unit="item")`.
+        vocab_ranges: K * codes_per_item pairs (start, end), one for each (step, level), the levels of step 1 first.
+            None: the whole vocabulary for all.
         num_attention_heads: for head="transformer"; its head dimension must be a multiple of 8.
         causal: for head="transformer", whether a row sees only those before it in its sequence, and itself.
         label_smoothing, softcap, ignore_index: as in `multi_token_cross_entropy`.
@@ -148,7 +147,7 @@ class MultiStepPrediction(nn.Module):
         vocab_size: int | None = None,
         step_weights: Sequence[float] | None = None,
         lambda_: float | Callable[[int], float] = 0.3,
-        levels: int = 1,
+        codes_per_item: int = 1,
         vocab_ranges: Sequence[tuple[int, int]] | None = None,
         num_attention_heads: int | None = None,
         causal: bool = True,
@@ -159,7 +158,7 @@ class MultiStepPrediction(nn.Module):
         super().__init__()
         check_range("hidden_size", hidden_size, 1)
         check_range("num_steps", num_steps, 1)
-        check_range("levels", levels, 1)
+        check_range("codes_per_item", codes_per_item, 1)
         check_choice("head", head, ("linear", "residual", "transformer"))
         if (head == "transformer") != (num_attention_heads is not None):
             raise ValueError(
@@ -175,9 +174,9 @@ class MultiStepPrediction(nn.Module):
                 )
         if step_weights is not None and len(step_weights) != num_steps:
             raise ValueError(f"step_weights must have one weight for each of the {num_steps} steps, got {step_weights}")
-        if vocab_ranges is not None and len(vocab_ranges) != num_steps * levels:
+        if vocab_ranges is not None and len(vocab_ranges) != num_steps * codes_per_item:
             raise ValueError(
-                f"vocab_ranges must have num_steps * levels = {num_steps * levels} pairs (start, end), "
+                f"vocab_ranges must have num_steps * codes_per_item = {num_steps * codes_per_item} pairs (start, end), "
                 f"got {len(vocab_ranges)}"
             )
         self.hidden_size = hidden_size
@@ -185,7 +184,7 @@ class MultiStepPrediction(nn.Module):
         self.head = head
         self.step_weights = None if step_weights is None else tuple(step_weights)
         self.lambda_ = lambda_
-        self.levels = levels
+        self.codes_per_item = codes_per_item
         self.vocab_ranges = None if vocab_ranges is None else tuple(vocab_ranges)
         self.label_smoothing = label_smoothing
         self.softcap = softcap
@@ -223,8 +222,8 @@ class MultiStepPrediction(nn.Module):
         """The auxiliary loss of a batch; 0 in evaluation.
 
         Args:
-            hidden: `[N, D]`, the trunk's last hidden states; N = items * levels, the levels of an item together. Rows
-                without a target have no influence but must be finite: their 0 gradient meets them in the heads.
+            hidden: `[N, D]`, the trunk's last hidden states; N = items * codes_per_item, those of an item together.
+                Rows without a target have no influence but must be finite: their 0 gradient meets them in the heads.
             targets: int64 `[N, K]`, what each row's step k predicts, or ignore_index. See `shift_targets`.
             unembedding: `[V, D]`, the model's, unless the module has one of its own (vocab_size).
             bias: added to the logits, as in `multi_token_cross_entropy`.
@@ -247,8 +246,10 @@ class MultiStepPrediction(nn.Module):
         check_tensor("hidden", hidden, shape=["N", self.hidden_size])
         num_rows = hidden.shape[0]
         check_tensor("targets", targets, shape=[num_rows, self.num_steps])
-        if num_rows % self.levels != 0:
-            raise ValueError(f"hidden must have rows for whole items of {self.levels} levels, got {num_rows} rows")
+        if num_rows % self.codes_per_item != 0:
+            raise ValueError(
+                f"hidden must have rows for whole items of {self.codes_per_item} codes, got {num_rows} rows"
+            )
         if (unembedding is None) == (self.unembedding is None):
             raise ValueError(
                 "exactly one of the argument unembedding and the module's own (vocab_size) must be there, got "
@@ -264,17 +265,17 @@ class MultiStepPrediction(nn.Module):
             return MultiTokenLoss(zero, zero.new_zeros(self.num_steps)) if return_step_losses else zero
 
         # Every (step, level) is a step of the cross-entropy, with the items as its rows.
-        items_and_levels = (num_rows // self.levels, self.levels)
+        items_and_levels = (num_rows // self.codes_per_item, self.codes_per_item)
         states = [head(hidden, cu_seqlens, max_seqlen) for head in self.heads]
         states = torch.cat([x.unflatten(0, items_and_levels).transpose(0, 1) for x in states])  # [K * L, items, D]
         targets = targets.unflatten(0, items_and_levels).transpose(1, 2).flatten(1)  # [items, K * L]
         step_weights = (1.0,) * self.num_steps if self.step_weights is None else self.step_weights
         if target_counts is None:
-            weights = [weight / self.levels for weight in step_weights for _ in range(self.levels)]
+            weights = [weight / self.codes_per_item for weight in step_weights for _ in range(self.codes_per_item)]
         else:
-            check_tensor("target_counts", target_counts, shape=[self.num_steps, self.levels])
+            check_tensor("target_counts", target_counts, shape=[self.num_steps, self.codes_per_item])
             counts = (targets != self.ignore_index).sum(0).to(compute_dtype(hidden.dtype))
-            shares = counts.view_as(target_counts) / (self.levels * target_counts.clamp(min=1))
+            shares = counts.view_as(target_counts) / (self.codes_per_item * target_counts.clamp(min=1))
             # Step by step: a tensor of the weights would have to be copied to a GPU, which waits for it.
             weights = torch.cat([weight * share for weight, share in zip(step_weights, shares, strict=True)])
         loss, step_losses = multi_token_cross_entropy(
@@ -293,11 +294,11 @@ class MultiStepPrediction(nn.Module):
         loss = lambda_ * loss
         if not return_step_losses:
             return loss
-        return MultiTokenLoss(loss, step_losses.unflatten(0, (self.num_steps, self.levels)).mean(1))
+        return MultiTokenLoss(loss, step_losses.unflatten(0, (self.num_steps, self.codes_per_item)).mean(1))
 
     def extra_repr(self) -> str:
         unembedding = "tied" if self.unembedding is None else f"own, vocab_size={self.unembedding.shape[0]}"
         return (
             f"hidden_size={self.hidden_size}, num_steps={self.num_steps}, head={self.head}, unembedding={unembedding}, "
-            f"step_weights={self.step_weights}, lambda_={self.lambda_}, levels={self.levels}"
+            f"step_weights={self.step_weights}, lambda_={self.lambda_}, codes_per_item={self.codes_per_item}"
         )

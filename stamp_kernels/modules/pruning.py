@@ -6,9 +6,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from stamp_kernels.ops._checks import check_choice, check_count, check_range
-from stamp_kernels.ops.pruning import prune
-from stamp_kernels.packed import PackedSequence
-from stamp_kernels.reference.selection import TokenSelection
+from stamp_kernels.ops.pruning.prune import prune
+from stamp_kernels.ops.pruning.selection import TokenSelection
+from stamp_kernels.packed import PackedBatch
 
 
 class PrunedSequence(NamedTuple):
@@ -20,7 +20,7 @@ class PrunedSequence(NamedTuple):
             nothing was pruned (evaluation with prune_in_eval=False).
     """
 
-    packed: PackedSequence
+    packed: PackedBatch
     selection: TokenSelection | None
 
 
@@ -32,7 +32,7 @@ class SemanticAdaptivePruning(nn.Module):
     scores get no gradient, and nothing syncs with the host. A model calls one after the block where it prunes; the
     later blocks run on the shorter sequences:
 
-        out = packed_attention(q, k, v, packed.cu_seqlens, packed.max_seqlen, return_centrality=True)
+        out = packed_attention(q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, return_centrality=True)
         ...  # the rest of the block makes packed.values
         packed, selection = prune(packed, out.centrality)
         targets = gather_tokens(targets, selection)
@@ -47,7 +47,7 @@ class SemanticAdaptivePruning(nn.Module):
         min_keep: how many unprotected tokens (items) of a sequence stay at least.
         unit: `"token"`; or `"item"` to keep or drop the tokens of an item together. An item then scores the sum of its
             tokens, it is protected where one of its tokens is, and keep_ratio and min_keep count items.
-        item_length: tokens per item, for unit="item". Every sequence must be whole items.
+        codes_per_item: tokens per item, for unit="item". Every sequence must be whole items.
         budget: `"sequence"` takes keep_ratio of each sequence's own length; `"max_seqlen"` of the batch's max_seqlen,
             as padded implementations do, so that published settings can be reproduced.
 
@@ -65,7 +65,7 @@ class SemanticAdaptivePruning(nn.Module):
         prune_in_eval: bool = True,
         min_keep: int = 1,
         unit: str = "token",
-        item_length: int | None = None,
+        codes_per_item: int | None = None,
         budget: str = "sequence",
     ) -> None:
         super().__init__()
@@ -76,10 +76,12 @@ class SemanticAdaptivePruning(nn.Module):
         check_count("min_keep", min_keep)
         check_choice("unit", unit, ("token", "item"))
         check_choice("budget", budget, ("sequence", "max_seqlen"))
-        if (unit == "item") != (item_length is not None):
-            raise ValueError(f'item_length goes with unit="item", got unit={unit!r} and item_length={item_length}')
-        if item_length is not None:
-            check_count("item_length", item_length, minimum=1)
+        if (unit == "item") != (codes_per_item is not None):
+            raise ValueError(
+                f'codes_per_item goes with unit="item", got unit={unit!r} and codes_per_item={codes_per_item}'
+            )
+        if codes_per_item is not None:
+            check_count("codes_per_item", codes_per_item, minimum=1)
         self.keep_ratio = keep_ratio
         self.norm = norm
         self.positions = positions
@@ -87,7 +89,7 @@ class SemanticAdaptivePruning(nn.Module):
         self.prune_in_eval = prune_in_eval
         self.min_keep = min_keep
         self.unit = unit
-        self.item_length = item_length
+        self.codes_per_item = codes_per_item
         self.budget = budget
 
     @property
@@ -97,7 +99,7 @@ class SemanticAdaptivePruning(nn.Module):
 
     def forward(
         self,
-        packed: PackedSequence,
+        packed: PackedBatch,
         centrality: Tensor,  # [T] fp32 or fp64
         *,
         protect: Tensor | None = None,  # [T] bool
@@ -136,7 +138,7 @@ class SemanticAdaptivePruning(nn.Module):
             lengths_cpu=packed.lengths_cpu,
             num_protected=num_protected,
             budget=self.budget,
-            item_length=1 if self.item_length is None else self.item_length,
+            codes_per_item=1 if self.codes_per_item is None else self.codes_per_item,
         )
         pruned = dataclasses.replace(
             packed,
@@ -149,7 +151,7 @@ class SemanticAdaptivePruning(nn.Module):
         return PrunedSequence(pruned, kept.selection)
 
     def extra_repr(self) -> str:
-        unit = self.unit if self.item_length is None else f"{self.unit}, item_length={self.item_length}"
+        unit = self.unit if self.codes_per_item is None else f"{self.unit}, codes_per_item={self.codes_per_item}"
         return (
             f"keep_ratio={self.keep_ratio}, norm={self.norm}, positions={self.positions}, normalize={self.normalize}, "
             f"prune_in_eval={self.prune_in_eval}, min_keep={self.min_keep}, unit={unit}, budget={self.budget}"

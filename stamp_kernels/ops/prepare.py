@@ -50,9 +50,9 @@ def prepare(
     if device.type == "cpu":
         return
     # These import Triton.
-    from stamp_kernels.triton_kernels.attention_backward import distance_ranges
-    from stamp_kernels.triton_kernels.attention_tiles import distance_buckets
-    from stamp_kernels.triton_kernels.cross_entropy_tiles import ranges_on_device
+    from stamp_kernels.triton_kernels.attention.backward import distance_ranges
+    from stamp_kernels.triton_kernels.attention.tiles import distance_buckets
+    from stamp_kernels.triton_kernels.cross_entropy.tiles import ranges_on_device
 
     if relative_bias is not None:
         of_bias = relative_bias.table.shape[0], relative_bias.max_distance, relative_bias.bidirectional

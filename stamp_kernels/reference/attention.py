@@ -24,27 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stamp_kernels.reference._contents import check_cu_seqlens_contents
-from stamp_kernels.reference._precision import compute_dtype
-from stamp_kernels.reference.philox import attention_keep_mask
+from stamp_kernels.common.contents import check_cu_seqlens_contents
+from stamp_kernels.common.precision import compute_dtype
+from stamp_kernels.reference.dropout import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 
 # Scores computed at once, so that thousands of equally long sequences neither fill the memory nor leave the cache.
 _MAX_SCORES = 2**22
-
-
-class AttentionOutput(NamedTuple):
-    """What `packed_attention` returns as soon as one `return_` flag is set; None where not asked for.
-
-    Attributes:
-        out: `[Tq, Hq, D]`, dtype of q.
-        lse: `[Hq, Tq]`, fp32 (fp64 for fp64 inputs): log of the sum of exponentiated scores; -inf where no key is seen.
-        centrality: `[Tk]`, fp32 (fp64): the attention each key receives, over heads and voting queries, before dropout.
-    """
-
-    out: Tensor
-    lse: Tensor | None
-    centrality: Tensor | None
 
 
 class EqualLengthGroup(NamedTuple):
@@ -205,7 +191,7 @@ def packed_attention_forward(
     bias_max_distance: int,
     positions_q: Tensor | None,
     positions_k: Tensor | None,
-    query_mask: Tensor | None,
+    centrality_query_mask: Tensor | None,
     dropout_p: float,
     dropout_seed: Tensor | None,
     return_centrality: bool,
@@ -229,7 +215,7 @@ def packed_attention_forward(
         )
         weights, lse = _softmax(scores)
         if return_centrality:
-            centralities.append(column_sums(weights.detach(), group, query_mask))
+            centralities.append(column_sums(weights.detach(), group, centrality_query_mask))
         dropped = weights * _dropout_factors(weights, group, dropout_p, dropout_seed)
         out = dropped @ _per_head(v, group.rows_k, num_heads, dtype)
         groups.append(group)
@@ -272,12 +258,12 @@ def packed_attention_backward(
     """The op `stamp::packed_attention_backward`: (dq, dk, dv, dbias_table), each [0] where not needed."""
     cu_seqlens_k, positions_k = keys_of_queries(cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
     dtype = compute_dtype(q.dtype)
-    num_heads, num_heads_k = q.shape[1], k.shape[1]
+    num_heads, num_heads_kv = q.shape[1], k.shape[1]
     rows_q, rows_k, dqs, dks, dvs = [], [], [], [], []
     dbias = bias_table.new_zeros(bias_table.shape, dtype=dtype) if need_dbias else q.new_empty(0)
 
     def sum_over_group_heads(x: Tensor) -> Tensor:  # [G, Hq, n, D] -> [G, n, Hkv, D]
-        return x.unflatten(1, (num_heads_k, num_heads // num_heads_k)).sum(2).transpose(1, 2).to(k.dtype)
+        return x.unflatten(1, (num_heads_kv, num_heads // num_heads_kv)).sum(2).transpose(1, 2).to(k.dtype)
 
     for group in equal_length_groups(cu_seqlens_q, cu_seqlens_k, num_heads):
         scores = attention_scores(
@@ -317,3 +303,38 @@ def packed_attention_backward(
         rows_or_empty(need_dv, v, rows_k, dvs),
         dbias.to(bias_table.dtype) if need_dbias else dbias,
     )
+
+
+def attention_centrality(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool,
+    scale: float,
+    bias_table: Tensor | None,
+    bias_bidirectional: bool,
+    bias_max_distance: int,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    query_mask: Tensor | None,
+) -> Tensor:
+    """The op `stamp::attention_centrality`: `[Tk]` in the dtype of lse, 0 on tail rows."""
+    check_cu_seqlens_contents("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    if cu_seqlens_k is not None:
+        check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    cu_seqlens_k, positions_k = keys_of_queries(cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
+    rows_k, centralities = [], []
+    for group in equal_length_groups(cu_seqlens_q, cu_seqlens_k, q.shape[1]):
+        scores = attention_scores(
+            group, q, k, causal, scale, bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k
+        )
+        lse_g = lse.t()[group.rows_q].transpose(1, 2)[..., None]
+        # A query that sees no key has lse = -inf and votes nothing.
+        weights = torch.exp(scores - lse_g).masked_fill(lse_g == -torch.inf, 0.0)
+        rows_k.append(group.rows_k)
+        centralities.append(column_sums(weights, group, query_mask))
+    return scatter_rows(k.shape[0], rows_k, centralities, like=lse.new_empty(0))

@@ -29,7 +29,7 @@ from records import Results, read_records
 from summary import summary_of
 from workloads import CHECKED, TIMED, Workload
 
-from stamp_kernels.profiling.recommender import CONFIGURATIONS
+from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@
 
 #include "cuda_on_host.h"
 
-#include "../../csrc/cuda/pruning_kernels.cuh"
+#include "cuda/pruning/prune_kernels.cuh"
 
 namespace {
 
@@ -18,7 +18,7 @@ struct Arguments {
   int64_t importance;
   int64_t cu_seqlens, batch, total, max_seqlen;
   int64_t budget_kind, ratio_q32, keep_count, keep_counts, min_keep;
-  int64_t protect, num_protected, item_length, total_kept;
+  int64_t protect, num_protected, codes_per_item, total_kept;
   int64_t positions, cu_seqlens_kept, indices, inverse, kept_positions;
 };
 
@@ -54,10 +54,10 @@ SelectionProblem problem_of(const Arguments& a) {
   problem.batch = static_cast<int32_t>(a.batch);
   problem.total = a.total;
   problem.total_kept = a.total_kept;
-  problem.item_length = static_cast<int32_t>(a.item_length);
+  problem.codes_per_item = static_cast<int32_t>(a.codes_per_item);
   problem.budget = {
       static_cast<stamp::BudgetKind>(a.budget_kind), a.ratio_q32,  a.keep_count,
-      pointer<const void>(a.keep_counts),            a.min_keep,   a.item_length};
+      pointer<const void>(a.keep_counts),            a.min_keep,   a.codes_per_item};
   problem.protect = pointer<const uint8_t>(a.protect);
   problem.num_protected = pointer<const int32_t>(a.num_protected);
   problem.cu_seqlens_kept = pointer<int32_t>(a.cu_seqlens_kept);

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 from ragged import BATCHES, RaggedBatch, ragged_batches
 from torch import Tensor
 
-from stamp_kernels.reference.importance import token_importance
-from stamp_kernels.reference.pruning import prune
-from stamp_kernels.reference.selection import keep_ratio_to_q32, select_tokens
+from stamp_kernels.common.budget import keep_ratio_to_q32
+from stamp_kernels.reference.pruning import prune, select_tokens, token_importance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Few distinct values, so that ties are everywhere; the ends of the order and their neighbours too.
@@ -47,7 +46,7 @@ FIELDS = [
     "min_keep",
     "protect",
     "num_protected",
-    "item_length",
+    "codes_per_item",
     "total_kept",
     "positions",
     "cu_seqlens_kept",
@@ -80,7 +79,8 @@ def kernels(tmp_path_factory) -> ctypes.CDLL:
     source = Path(__file__).parent / "kernels_on_host.cpp"
     library = tmp_path_factory.mktemp("cuda_on_host") / "kernels_on_host.so"
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    subprocess.run([compiler, *flags, "-fPIC", "-shared", "-o", str(library), str(source)], check=True)
+    include = ["-I", str(Path(__file__).parents[2] / "csrc")]
+    subprocess.run([compiler, *flags, *include, "-fPIC", "-shared", "-o", str(library), str(source)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.launches_so_far.restype = ctypes.c_int64
     arguments = ctypes.POINTER(Arguments)
@@ -139,7 +139,7 @@ def assert_selects_like_reference(
     keep_counts: Tensor | None = None,
     min_keep: int = 1,
     protect: Tensor | None = None,
-    item_length: int = 1,
+    codes_per_item: int = 1,
     total_kept: int | None = None,
     max_seqlen: int | None = None,
     small_tiling: bool = True,
@@ -148,7 +148,7 @@ def assert_selects_like_reference(
     ratio_q32 = None if ratio is None else keep_ratio_to_q32(ratio)
     cu_seqlens = batch.cu_seqlens
     max_seqlen = batch.max_seqlen if max_seqlen is None else max_seqlen
-    arguments = (cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, item_length)
+    arguments = (cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item)
     expected_indices, expected_offsets, expected_inverse = select_tokens(importance, *arguments, None)
     if total_kept is None:
         total_kept = len(expected_indices)
@@ -173,7 +173,7 @@ def assert_selects_like_reference(
             **budget_arguments(ratio_q32, keep_count, keep_counts, min_keep),
             protect=protect,
             num_protected=None if num_protected is None else num_protected.tensor,
-            item_length=item_length,
+            codes_per_item=codes_per_item,
             total_kept=total_kept,
             cu_seqlens_kept=offsets.tensor,
             indices=indices.tensor,
@@ -187,8 +187,8 @@ def assert_selects_like_reference(
         num_protected.check()
 
 
-def whole_items(batch: RaggedBatch, item_length: int) -> RaggedBatch:
-    return RaggedBatch(tuple(item_length * n for n in batch.lengths), item_length * batch.tail)
+def whole_items(batch: RaggedBatch, codes_per_item: int) -> RaggedBatch:
+    return RaggedBatch(tuple(codes_per_item * n for n in batch.lengths), codes_per_item * batch.tail)
 
 
 def tied(total: int, dtype: torch.dtype) -> Tensor:
@@ -211,8 +211,8 @@ def budgets(draw, batch: RaggedBatch) -> dict[str, int | float | Tensor]:
 @settings(max_examples=150)
 @given(data=st.data())
 def test_selection_of_small_batches(kernels, data):
-    item_length = data.draw(st.sampled_from([1, 3, 4]))
-    batch = whole_items(data.draw(ragged_batches()), item_length)
+    codes_per_item = data.draw(st.sampled_from([1, 3, 4]))
+    batch = whole_items(data.draw(ragged_batches()), codes_per_item)
     importance = torch.tensor(data.draw(st.lists(st.sampled_from(VALUES), min_size=batch.total, max_size=batch.total)))
     importance = importance.to(data.draw(st.sampled_from(DTYPES)))
     protect = data.draw(st.none() | st.lists(st.booleans(), min_size=batch.total, max_size=batch.total))
@@ -224,7 +224,7 @@ def test_selection_of_small_batches(kernels, data):
         **data.draw(budgets(batch)),
         min_keep=data.draw(st.integers(0, 3)),
         protect=None if protect is None else torch.tensor(protect, dtype=torch.bool),
-        item_length=item_length,
+        codes_per_item=codes_per_item,
         total_kept=data.draw(st.none() | st.integers(0, batch.total + 5)),
         max_seqlen=batch.max_seqlen + data.draw(st.sampled_from([0, 5, 3000])),
         small_tiling=data.draw(st.booleans()),
@@ -238,9 +238,9 @@ LENGTHS = (31, 32, 33, 127, 128, 129, 0, 255, 256, 257, 1, 320, 321, 500)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scores", ["distinct", "tied", "equal", "nan"])
-@pytest.mark.parametrize("item_length", [1, 3])
-def test_selection_at_the_limits_of_its_paths(kernels, thread_order, dtype, scores, item_length):
-    batch = whole_items(RaggedBatch(LENGTHS, tail=70), item_length)
+@pytest.mark.parametrize("codes_per_item", [1, 3])
+def test_selection_at_the_limits_of_its_paths(kernels, thread_order, dtype, scores, codes_per_item):
+    batch = whole_items(RaggedBatch(LENGTHS, tail=70), codes_per_item)
     importance = {
         "distinct": torch.randn(batch.total).to(dtype),
         "tied": tied(batch.total, dtype),
@@ -248,7 +248,7 @@ def test_selection_at_the_limits_of_its_paths(kernels, thread_order, dtype, scor
         "nan": torch.full((batch.total,), math.nan, dtype=dtype),
     }[scores]
     importance[batch.valid :] = math.inf
-    options = dict(item_length=item_length)
+    options = dict(codes_per_item=codes_per_item)
     assert_selects_like_reference(kernels, batch, importance, ratio=1 / 3, **options)
     assert_selects_like_reference(kernels, batch, importance, ratio=0.9, total_kept=batch.valid // 2 + 1, **options)
     assert_selects_like_reference(kernels, batch, importance, keep_count=1, total_kept=batch.total + 99, **options)
@@ -325,12 +325,12 @@ def test_long_sequences_that_share_a_block(kernels, thread_order):
 
 def test_a_broken_last_item_is_dropped(kernels, monkeypatch):
     """Where contents are not checked, as on a GPU."""
-    monkeypatch.setattr("stamp_kernels.reference.selection.contents_are_checked", lambda device: False)
+    monkeypatch.setattr("stamp_kernels.reference.pruning.contents_are_checked", lambda device: False)
     batch = RaggedBatch((2, 10, 0, 3, 31, 800, 1000), tail=3)
     protect = torch.rand(batch.total) < 0.3
     for options in (dict(), dict(protect=protect)):
         assert_selects_like_reference(
-            kernels, batch, tied(batch.total, torch.float32), ratio=0.5, item_length=3, **options
+            kernels, batch, tied(batch.total, torch.float32), ratio=0.5, codes_per_item=3, **options
         )
 
 
@@ -482,7 +482,7 @@ def assert_prunes_like_reference(
     positions: Tensor | None = None,
     norm_order: int = 1,
     per_visible_query: bool = False,
-    item_length: int = 1,
+    codes_per_item: int = 1,
     extra_rows: int = 0,
 ) -> None:
     hidden, centrality, cu_seqlens = x[0], torch.rand(batch.total), batch.cu_seqlens
@@ -493,7 +493,7 @@ def assert_prunes_like_reference(
         kernels, hidden, centrality, batch, norm_order=norm_order, per_visible_query=per_visible_query,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    arguments = (ratio_q32, keep_count, keep_counts, min_keep, protect, item_length)
+    arguments = (ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item)
     total_kept = len(select_tokens(scored, cu_seqlens, batch.max_seqlen, *arguments, None)[0]) + extra_rows
     rows, *expected = prune(
         [torch.ones(batch.total, 1, dtype=compute_dtype), *x], scored, positions, cu_seqlens, batch.max_seqlen, 1,
@@ -519,7 +519,7 @@ def assert_prunes_like_reference(
             **budget_arguments(ratio_q32, keep_count, keep_counts, min_keep),
             protect=protect,
             num_protected=None if protect is None else num_protected,
-            item_length=item_length,
+            codes_per_item=codes_per_item,
             total_kept=total_kept,
             positions=positions,
             cu_seqlens_kept=offsets.tensor,
@@ -561,12 +561,12 @@ def test_pruning_of_small_batches(kernels, data):
     )
 
 
-@pytest.mark.parametrize("item_length", [1, 4])
+@pytest.mark.parametrize("codes_per_item", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_pruning_of_long_sequences(kernels, thread_order, dtype, item_length):
-    batch = whole_items(RaggedBatch((300, 0, 17, 40, 258, 33), tail=9), item_length)
+def test_pruning_of_long_sequences(kernels, thread_order, dtype, codes_per_item):
+    batch = whole_items(RaggedBatch((300, 0, 17, 40, 258, 33), tail=9), codes_per_item)
     x = [torch.randn(batch.total, 48).to(dtype), torch.randn(batch.total, 5)]
-    options = dict(ratio=1 / 3, positions=batch.positions(), item_length=item_length, extra_rows=11)
+    options = dict(ratio=1 / 3, positions=batch.positions(), codes_per_item=codes_per_item, extra_rows=11)
     assert_prunes_like_reference(kernels, batch, x, protect=torch.rand(batch.total) < 0.1, **options)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from stamp_kernels.data import PackingCollator
-from stamp_kernels.packed import PackedSequence
+from stamp_kernels.packed import PackedBatch
 
 KINDS = {
     "list": list,
@@ -37,9 +37,9 @@ def padded(rows: list[list[int]], width: int) -> list[list[int]]:
     return [(row + [-100] * width)[:width] for row in rows]
 
 
-def check_packed(packed: PackedSequence, histories: list[list[int]]) -> None:
+def check_packed(packed: PackedBatch, histories: list[list[int]]) -> None:
     lengths = [len(history) for history in histories]
-    assert isinstance(packed, PackedSequence)
+    assert isinstance(packed, PackedBatch)
     assert packed.values.dtype == torch.int64
     assert packed.values.tolist() == [token for history in histories for token in history]
     assert packed.cu_seqlens.dtype == torch.int32

@@ -14,9 +14,9 @@ from torch import nn
 from stamp_kernels.modules import prediction
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
-from stamp_kernels.ops.cross_entropy import shift_targets
-from stamp_kernels.ops.selection import gather_tokens
-from stamp_kernels.packed import PackedSequence
+from stamp_kernels.ops.cross_entropy.shift_targets import shift_targets
+from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.packed import PackedBatch
 
 WIDTH, VOCAB, NUM_STEPS = 32, 40, 3
 HEADS = ["linear", "residual", "transformer"]
@@ -127,7 +127,7 @@ def test_levels(head):
     """Level h of the item k further on is predicted from decoder state h, over level h's codebook."""
     users, codebooks = 6, [(0, 10), (10, 25), (25, 40), (3, 9)]
     levels, weights = len(codebooks), (1.0, 0.5)
-    aux = module(head, num_steps=2, levels=levels, vocab_ranges=codebooks * 2, step_weights=weights)
+    aux = module(head, num_steps=2, codes_per_item=levels, vocab_ranges=codebooks * 2, step_weights=weights)
     batch = RaggedBatch((levels,) * users, tail=0)
     _, _, others = packed_inputs(batch)
     states = torch.randn(users, levels, WIDTH, dtype=torch.float64)
@@ -135,8 +135,8 @@ def test_levels(head):
     codes[2:, :, 1] = -100  # these users have no second item
 
     expected = torch.zeros(2, dtype=torch.float64)
-    for k, head_k in enumerate(aux.heads):
-        predicted = head_output(head_k, states.flatten(0, 1), batch).unflatten(0, (users, levels))
+    for k, head_kv in enumerate(aux.heads):
+        predicted = head_output(head_kv, states.flatten(0, 1), batch).unflatten(0, (users, levels))
         for h, (start, end) in enumerate(codebooks):
             logits = predicted[:, h] @ others["unembedding"][start:end].T
             present = codes[:, h, k] != -100
@@ -150,7 +150,7 @@ def test_levels_without_ranges_equal_no_levels():
     hidden, _, others = packed_inputs()
     hidden = hidden[:28]
     targets = torch.randint(VOCAB, (28, NUM_STEPS))
-    by_level, plain = module(levels=4), module()
+    by_level, plain = module(codes_per_item=4), module()
     plain.load_state_dict(by_level.state_dict())
     assert_close(by_level(hidden, targets, **others), plain(hidden, targets, **others))
 
@@ -194,7 +194,7 @@ def trunk_states(batch):
 def pruned_loss(aux, prune, batch, states, centrality, tokens, stride, unembedding):
     """As a model does it: shift on the whole sequences, prune, gather the targets of what is left, predict."""
     targets = shift_targets(tokens, batch.cu_seqlens, steps=aux.num_steps, stride=stride)
-    packed = PackedSequence(states, batch.cu_seqlens, batch.max_seqlen)
+    packed = PackedBatch(states, batch.cu_seqlens, batch.max_seqlen)
     pruned, selection = prune(packed, centrality)
     return aux(
         pruned.values,
@@ -205,12 +205,12 @@ def pruned_loss(aux, prune, batch, states, centrality, tokens, stride, unembeddi
     )
 
 
-def kept_tokens(batch, states, centrality, item_length=1) -> Iterator[tuple[slice, list[int]]]:
+def kept_tokens(batch, states, centrality, codes_per_item=1) -> Iterator[tuple[slice, list[int]]]:
     """Every sequence's rows, and which of its tokens belong to the third of the items that scores highest."""
     for rows in batch.slices():
-        scores = (states[rows].detach().abs().sum(1) * centrality[rows]).view(-1, item_length).sum(1)
+        scores = (states[rows].detach().abs().sum(1) * centrality[rows]).view(-1, codes_per_item).sum(1)
         best = sorted(range(len(scores)), key=lambda item: -scores[item])[: math.ceil(len(scores) / 3)]
-        yield rows, [item * item_length + i for item in sorted(best) for i in range(item_length)]
+        yield rows, [item * codes_per_item + i for item in sorted(best) for i in range(codes_per_item)]
 
 
 def loss_of_target(state, unembedding, target, codebook=(0, VOCAB)):
@@ -236,8 +236,8 @@ def test_kept_tokens_keep_their_true_targets(head, stride):
     losses = [[] for _ in weights]
     for rows, kept in kept_tokens(batch, states, centrality):
         sequence, labels = states[rows][kept], tokens[rows]
-        for k, head_k in enumerate(aux.heads):
-            outputs = head_output(head_k, sequence, RaggedBatch((len(kept),), tail=0))
+        for k, head_kv in enumerate(aux.heads):
+            outputs = head_output(head_kv, sequence, RaggedBatch((len(kept),), tail=0))
             for token, output in zip(kept, outputs, strict=True):
                 ahead = token + (k + 1) * stride
                 if ahead < len(labels):
@@ -254,24 +254,24 @@ def test_kept_tokens_keep_their_true_targets(head, stride):
 @pytest.mark.parametrize("head", HEADS)
 def test_kept_items_keep_their_levels(head):
     """Pruned as whole items, every row predicts its own level of the next items over that level's codebook."""
-    aux = module(head, num_steps=2, levels=LEVELS, vocab_ranges=CODEBOOKS * 2)
+    aux = module(head, num_steps=2, codes_per_item=LEVELS, vocab_ranges=CODEBOOKS * 2)
     states, centrality = trunk_states(ITEMS)
     starts, ends = (torch.tensor(bounds).repeat(ITEMS.total)[: ITEMS.total] for bounds in zip(*CODEBOOKS, strict=True))
     tokens = starts + (torch.rand(ITEMS.total) * (ends - starts)).long()
     unembedding = (torch.randn(VOCAB, WIDTH, dtype=torch.float64) * 0.3).requires_grad_()
 
     losses = [[[] for _ in CODEBOOKS] for _ in aux.heads]
-    for rows, kept in kept_tokens(ITEMS, states, centrality, item_length=LEVELS):
+    for rows, kept in kept_tokens(ITEMS, states, centrality, codes_per_item=LEVELS):
         sequence, labels = states[rows][kept], tokens[rows]
-        for k, head_k in enumerate(aux.heads):
-            outputs = head_output(head_k, sequence, RaggedBatch((len(kept),), tail=0))
+        for k, head_kv in enumerate(aux.heads):
+            outputs = head_output(head_kv, sequence, RaggedBatch((len(kept),), tail=0))
             for token, output in zip(kept, outputs, strict=True):
                 ahead, level = token + (k + 1) * LEVELS, token % LEVELS
                 if ahead < len(labels):
                     losses[k][level].append(loss_of_target(output, unembedding, labels[ahead], CODEBOOKS[level]))
     expected = 0.3 * sum(torch.stack(of_level).mean() / LEVELS for of_step in losses for of_level in of_step)
 
-    prune = SemanticAdaptivePruning(1 / 3, unit="item", item_length=LEVELS)
+    prune = SemanticAdaptivePruning(1 / 3, unit="item", codes_per_item=LEVELS)
     loss = pruned_loss(aux, prune, ITEMS, states, centrality, tokens, LEVELS, unembedding)
     assert_close(loss, expected)
     assert_same_gradients(loss, expected, [states, unembedding, *aux.parameters()])
@@ -382,7 +382,7 @@ def test_state_dict_holds_parameters_alone():
     [
         ({"head": "mlp"}, r"head must be one of \('linear', 'residual', 'transformer'\), got 'mlp'"),
         ({"num_steps": 0}, r"num_steps must be in \[1, inf\), got 0"),
-        ({"levels": 0}, r"levels must be in \[1, inf\), got 0"),
+        ({"levels": 0}, r"codes_per_item must be in \[1, inf\), got 0"),
         ({"hidden_size": 0}, r"hidden_size must be in \[1, inf\), got 0"),
         ({"head": "transformer"}, r'num_attention_heads goes with head="transformer".*num_attention_heads=None'),
         ({"num_attention_heads": 4}, r"num_attention_heads goes with head=\"transformer\", got head='residual'"),
@@ -425,7 +425,7 @@ def test_examples():
 def test_losses_of_parts_add_up_to_that_of_the_whole(vocab_ranges):
     """With the whole's counts of targets, whatever each part has of them: none at all, or more of one step."""
     items, levels = 11, 3
-    predict = module(levels=levels, vocab_ranges=None if vocab_ranges is None else vocab_ranges * NUM_STEPS)
+    predict = module(codes_per_item=levels, vocab_ranges=None if vocab_ranges is None else vocab_ranges * NUM_STEPS)
     hidden = torch.randn(items * levels, WIDTH, dtype=torch.float64, requires_grad=True)
     starts, ends = zip(*(vocab_ranges or [(0, VOCAB)] * levels), strict=True)
     codes = torch.stack([torch.randint(a, b, (items, NUM_STEPS)) for a, b in zip(starts, ends, strict=True)], dim=1)

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from ragged import BATCHES, RaggedBatch, ragged_batches
 from torch import Tensor
 
-import stamp_kernels.ops._budget as budget_ops
+import stamp_kernels.ops.pruning.budget as budget_ops
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
-from stamp_kernels.ops.selection import gather_tokens
-from stamp_kernels.packed import PackedSequence
+from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.packed import PackedBatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 THIRD = 1 / 3
 
 
-def packed_of(batch: RaggedBatch, width: int = 6, **fields) -> PackedSequence:
+def packed_of(batch: RaggedBatch, width: int = 6, **fields) -> PackedBatch:
     """Hidden states with NaN in the tail rows, which must reach nothing."""
     hidden = torch.randn(batch.total, width)
     hidden[batch.valid :] = math.nan
-    return PackedSequence(hidden, batch.cu_seqlens, batch.max_seqlen, **fields)
+    return PackedBatch(hidden, batch.cu_seqlens, batch.max_seqlen, **fields)
 
 
 def kept_rows(
@@ -35,7 +35,7 @@ def kept_rows(
     *,
     ratio: Fraction = Fraction(1, 3),
     min_keep: int = 1,
-    item_length: int = 1,
+    codes_per_item: int = 1,
     protect: Tensor | None = None,
     norm: int = 1,
     per_visible_query: bool = False,
@@ -47,8 +47,8 @@ def kept_rows(
         if per_visible_query:
             n = rows.stop - rows.start
             importance = importance / torch.arange(n, 0, -1)
-        items = range(len(importance) // item_length)
-        tokens = {item: list(range(item * item_length, (item + 1) * item_length)) for item in items}
+        items = range(len(importance) // codes_per_item)
+        tokens = {item: list(range(item * codes_per_item, (item + 1) * codes_per_item)) for item in items}
         score = {item: sum(importance[token].item() for token in tokens[item]) for item in items}
         always = [
             item for item in items if protect is not None and any(protect[rows.start + token] for token in tokens[item])
@@ -59,7 +59,7 @@ def kept_rows(
     return kept
 
 
-def assert_pruned(pruned: PackedSequence, source: PackedSequence, kept: list[list[int]]) -> None:
+def assert_pruned(pruned: PackedBatch, source: PackedBatch, kept: list[list[int]]) -> None:
     rows = torch.tensor([row for sequence in kept for row in sequence], dtype=torch.int64)
     lengths = [len(sequence) for sequence in kept]
     assert torch.equal(pruned.values[: len(rows)], source.values[rows])
@@ -101,20 +101,22 @@ def test_prunes_as_a_loop_over_the_sequences_does(batch, ratio, min_keep, with_p
 @settings(max_examples=60)
 @given(
     items=ragged_batches(max_length=5),
-    item_length=st.integers(1, 4),
+    codes_per_item=st.integers(1, 4),
     tail=st.integers(0, 6),
     min_keep=st.integers(0, 2),
     with_lengths=st.booleans(),
     protecting=st.booleans(),
 )
-def test_items_stay_or_go_whole(items, item_length, tail, min_keep, with_lengths, protecting):
-    batch = RaggedBatch(tuple(n * item_length for n in items.lengths), tail)
+def test_items_stay_or_go_whole(items, codes_per_item, tail, min_keep, with_lengths, protecting):
+    batch = RaggedBatch(tuple(n * codes_per_item for n in items.lengths), tail)
     packed = packed_of(batch, lengths_cpu=torch.tensor(batch.lengths, dtype=torch.int64) if with_lengths else None)
     centrality = torch.rand(batch.total)
     protect = torch.rand(batch.total) < 0.1 if protecting else None
-    prune = SemanticAdaptivePruning(THIRD, unit="item", item_length=item_length, min_keep=min_keep)
+    prune = SemanticAdaptivePruning(THIRD, unit="item", codes_per_item=codes_per_item, min_keep=min_keep)
     pruned, selection = prune(packed, centrality, protect=protect)
-    kept = kept_rows(batch, packed.values, centrality, min_keep=min_keep, item_length=item_length, protect=protect)
+    kept = kept_rows(
+        batch, packed.values, centrality, min_keep=min_keep, codes_per_item=codes_per_item, protect=protect
+    )
     assert_pruned(pruned, packed, kept)
     assert selection.indices.tolist() == [row for sequence in kept for row in sequence]
     inverse = {row: kept_row for kept_row, row in enumerate(selection.indices.tolist())}
@@ -149,7 +151,7 @@ def test_full_rows_prune_as_padded_rows_do():
     keep = importance.topk(length // 3, dim=1).indices.sort(dim=1).values
     expected = hidden.gather(1, keep.unsqueeze(2).expand(-1, -1, 8))
 
-    packed = PackedSequence.from_padded(hidden, torch.ones(batch_size, length, dtype=torch.bool))
+    packed = PackedBatch.from_padded(hidden, torch.ones(batch_size, length, dtype=torch.bool))
     pruned, _ = SemanticAdaptivePruning(THIRD)(packed, attention.sum((1, 2)).flatten())
     assert torch.equal(pruned.to_padded(), expected)
     assert torch.equal(pruned.positions.view(batch_size, -1), keep.int())
@@ -165,7 +167,7 @@ def test_compact_positions_count_the_kept_tokens():
 
 def test_original_positions_survive_two_prunings():
     batch = RaggedBatch((16, 8), tail=0)
-    packed = PackedSequence(torch.arange(24.0).unsqueeze(1), batch.cu_seqlens, 16)  # every value is its own row
+    packed = PackedBatch(torch.arange(24.0).unsqueeze(1), batch.cu_seqlens, 16)  # every value is its own row
     prune = SemanticAdaptivePruning(0.5)
     once, _ = prune(packed, torch.rand(24))
     twice, _ = prune(once, torch.rand(12))
@@ -218,26 +220,26 @@ def test_the_whole_of_it_is_one_op():
 # Where only the device knows the lengths
 
 
-@pytest.mark.parametrize("item_length", [None, 4])
-def test_capacity_where_only_the_device_knows_the_lengths(monkeypatch, item_length):
+@pytest.mark.parametrize("codes_per_item", [None, 4])
+def test_capacity_where_only_the_device_knows_the_lengths(monkeypatch, codes_per_item):
     monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
     batch = RaggedBatch((12, 0, 4, 28), tail=6)
     packed, centrality = packed_of(batch), torch.rand(batch.total)
-    unit = {} if item_length is None else {"unit": "item", "item_length": item_length}
+    unit = {} if codes_per_item is None else {"unit": "item", "codes_per_item": codes_per_item}
     prune = SemanticAdaptivePruning(THIRD, **unit)
     pruned, selection = prune(packed, centrality)
-    kept = kept_rows(batch, packed.values, centrality, item_length=item_length or 1)
+    kept = kept_rows(batch, packed.values, centrality, codes_per_item=codes_per_item or 1)
     assert_pruned(pruned, packed, kept)
     num_kept = sum(map(len, kept))
     # T = 50 tokens are 12 items and a rest
-    assert selection.indices.shape[0] == (50 // 3 + 4 if item_length is None else 4 * (12 // 3 + 4))
+    assert selection.indices.shape[0] == (50 // 3 + 4 if codes_per_item is None else 4 * (12 // 3 + 4))
     assert selection.indices[num_kept:].eq(-1).all()
 
     protect = torch.zeros(batch.total, dtype=torch.bool)
     protect[5] = True
-    assert prune(packed, centrality, protect=protect).packed.values.shape[0] == (50 if item_length is None else 48)
+    assert prune(packed, centrality, protect=protect).packed.values.shape[0] == (50 if codes_per_item is None else 48)
     known = prune(packed, centrality, protect=protect, num_protected=1).packed
-    assert known.values.shape[0] == selection.indices.shape[0] + (item_length or 1)
+    assert known.values.shape[0] == selection.indices.shape[0] + (codes_per_item or 1)
 
 
 def test_lengths_cpu_with_protected_tokens_counted_on_the_host():
@@ -252,7 +254,7 @@ def test_lengths_cpu_with_protected_tokens_counted_on_the_host():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("unit", [{}, {"unit": "item", "item_length": 4}], ids=str)
+@pytest.mark.parametrize("unit", [{}, {"unit": "item", "codes_per_item": 4}], ids=str)
 def test_never_syncs(unit):
     batch = RaggedBatch((12, 0, 4, 28), tail=6)
     lengths_cpu = torch.tensor(batch.lengths)
@@ -265,14 +267,14 @@ def test_never_syncs(unit):
         pruned, _ = prune(packed, on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    kept = kept_rows(batch, source.values, centrality, item_length=unit.get("item_length", 1))
+    kept = kept_rows(batch, source.values, centrality, codes_per_item=unit.get("codes_per_item", 1))
     assert pruned.values.shape[0] == sum(map(len, kept))
     assert_pruned(pruned.to("cpu"), source, kept)
 
 
-@pytest.mark.parametrize("item_length", [None, 4])
-def test_compiles_whole_and_once_for_all_sizes(item_length):
-    unit = {} if item_length is None else {"unit": "item", "item_length": item_length}
+@pytest.mark.parametrize("codes_per_item", [None, 4])
+def test_compiles_whole_and_once_for_all_sizes(codes_per_item):
+    unit = {} if codes_per_item is None else {"unit": "item", "codes_per_item": codes_per_item}
     prune = SemanticAdaptivePruning(THIRD, **unit)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(prune, fullgraph=True, dynamic=True, backend=counter)
@@ -282,7 +284,7 @@ def test_compiles_whole_and_once_for_all_sizes(item_length):
         packed, centrality = packed_of(batch, 24), torch.rand(batch.total)
         hidden = packed.values.requires_grad_()
         pruned, _ = compiled(packed, centrality)
-        kept = kept_rows(batch, packed.values, centrality, item_length=item_length or 1)
+        kept = kept_rows(batch, packed.values, centrality, codes_per_item=codes_per_item or 1)
         assert_pruned(pruned, packed, kept)
         pruned.values.sum().backward()
         assert hidden.grad.sum() == 24 * sum(map(len, kept))
@@ -302,9 +304,9 @@ def test_compiles_whole_and_once_for_all_sizes(item_length):
         ({"normalize": "mean"}, "normalize must be one of ('none', 'visible_queries'), got 'mean'"),
         ({"min_keep": -1}, "min_keep must be in [0, inf), got -1"),
         ({"unit": "row"}, "unit must be one of ('token', 'item'), got 'row'"),
-        ({"unit": "item"}, "item_length goes with unit=\"item\", got unit='item' and item_length=None"),
-        ({"item_length": 4}, "item_length goes with unit=\"item\", got unit='token' and item_length=4"),
-        ({"unit": "item", "item_length": 0}, "item_length must be in [1, inf), got 0"),
+        ({"unit": "item"}, "codes_per_item goes with unit=\"item\", got unit='item' and codes_per_item=None"),
+        ({"codes_per_item": 4}, "codes_per_item goes with unit=\"item\", got unit='token' and codes_per_item=4"),
+        ({"unit": "item", "codes_per_item": 0}, "codes_per_item must be in [1, inf), got 0"),
     ],
 )
 def test_names_the_bad_argument(arguments, message):
@@ -318,16 +320,16 @@ def test_names_the_bad_input():
     prune = SemanticAdaptivePruning(0.5)
     with pytest.raises(ValueError, match=re.escape(f"centrality must have shape [{batch.total}], got [3]")):
         prune(packed, torch.rand(3))
-    by_item = SemanticAdaptivePruning(0.5, unit="item", item_length=3)
+    by_item = SemanticAdaptivePruning(0.5, unit="item", codes_per_item=3)
     for pruning in (prune, by_item):
         with pytest.raises(ValueError, match=re.escape(f"protect must have shape [{batch.total}], got [99]")):
             pruning(packed, centrality, protect=torch.zeros(99, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match=r"whole items of item_length 3 tokens, got a sequence of 5"):
+    with pytest.raises(RuntimeError, match=r"whole items of codes_per_item 3 tokens, got a sequence of 5"):
         by_item(packed, centrality)
 
 
 def test_repr_names_the_settings():
-    assert repr(SemanticAdaptivePruning(0.5, unit="item", item_length=4)) == (
+    assert repr(SemanticAdaptivePruning(0.5, unit="item", codes_per_item=4)) == (
         "SemanticAdaptivePruning(keep_ratio=0.5, norm=l1, positions=original, normalize=none, prune_in_eval=True, "
-        "min_keep=1, unit=item, item_length=4, budget=sequence)"
+        "min_keep=1, unit=item, codes_per_item=4, budget=sequence)"
     )

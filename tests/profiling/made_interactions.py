@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stamp_kernels.profiling.interactions import Interactions
+from stamp_kernels.profiling.data.interactions import Interactions
 
 HISTORIES = [[0, 1, 2, 3, 4, 5, 1], [3, 2, 4], [5, 0, 1, 2], [2, 2, 3, 1, 0, 4, 5, 3, 2, 1]]
 

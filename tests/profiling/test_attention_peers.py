@@ -8,7 +8,7 @@ from closeness import assert_close
 from torch import Tensor
 
 from stamp_kernels import RelativePositionBias, packed_attention
-from stamp_kernels.profiling.attention_peers import (
+from stamp_kernels.profiling.peers.attention import (
     AttentionProblem,
     PreparedAttention,
     centrality_by_second_attention,
@@ -21,7 +21,7 @@ from stamp_kernels.profiling.attention_peers import (
     turbo_t5,
     varlen,
 )
-from stamp_kernels.profiling.peer_availability import PeerUnavailableError
+from stamp_kernels.profiling.peers.availability import PeerUnavailableError
 
 LENGTHS = (5, 0, 1, 37, 2, 13)
 NUM_BUCKETS = 16  # the exact distances, the logarithmic ranges and the shared last bucket all occur
@@ -53,7 +53,7 @@ def ours(problem: AttentionProblem) -> dict[str, Tensor]:
     result = packed_attention(
         *inputs[:3],
         problem.cu_seqlens,
-        problem.max_seqlen,
+        max_seqlen_q=problem.max_seqlen,
         causal=problem.causal,
         scale=problem.scale,
         relative_bias=bias,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from stamp_kernels.profiling import train as train_module
-from stamp_kernels.profiling.cli import app, quality
-from stamp_kernels.profiling.interactions import load_interactions
-from stamp_kernels.profiling.recommender import CONFIGURATIONS, RecommenderSettings
-from stamp_kernels.profiling.train import TrainSettings, prepare_data, profile_training
+from stamp_kernels.profiling.commands import train as train_module
+from stamp_kernels.profiling.commands.cli import app, quality
+from stamp_kernels.profiling.commands.train import TrainSettings, prepare_data, profile_training
+from stamp_kernels.profiling.data.interactions import load_interactions
+from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings
 
 LEVELS, CODES, NUM_ITEMS = 3, 4, 20
 SMALL = ("--steps", "3", "--warmup", "1", "--batch-size", "8", "--device", "cpu", "--threads", "1")
@@ -61,7 +61,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecommender]:
 
     def build(name: str, settings, *, seed: int) -> FakeRecommender:
         torch.manual_seed(seed)
-        recommenders.append(FakeRecommender(name, 1 + settings.levels * settings.codebook_size))
+        recommenders.append(FakeRecommender(name, 1 + settings.codes_per_item * settings.codebook_size))
         return recommenders[-1]
 
     def evaluate(recommender, rows, vocabulary, semantic_ids, *, batch_size, device) -> dict[str, float]:
@@ -118,12 +118,14 @@ def test_report_table_and_picture(shop: Path, tmp_path: Path, built: list[FakeRe
     assert set(report) == {
         *("schema", "date", "command", "device", "versions", "data", "settings", "configurations"),
     }
-    assert report["data"] | {"users": 12, "items": NUM_ITEMS, "levels": LEVELS, "name": "shop"} == report["data"]
+    assert (
+        report["data"] | {"users": 12, "items": NUM_ITEMS, "codes_per_item": LEVELS, "name": "shop"} == report["data"]
+    )
     assert report["data"]["semantic_ids"] == "given"
     settings = report["settings"]
     assert settings | {"steps": 3, "warmup": 1, "batch_size": 8, "device": "cpu", "dtype": "float32"} == settings
     assert report["device"].endswith(", 1 thread")
-    assert settings["model"]["levels"] == LEVELS and settings["max_items"] == 30
+    assert settings["model"]["codes_per_item"] == LEVELS and settings["max_items"] == 30
     assert [c["name"] for c in report["configurations"]] == ["padded-eager", "packed"]
     for configuration in report["configurations"]:
         assert set(configuration) == {
@@ -432,7 +434,7 @@ def test_real_recommenders_of_a_quality_run(shop: Path, tmp_path: Path):
     report = json.loads((tmp_path / "quality.json").read_text())
     chosen = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 16, "dropout": 0.0, "keep_ratio": 0.5}
     model = report["settings"]["model"]
-    assert model | chosen | {"prune_after_block": 1, "levels": LEVELS} == model
+    assert model | chosen | {"prune_after_block": 1, "codes_per_item": LEVELS} == model
     padded, packed, pruned, predicted = (c["seeds"][0] for c in report["configurations"])
     assert packed["epoch_losses"] == pytest.approx(padded["epoch_losses"], rel=1e-4)
     assert len({round(run["epoch_losses"][0], 4) for run in (packed, pruned, predicted)}) == 3

@@ -7,9 +7,9 @@ from closeness import assert_close
 from torch import Tensor
 
 from stamp_kernels import multi_token_cross_entropy
-from stamp_kernels.profiling import cross_entropy_peers as peers
-from stamp_kernels.profiling.cross_entropy_peers import CrossEntropyProblem
-from stamp_kernels.profiling.peer_availability import PeerUnavailableError
+from stamp_kernels.profiling.peers import cross_entropy as peers
+from stamp_kernels.profiling.peers.availability import PeerUnavailableError
+from stamp_kernels.profiling.peers.cross_entropy import CrossEntropyProblem
 
 ROWS, WIDTH, VOCABULARY, STEPS = 300, 16, 48, 3
 RANGES = [(0, 5), (5, 35), (35, 48)]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_interactions import HISTORIES, make_interactions
 
-from stamp_kernels.profiling.data import Batch, EvaluationRows, TrainingRows, Vocabulary, batches, collate
+from stamp_kernels.profiling.data.batches import Batch, EvaluationRows, TrainingRows, Vocabulary, batches, collate
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -95,14 +95,14 @@ def test_row_errors() -> None:
 
 
 def test_vocabulary() -> None:
-    vocabulary = Vocabulary(levels=3, codebook_size=5)
+    vocabulary = Vocabulary(codes_per_item=3, codebook_size=5)
     assert vocabulary.size == 16
     assert vocabulary.pad_id == 0
     assert [vocabulary.level_range(level) for level in range(3)] == [(1, 6), (6, 11), (11, 16)]
     codes = np.array([[0, 0, 0], [4, 2, 4]], dtype=np.uint8)
     assert vocabulary.tokens(codes).tolist() == [[1, 6, 11], [5, 8, 15]]
     assert vocabulary.tokens(codes).dtype == np.int64
-    large = Vocabulary(levels=2, codebook_size=256)
+    large = Vocabulary(codes_per_item=2, codebook_size=256)
     for dtype in (np.uint8, np.uint64):
         tokens = large.tokens(np.array([255, 255], dtype=dtype))
         assert tokens.tolist() == [256, 512]
@@ -110,7 +110,7 @@ def test_vocabulary() -> None:
 
 
 def test_vocabulary_errors() -> None:
-    vocabulary = Vocabulary(levels=3, codebook_size=5)
+    vocabulary = Vocabulary(codes_per_item=3, codebook_size=5)
     for level in (-1, 3):
         with pytest.raises(ValueError, match=f"level is {level}, expected 0 to 2"):
             vocabulary.level_range(level)
@@ -120,7 +120,7 @@ def test_vocabulary_errors() -> None:
         vocabulary.tokens(np.array([0, 5, 0]))
     with pytest.raises(ValueError, match=r"codes lie in \[-1, 0\], expected them in \[0, 4\]"):
         vocabulary.tokens(np.array([0, -1, 0]))
-    with pytest.raises(ValueError, match="levels is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="codes_per_item is 0, expected at least 1"):
         Vocabulary(0, 5)
     with pytest.raises(ValueError, match="codebook_size is 0, expected at least 1"):
         Vocabulary(3, 0)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from stamp_kernels.profiling.data import EvaluationRows, Vocabulary, collate
-from stamp_kernels.profiling.evaluate import NUM_BEAMS, ValidPrefixes, beam_search, evaluate
-from stamp_kernels.profiling.interactions import Interactions
-from stamp_kernels.profiling.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
+from stamp_kernels.profiling.data.batches import EvaluationRows, Vocabulary, collate
+from stamp_kernels.profiling.data.interactions import Interactions
+from stamp_kernels.profiling.recommender.evaluate import NUM_BEAMS, ValidPrefixes, beam_search, evaluate
+from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
 
 SETTINGS = RecommenderSettings(
-    levels=3, codebook_size=4, num_layers=2, d_model=16, num_heads=2, d_kv=8, d_ff=24, prune_after_block=1
+    codes_per_item=3, codebook_size=4, num_layers=2, d_model=16, num_heads=2, d_kv=8, d_ff=24, prune_after_block=1
 )
 VOCABULARY = Vocabulary(3, 4)
 NUM_ITEMS = 9  # fewer than the beams, so the search sees the whole catalogue

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_interactions import sequences, write, write_npz
 
-from stamp_kernels.profiling.interactions import Interactions, load_interactions
+from stamp_kernels.profiling.data.interactions import Interactions, load_interactions
 
 
 def test_npz(tmp_path: Path) -> None:
@@ -111,9 +111,9 @@ BAD_NPZ = {
         dict(seq_items=[0, 1, 2], seq_offsets=[0, 3], sids=[1, 2, 3]),
         "sids is int64 [3], expected integers with 2 dimension",
     ),
-    "no levels": (
+    "no codes_per_item": (
         dict(seq_items=[0, 1, 2], seq_offsets=[0, 3], sids=np.zeros((3, 0), dtype=int)),
-        "semantic IDs have shape [3, 0], expected [3 items, levels]",
+        "semantic IDs have shape [3, 0], expected [3 items, codes_per_item]",
     ),
     "negative code": (
         dict(seq_items=[0, 1, 2], seq_offsets=[0, 3], sids=[[0], [-7], [1]]),

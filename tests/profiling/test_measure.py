@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from stamp_kernels.ops.selection import gather_tokens, select_tokens
+from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.ops.pruning.selection import select_tokens
 from stamp_kernels.profiling import measure
 from stamp_kernels.profiling.measure import (
     Rates,

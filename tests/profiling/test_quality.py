@@ -14,12 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_interactions import HISTORIES, make_interactions, random_interactions
 
-from stamp_kernels.profiling import quality as quality_module
-from stamp_kernels.profiling import train as train_module
-from stamp_kernels.profiling.quality import QualitySettings, finished_results, measure_quality, reference_metrics
-from stamp_kernels.profiling.recommender import RecommenderSettings
-from stamp_kernels.profiling.report import write_json
-from stamp_kernels.profiling.train import TrainingData, prepare_data
+from stamp_kernels.profiling.commands import quality as quality_module
+from stamp_kernels.profiling.commands import train as train_module
+from stamp_kernels.profiling.commands.quality import (
+    QualitySettings,
+    finished_results,
+    measure_quality,
+    reference_metrics,
+)
+from stamp_kernels.profiling.commands.report import write_json
+from stamp_kernels.profiling.commands.train import TrainingData, prepare_data
+from stamp_kernels.profiling.recommender.recommender import RecommenderSettings
 
 LEVELS, CODES = 3, 4
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
@@ -178,7 +183,7 @@ def test_every_configuration_runs_from_every_seed(built: list[FakeRecommender]) 
         assert configuration["summary"]["recall@10"]["mean"] == pytest.approx(sum(values) / 3)
     assert report["command"] == "stamp-profile quality"
     assert report["settings"] | {"seeds": 3, "epochs": 2, "rows": None} == report["settings"]
-    assert report["settings"]["model"]["levels"] == LEVELS and report["settings"]["model"]["d_model"] == 16
+    assert report["settings"]["model"]["codes_per_item"] == LEVELS and report["settings"]["model"]["d_model"] == 16
     assert [reference["name"] for reference in report["references"]] == ["chance", "popularity", "popularity, unseen"]
 
 

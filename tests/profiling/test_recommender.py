@@ -9,9 +9,9 @@ import torch
 from closeness import relative_error
 from torch.nn import functional as F
 
-from stamp_kernels.profiling.data import Batch, TrainingRows, Vocabulary, batches
-from stamp_kernels.profiling.interactions import Interactions, load_interactions
-from stamp_kernels.profiling.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
+from stamp_kernels.profiling.data.batches import Batch, TrainingRows, Vocabulary, batches
+from stamp_kernels.profiling.data.interactions import Interactions, load_interactions
+from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
 
 WITHOUT_DROPOUT = RecommenderSettings(dropout=0.0)
 

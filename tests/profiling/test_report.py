@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stamp_kernels.profiling import report as report_module
-from stamp_kernels.profiling.report import (
+from stamp_kernels.profiling.commands import report as report_module
+from stamp_kernels.profiling.commands.report import (
     ConfigurationResult,
     SeedResult,
     build_quality_report,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels import select_tokens
-from stamp_kernels.profiling.selection_peers import num_kept, padded_topk, sort_within_sequences, topk_per_sequence
+from stamp_kernels.profiling.peers.pruning import num_kept, padded_topk, sort_within_sequences, topk_per_sequence
 
 LENGTHS = [7, 1, 30, 12, 3]
 RATIO = 1 / 3

@@ -14,13 +14,13 @@ from made_interactions import HISTORIES, make_interactions, random_interactions
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from stamp_kernels.profiling import semantic_ids as semantic_ids_module
-from stamp_kernels.profiling.interactions import Interactions
-from stamp_kernels.profiling.semantic_ids import assign_semantic_ids
+from stamp_kernels.profiling.data import semantic_ids as semantic_ids_module
+from stamp_kernels.profiling.data.interactions import Interactions
+from stamp_kernels.profiling.data.semantic_ids import assign_semantic_ids
 
 
-def assert_unique_codes(semantic_ids: np.ndarray, num_items: int, levels: int, codebook_size: int) -> None:
-    assert semantic_ids.shape == (num_items, levels)
+def assert_unique_codes(semantic_ids: np.ndarray, num_items: int, codes_per_item: int, codebook_size: int) -> None:
+    assert semantic_ids.shape == (num_items, codes_per_item)
     assert semantic_ids.dtype == np.int64
     assert semantic_ids.min() >= 0
     assert semantic_ids.max() < codebook_size
@@ -29,9 +29,9 @@ def assert_unique_codes(semantic_ids: np.ndarray, num_items: int, levels: int, c
 
 def test_semantic_ids_are_seeded_and_unique(tmp_path: Path) -> None:
     interactions = random_interactions(0)
-    first = assign_semantic_ids(interactions, levels=3, codebook_size=8, cache_dir=tmp_path / "a")
-    again = assign_semantic_ids(interactions, levels=3, codebook_size=8, cache_dir=tmp_path / "b")
-    other = assign_semantic_ids(interactions, levels=3, codebook_size=8, seed=1, cache_dir=tmp_path / "a")
+    first = assign_semantic_ids(interactions, codes_per_item=3, codebook_size=8, cache_dir=tmp_path / "a")
+    again = assign_semantic_ids(interactions, codes_per_item=3, codebook_size=8, cache_dir=tmp_path / "b")
+    other = assign_semantic_ids(interactions, codes_per_item=3, codebook_size=8, seed=1, cache_dir=tmp_path / "a")
     assert_unique_codes(first, 40, 3, 8)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -42,7 +42,7 @@ def test_semantic_ids_follow_the_users(tmp_path: Path) -> None:
     # Two groups of items that no user mixes, even and odd numbers: no first code occurs in both.
     rng = np.random.default_rng(0)
     histories = [(2 * rng.permutation(12)[: rng.integers(5, 13)] + rng.integers(2)).tolist() for _ in range(80)]
-    ids = assign_semantic_ids(make_interactions(histories), levels=4, codebook_size=4, cache_dir=tmp_path)
+    ids = assign_semantic_ids(make_interactions(histories), codes_per_item=4, codebook_size=4, cache_dir=tmp_path)
     assert set(ids[::2, 0]).isdisjoint(ids[1::2, 0])
 
 
@@ -54,14 +54,14 @@ def test_semantic_ids_pair_each_user_with_their_training_items(tmp_path: Path, m
         return np.zeros((shape[0], 1), dtype=np.int64)
 
     monkeypatch.setattr(semantic_ids_module, "_residual_kmeans", record)
-    assign_semantic_ids(make_interactions(HISTORIES), levels=2, codebook_size=6, cache_dir=tmp_path)
+    assign_semantic_ids(make_interactions(HISTORIES), codes_per_item=2, codebook_size=6, cache_dir=tmp_path)
     assert pairs == [(user, item) for user, history in enumerate(HISTORIES) for item in history[:-2]]
 
 
 def test_semantic_ids_number_equal_prefixes_by_item(tmp_path: Path) -> None:
     # Items 0, 2, 4 have the same users, so have 1, 3, 5; 6 to 8 occur in held-out places alone.
     histories = [[0, 2, 4, 6, 7], [1, 3, 5, 7, 8], [4, 2, 0, 8, 6], [5, 3, 1, 6, 8]]
-    ids = assign_semantic_ids(make_interactions(histories), levels=3, codebook_size=4, cache_dir=tmp_path)
+    ids = assign_semantic_ids(make_interactions(histories), codes_per_item=3, codebook_size=4, cache_dir=tmp_path)
     for group in ([0, 2, 4], [1, 3, 5], [6, 7, 8]):
         assert len(np.unique(ids[group, :2], axis=0)) == 1
         assert ids[group, 2].tolist() == [0, 1, 2]
@@ -71,7 +71,7 @@ def test_semantic_ids_number_equal_prefixes_by_item(tmp_path: Path) -> None:
 def test_semantic_ids_overflow(tmp_path: Path) -> None:
     # 12 of 15 items are cold and share a prefix of 4 codes: all 16 IDs but one are needed.
     interactions = make_interactions([[0, 1, 2, 3, 4]] * 3, num_items=15)
-    ids = assign_semantic_ids(interactions, levels=2, codebook_size=4, cache_dir=tmp_path)
+    ids = assign_semantic_ids(interactions, codes_per_item=2, codebook_size=4, cache_dir=tmp_path)
     assert_unique_codes(ids, 15, 2, 4)
     cold = ids[3, 0]
     assert ids[3:7].tolist() == [[cold, code] for code in range(4)]  # whoever comes first stays
@@ -93,14 +93,14 @@ def test_disambiguation_moves_on_to_the_next_prefix() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_disambiguation_is_unique_and_moves_only_what_it_must(draw: st.DataObject) -> None:
-    levels, codebook_size = draw.draw(st.integers(1, 3)), draw.draw(st.integers(1, 3))
-    num_items = draw.draw(st.integers(1, codebook_size**levels))
+    codes_per_item, codebook_size = draw.draw(st.integers(1, 3)), draw.draw(st.integers(1, 3))
+    num_items = draw.draw(st.integers(1, codebook_size**codes_per_item))
     code = st.integers(0, codebook_size - 1)
-    codes = draw.draw(st.lists(st.tuples(*[code] * (levels - 1)), min_size=num_items, max_size=num_items))
+    codes = draw.draw(st.lists(st.tuples(*[code] * (codes_per_item - 1)), min_size=num_items, max_size=num_items))
     ids = semantic_ids_module._disambiguate(
-        np.array(codes, dtype=np.int64).reshape(num_items, levels - 1), codebook_size
+        np.array(codes, dtype=np.int64).reshape(num_items, codes_per_item - 1), codebook_size
     )
-    assert_unique_codes(ids, num_items, levels, codebook_size)
+    assert_unique_codes(ids, num_items, codes_per_item, codebook_size)
     for item, prefix in enumerate(codes):
         rank = codes[:item].count(prefix)
         if rank < codebook_size:
@@ -112,10 +112,12 @@ def test_large_codebooks_do_not_wrap() -> None:
     assert semantic_ids_module._disambiguate(codes, 65536).tolist() == [[65535] * 4 + [0], [65535] * 4 + [1], [0] * 5]
 
 
-@pytest.mark.parametrize("levels, codebook_size", [(1, 40), (2, 7), (3, 256), (6, 2)])
-def test_semantic_ids_sizes(tmp_path: Path, levels: int, codebook_size: int) -> None:
-    ids = assign_semantic_ids(random_interactions(1), levels=levels, codebook_size=codebook_size, cache_dir=tmp_path)
-    assert_unique_codes(ids, 40, levels, codebook_size)
+@pytest.mark.parametrize("codes_per_item, codebook_size", [(1, 40), (2, 7), (3, 256), (6, 2)])
+def test_semantic_ids_sizes(tmp_path: Path, codes_per_item: int, codebook_size: int) -> None:
+    ids = assign_semantic_ids(
+        random_interactions(1), codes_per_item=codes_per_item, codebook_size=codebook_size, cache_dir=tmp_path
+    )
+    assert_unique_codes(ids, 40, codes_per_item, codebook_size)
 
 
 @settings(max_examples=60, deadline=None)
@@ -158,7 +160,7 @@ def test_items_outside_the_subspace_count_as_cold(monkeypatch: pytest.MonkeyPatc
 def test_semantic_ids_of_one_user_and_one_item(tmp_path: Path) -> None:
     for histories in ([[0, 0, 0]], [[0, 1, 2]], [[0, 1, 0, 1]] * 3):
         interactions = make_interactions(histories)
-        ids = assign_semantic_ids(interactions, levels=3, codebook_size=4, cache_dir=tmp_path)
+        ids = assign_semantic_ids(interactions, codes_per_item=3, codebook_size=4, cache_dir=tmp_path)
         assert_unique_codes(ids, interactions.num_items, 3, 4)
 
 
@@ -189,7 +191,7 @@ def test_semantic_ids_read_the_training_part_alone(tmp_path: Path) -> None:
 
     # Separate folders, so that neither reads what the other computed.
     ids = [
-        assign_semantic_ids(each, levels=3, codebook_size=8, cache_dir=tmp_path / str(i))
+        assign_semantic_ids(each, codes_per_item=3, codebook_size=8, cache_dir=tmp_path / str(i))
         for i, each in enumerate([interactions, held_out, trained_on])
     ]
     assert np.array_equal(ids[0], ids[1])
@@ -202,10 +204,10 @@ def test_semantic_ids_read_the_training_part_alone(tmp_path: Path) -> None:
 def test_cache_is_read_per_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interactions = random_interactions(3)
     arguments = [
-        dict(levels=3, codebook_size=8, seed=0),
-        dict(levels=4, codebook_size=8, seed=0),
-        dict(levels=3, codebook_size=9, seed=0),
-        dict(levels=3, codebook_size=8, seed=1),
+        dict(codes_per_item=3, codebook_size=8, seed=0),
+        dict(codes_per_item=4, codebook_size=8, seed=0),
+        dict(codes_per_item=3, codebook_size=9, seed=0),
+        dict(codes_per_item=3, codebook_size=8, seed=1),
     ]
     made = [assign_semantic_ids(interactions, **each, cache_dir=tmp_path) for each in arguments]
     assert len(list(tmp_path.iterdir())) == 4  # one file each, nothing temporary
@@ -217,13 +219,13 @@ def test_cache_is_read_per_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_cache_tells_users_apart(tmp_path: Path) -> None:
     # The same training items in the same order, cut at other places.
     for histories in ([[0, 1, 2, 5, 5], [3, 4, 5, 5]], [[0, 1, 5, 5], [2, 3, 4, 5, 5]]):
-        assign_semantic_ids(make_interactions(histories), levels=2, codebook_size=4, cache_dir=tmp_path)
+        assign_semantic_ids(make_interactions(histories), codes_per_item=2, codebook_size=4, cache_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_damaged_cache_is_made_again(tmp_path: Path) -> None:
     interactions = random_interactions(3)
-    made = assign_semantic_ids(interactions, levels=3, codebook_size=8, cache_dir=tmp_path)
+    made = assign_semantic_ids(interactions, codes_per_item=3, codebook_size=8, cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     flipped = bytearray(whole)
@@ -240,7 +242,9 @@ def test_damaged_cache_is_made_again(tmp_path: Path) -> None:
     damaged += [saved(semantic_ids=made.astype(np.float64))]
     for content in damaged:
         path.write_bytes(content)
-        assert np.array_equal(assign_semantic_ids(interactions, levels=3, codebook_size=8, cache_dir=tmp_path), made)
+        assert np.array_equal(
+            assign_semantic_ids(interactions, codes_per_item=3, codebook_size=8, cache_dir=tmp_path), made
+        )
         with np.load(path) as archive:
             assert np.array_equal(archive["semantic_ids"], made)
 
@@ -251,7 +255,7 @@ def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(semantic_ids_module.os, "replace", full_disk)
     with pytest.warns(RuntimeWarning, match=r"the semantic IDs were not kept, .*cannot be written: no space left"):
-        ids = assign_semantic_ids(random_interactions(3), levels=3, codebook_size=8, cache_dir=tmp_path)
+        ids = assign_semantic_ids(random_interactions(3), codes_per_item=3, codebook_size=8, cache_dir=tmp_path)
     assert_unique_codes(ids, 40, 3, 8)
     assert not list(tmp_path.iterdir())
 
@@ -260,7 +264,7 @@ def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
-    assign_semantic_ids(make_interactions(HISTORIES), levels=1)
+    assign_semantic_ids(make_interactions(HISTORIES), codes_per_item=1)
     folder = tmp_path / "stamp_kernels" if variable == "XDG_CACHE_HOME" else tmp_path / ".cache" / "stamp_kernels"
     (file,) = folder.iterdir()
     assert file.name.startswith("semantic_ids_")
@@ -268,10 +272,12 @@ def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, v
 
 def test_semantic_id_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interactions = make_interactions(HISTORIES)  # 6 items
-    with pytest.raises(ValueError, match="levels=2 and codebook_size=2 give 4 semantic IDs, expected at least 6"):
-        assign_semantic_ids(interactions, levels=2, codebook_size=2, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="levels is 0, expected at least 1"):
-        assign_semantic_ids(interactions, levels=0, cache_dir=tmp_path)
+    with pytest.raises(
+        ValueError, match="codes_per_item=2 and codebook_size=2 give 4 semantic IDs, expected at least 6"
+    ):
+        assign_semantic_ids(interactions, codes_per_item=2, codebook_size=2, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="codes_per_item is 0, expected at least 1"):
+        assign_semantic_ids(interactions, codes_per_item=0, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="codebook_size is 0, expected at least 1"):
         assign_semantic_ids(interactions, codebook_size=0, cache_dir=tmp_path)
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)

@@ -5,15 +5,15 @@ import threading
 import pytest
 import torch
 
-from stamp_kernels.triton_kernels import _constants
-from stamp_kernels.triton_kernels._constants import device_constant
+from stamp_kernels.triton_kernels import constants
+from stamp_kernels.triton_kernels.constants import device_constant
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def no_constants(monkeypatch):
-    monkeypatch.setattr(_constants, "_CONSTANTS", {})
+    monkeypatch.setattr(constants, "_CONSTANTS", {})
 
 
 def three() -> torch.Tensor:
@@ -81,5 +81,5 @@ def test_none_is_made_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"captured.*'three'.*cuda:0.*stamp_kernels\.prepare"):
         device_constant("three", gpu, three)
-    _constants._CONSTANTS["three", gpu] = there = three()
+    constants._CONSTANTS["three", gpu] = there = three()
     assert device_constant("three", gpu, three) is there

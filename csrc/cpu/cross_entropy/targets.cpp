@@ -1,0 +1,101 @@
+// Targets of multi-step prediction: for every row the labels stride, 2 stride, ... ahead in its own sequence.
+//
+//   targets[t, k] = labels[t + (k + 1) stride] where that row is in t's sequence, ignore_index past its end and on tail
+//   rows
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "cpu/core/arguments.h"
+
+namespace stamp::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Threads that write less than this are not worth starting.
+constexpr int64_t kTargetsPerTask = 16 * 1024;
+
+struct Shift {
+  const int32_t* cu_seqlens;  // [batch + 1]
+  int64_t batch;
+  int64_t total;
+  int64_t label_stride;  // from one row's label to the next row's
+  int64_t steps;
+  int64_t stride;
+  int64_t ignore_index;
+};
+
+template <typename label_t>
+void shift_all(const Shift& shift, const void* label_data, int64_t* targets) {
+  const label_t* labels = static_cast<const label_t*>(label_data);
+  const int32_t* ends = shift.cu_seqlens + 1;
+  const int64_t num_rows = shift.cu_seqlens[shift.batch];
+  const int64_t rows_per_task = std::max<int64_t>(1, kTargetsPerTask / shift.steps);
+  torch::stable::parallel_for(0, num_rows, rows_per_task, [&](int64_t begin, int64_t end) {
+    int64_t* to = targets + begin * shift.steps;
+    const int32_t* sequence_end = std::upper_bound(ends, ends + shift.batch, begin);
+    for (int64_t row = begin; row < end; ++row) {
+      while (*sequence_end <= row) {
+        ++sequence_end;
+      }
+      int64_t* const end_of_row = to + shift.steps;
+      for (int64_t ahead = row + shift.stride; to < end_of_row && ahead < *sequence_end; ahead += shift.stride) {
+        *to++ = labels[ahead * shift.label_stride];
+      }
+      while (to < end_of_row) {
+        *to++ = shift.ignore_index;
+      }
+    }
+  });
+  std::fill(targets + num_rows * shift.steps, targets + shift.total * shift.steps, shift.ignore_index);
+}
+
+Tensor shift_targets(
+    const Tensor& labels, const Tensor& cu_seqlens, int64_t steps, int64_t stride, int64_t ignore_index) {
+  STD_TORCH_CHECK(labels.dim() == 1, "labels must have one dimension, got ", labels.dim());
+  STD_TORCH_CHECK(steps >= 1 && stride >= 1, "steps and stride must be at least 1, got ", steps, " and ", stride);
+  std::vector<Tensor> held;
+  const Tensor offsets = held_contiguous(cu_seqlens, held);
+  const int64_t total = labels.size(0);
+  check_cu_seqlens("cu_seqlens", offsets, total, INT32_MAX);
+  const Tensor targets = torch::stable::new_empty(labels, {total, steps}, ScalarType::Long);
+  // A stride of all rows is past every end; a longer one could overflow.
+  const Shift shift = {
+      offsets.const_data_ptr<int32_t>(), offsets.size(0) - 1, total, labels.stride(0), steps, std::min(stride, total),
+      ignore_index};
+  const void* data = labels.const_data_ptr();
+  int64_t* to = targets.mutable_data_ptr<int64_t>();
+  switch (labels.scalar_type()) {
+    case ScalarType::Long:
+      shift_all<int64_t>(shift, data, to);
+      break;
+    case ScalarType::Int:
+      shift_all<int32_t>(shift, data, to);
+      break;
+    case ScalarType::Short:
+      shift_all<int16_t>(shift, data, to);
+      break;
+    case ScalarType::Char:
+      shift_all<int8_t>(shift, data, to);
+      break;
+    case ScalarType::Byte:
+      shift_all<uint8_t>(shift, data, to);
+      break;
+    default:
+      STD_TORCH_CHECK(false, "labels must be int64, int32, int16, int8 or uint8");
+  }
+  return targets;
+}
+
+}  // namespace
+}  // namespace stamp::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(stamp, CPU, m) {
+  m.impl("shift_targets", TORCH_BOX(&stamp::cpu::shift_targets));
+}

@@ -1,0 +1,44 @@
+// Gather of the kept rows, forward and backward, by one kernel (gather_kernels.cuh).
+//
+//   forward   y[j] = x[indices[j]]                         indices [T'] int64, -1 on tail rows
+//   backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse [T] int32, -1 where token t was dropped
+
+#include <torch/csrc/stable/library.h>
+
+#include "common/rows.h"
+#include "cuda/core/arguments.cuh"
+#include "cuda/pruning/gather_kernels.cuh"
+
+namespace stamp::cuda {
+namespace {
+
+template <typename index_t>
+std::vector<Tensor> gather_rows(const std::vector<Tensor>& sources, const Tensor& map_tensor, const char* map_name) {
+  check_row_map_tensor(sources, map_tensor, map_name);
+  const Launch launch("gather_tokens", map_tensor.get_device_index());
+  const Tensor map_contiguous = torch::stable::contiguous(map_tensor);
+  const index_t* map = map_contiguous.const_data_ptr<index_t>();
+  const int64_t num_rows = map_contiguous.size(0);
+  const RowCopies copies(sources, num_rows);
+  if (contents_are_checked()) {
+    check_row_map(launch.copy_to_host(map, num_rows, map_name).data(), num_rows, sources[0].size(0), map_name);
+  }
+  launch_gather(copies.rows, map, num_rows, launch);
+  return copies.outputs;
+}
+
+std::vector<Tensor> gather_tokens_forward(const std::vector<Tensor>& x, const Tensor& indices) {
+  return gather_rows<int64_t>(x, indices, "indices");
+}
+
+std::vector<Tensor> gather_tokens_backward(const std::vector<Tensor>& grad, const Tensor& inverse) {
+  return gather_rows<int32_t>(grad, inverse, "inverse");
+}
+
+}  // namespace
+}  // namespace stamp::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(stamp, CUDA, m) {
+  m.impl("gather_tokens_forward", TORCH_BOX(&stamp::cuda::gather_tokens_forward));
+  m.impl("gather_tokens_backward", TORCH_BOX(&stamp::cuda::gather_tokens_backward));
+}

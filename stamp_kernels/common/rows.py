@@ -1,0 +1,10 @@
+"""Rows of a packed batch."""
+
+import torch
+from torch import Tensor
+
+
+def sequence_of_row(cu_seqlens: Tensor, total: int) -> Tensor:
+    """int64 `[total]`: the sequence that each row belongs to; B for tail rows."""
+    rows = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)

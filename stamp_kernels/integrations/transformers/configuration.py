@@ -1,0 +1,145 @@
+"""What to prune and what to predict besides: one description for every host, kept in the host's config.json."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
+from stamp_kernels.modules.pruning import SemanticAdaptivePruning
+from stamp_kernels.ops._checks import check_choice, check_count
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningConfig:
+    """SAP (arXiv 2604.05329): after which blocks to prune, and how; the default is the paper's T5 setting.
+
+    Attributes:
+        schedule: pairs (block, keep_ratio); blocks are counted from 1, the tokens are pruned after the block.
+        protect_first, protect_last: so many tokens at either end of a history always stay and stand outside the
+            budget: a user token in front, an end-of-sequence token behind. For unit="item" multiples of codes_per_item.
+        norm, positions, prune_in_eval, min_keep, unit, codes_per_item, budget: as in `SemanticAdaptivePruning`.
+
+    Raises:
+        ValueError: a value is not allowed, or a block is named twice.
+    """
+
+    schedule: Sequence[tuple[int, float]] = ((2, 1 / 3),)
+    protect_first: int = 0
+    protect_last: int = 0
+    norm: str = "l1"
+    positions: str = "original"
+    prune_in_eval: bool = True
+    min_keep: int = 1
+    unit: str = "token"
+    codes_per_item: int | None = None
+    budget: str = "sequence"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", tuple((int(block), float(ratio)) for block, ratio in self.schedule))
+        blocks = [block for block, _ in self.schedule]
+        if len(set(blocks)) < len(blocks) or min(blocks, default=1) < 1:
+            raise ValueError(f"schedule must name blocks from 1 on, each once, got {self.schedule}")
+        check_count("protect_first", self.protect_first)
+        check_count("protect_last", self.protect_last)
+        self.build_modules()
+        if self.codes_per_item is not None and (
+            self.protect_first % self.codes_per_item,
+            self.protect_last % self.codes_per_item,
+        ) != (0, 0):
+            raise ValueError(
+                f"protect_first and protect_last must be multiples of codes_per_item {self.codes_per_item}, "
+                f"got {self.protect_first} and {self.protect_last}"
+            )
+
+    def check_blocks(self, num_blocks: int) -> None:
+        """Raises:
+        ValueError: the schedule names a block that a trunk of so many does not have.
+        """
+        for block, _ in self.schedule:
+            if block > num_blocks:
+                raise ValueError(f"schedule must name blocks from 1 to {num_blocks}, got {block}")
+
+    def build_modules(self) -> dict[int, SemanticAdaptivePruning]:
+        """What prunes, by the number of the block after which it does."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("schedule", "protect_first", "protect_last"):
+            del options[name]
+        return {block: SemanticAdaptivePruning(keep_ratio, **options) for block, keep_ratio in self.schedule}
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionConfig:
+    """MAP (arXiv 2604.05329): which further items to predict while training, and through which heads.
+
+    Attributes:
+        num_steps: how many steps beyond the labels.
+        codes_per_item: codes per item. The labels of a user are whole items.
+        unit: `"item"`: step k of a position is the same code of the item k further on; `"token"`: the token k further
+            on.
+        head: `"linear"`, `"residual"` or `"transformer"`, one for each step, see `MultiStepPrediction`.
+        unembedding: `"shared"`: the host's language-model head; `"own"`: a matrix of the heads' own over the same
+            vocabulary. With vocab_ranges its slices are a head for each level.
+        vocab_ranges: for each level the (start, end) of its codes in the vocabulary: a level's softmax then runs over
+            those alone. For unit="item". None: over the whole vocabulary.
+        step_weights, lambda_, num_attention_heads: as in `MultiStepPrediction`.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    num_steps: int = 3
+    codes_per_item: int = 4
+    unit: str = "item"
+    head: str = "residual"
+    unembedding: str = "shared"
+    vocab_ranges: Sequence[tuple[int, int]] | None = None
+    step_weights: Sequence[float] | None = None
+    lambda_: float | LinearDecay = 0.3
+    num_attention_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        # As JSON has them, these are lists.
+        if self.vocab_ranges is not None:
+            object.__setattr__(self, "vocab_ranges", tuple((int(start), int(end)) for start, end in self.vocab_ranges))
+        if self.step_weights is not None:
+            object.__setattr__(self, "step_weights", tuple(float(weight) for weight in self.step_weights))
+        if isinstance(self.lambda_, list | tuple):
+            object.__setattr__(self, "lambda_", LinearDecay(*self.lambda_))
+        check_count("num_steps", self.num_steps, 1)
+        check_count("codes_per_item", self.codes_per_item, 1)
+        check_choice("unit", self.unit, ("item", "token"))
+        check_choice("unembedding", self.unembedding, ("shared", "own"))
+        if self.vocab_ranges is not None and (self.unit, len(self.vocab_ranges)) != ("item", self.codes_per_item):
+            raise ValueError(
+                f"vocab_ranges must have one (start, end) for each of the {self.codes_per_item} levels and goes with "
+                f'unit="item", got {self.vocab_ranges} and unit={self.unit!r}'
+            )
+
+        with torch.device("meta"):
+            self.build_module(hidden_size=8 * (self.num_attention_heads or 1), vocab_size=1)
+
+    @property
+    def stride(self) -> int:
+        """Tokens from one step to the next."""
+        return self.codes_per_item if self.unit == "item" else 1
+
+    def build_module(self, hidden_size: int, vocab_size: int) -> MultiStepPrediction:
+        """The heads on states of this width, over this vocabulary."""
+        return MultiStepPrediction(
+            hidden_size,
+            self.num_steps,
+            head=self.head,
+            vocab_size=vocab_size if self.unembedding == "own" else None,
+            step_weights=self.step_weights,
+            lambda_=self.lambda_,
+            codes_per_item=self.codes_per_item,
+            vocab_ranges=None if self.vocab_ranges is None else self.vocab_ranges * self.num_steps,
+            num_attention_heads=self.num_attention_heads,
+        )
+
+
+def to_dict(config: PruningConfig | PredictionConfig | None) -> dict[str, Any] | None:
+    """What JSON can keep; `type(config)(**to_dict(config)) == config`."""
+    return None if config is None else dataclasses.asdict(config)

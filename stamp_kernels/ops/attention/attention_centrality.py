@@ -1,0 +1,117 @@
+"""Attention centrality: the attention that each key receives, without an attention map in memory."""
+
+import torch
+from torch import Tensor
+
+from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.precision import compute_dtype
+from stamp_kernels.ops._autocast import cast_for_autocast
+from stamp_kernels.ops._checks import check_tensor
+from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.attention.packed_attention import check_attention_inputs, flat_bias, num_query_key_pairs
+from stamp_kernels.reference import attention as reference
+from stamp_kernels.relative_position import RelativePositionBias
+
+
+def _attention_centrality_fake(q, k, lse, *rest):
+    return lse.new_empty(k.shape[0])
+
+
+def _attention_centrality_flops(q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest, out_val=None):
+    """One product, Q K^T; causal masking is not subtracted, as in torch's own formulas."""
+    pairs = num_query_key_pairs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return 2 * pairs * q.shape[1] * q.shape[2]
+
+
+def _attention_centrality_triton(*args):
+    from stamp_kernels.triton_kernels.attention.centrality import attention_centrality  # imports Triton
+
+    return attention_centrality(*args)
+
+
+# cu_seqlens_k None stands for self-attention: keys have the offsets and positions of the queries.
+_attention_centrality = define_op(
+    "attention_centrality(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, Tensor? bias_table, "
+    "bool bias_bidirectional, int bias_max_distance, Tensor? positions_q, Tensor? positions_k, "
+    "Tensor? query_mask) -> Tensor",
+    public_name="attention_centrality",
+    reference=reference.attention_centrality,
+    triton=_attention_centrality_triton,
+    fake=_attention_centrality_fake,
+    flops=_attention_centrality_flops,
+)
+
+
+def attention_centrality(
+    q: Tensor,  # [Tq, Hq, D]
+    k: Tensor,  # [Tk, Hkv, D]
+    lse: Tensor,  # [Hq, Tq]
+    cu_seqlens_q: Tensor,  # [B + 1] int32
+    cu_seqlens_k: Tensor | None = None,  # [B + 1] int32
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    relative_bias: RelativePositionBias | None = None,
+    positions_q: Tensor | None = None,  # [Tq] int32
+    positions_k: Tensor | None = None,  # [Tk] int32
+    query_mask: Tensor | None = None,  # [Tq] bool
+) -> Tensor:
+    """The attention each key receives: the column sums of the softmax, `sum_heads sum_queries exp(s - lse)`.
+
+    For whoever has the lse of an attention that computed no column sums: one from another library, or one whose
+    centrality_query_mask is known only afterwards. FastV, PyramidDrop and H2O rank tokens by it too. Where the
+    attention is ours, `packed_attention(return_centrality=True)` gives the same for less. Two runs give the same bits: keys own their
+    sums, without atomics.
+
+    lse must come from attention with the same q, k and keyword arguments; nothing checks that. Dropout does not
+    matter: lse is taken before it. Not differentiable: no gradient flows through the scores (arXiv 2604.05329).
+    Under autocast q and k are cast to the autocast dtype.
+
+    Args:
+        q: `[Tq, Hq, D]` in fp32, fp16, bf16, or fp64 on the CPU; D a multiple of 8 up to 256. Strided views are fine.
+        k: `[Tk, Hkv, D]` of the same dtype, Hq a multiple of Hkv.
+        lse: `[Hq, Tq]` in fp32 (fp64 for fp64 inputs), log of the sum of exponentiated scores. A query with lse -inf
+            (it sees no key) votes nothing.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, relative_bias, positions_q, positions_k:
+            as in `packed_attention`.
+        query_mask: which queries vote. None: all.
+
+    Returns:
+        `[Tk]` in the dtype of lse; 0 on tail rows (those from `cu_seqlens_k[-1]` on) and where no query votes.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T, or a sequence is longer than its
+            max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1).
+    """
+    q, k = cast_for_autocast(q=q, k=k)
+    check_attention_inputs(
+        q,
+        k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        relative_bias,
+        positions_q,
+        positions_k,
+        query_mask,
+        "query_mask",
+    )
+    total_q, num_heads, head_dim = q.shape
+    check_tensor("lse", lse, shape=[num_heads, total_q], dtypes=[compute_dtype(q.dtype)], device=q.device)
+    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    bias_table, *bias_rest = flat_bias(relative_bias, positions_q, positions_k)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    arguments = (
+        q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, bias_table, *bias_rest,
+        query_mask,
+    )  # fmt: skip
+    with torch.no_grad():
+        if not reference_is_forced():
+            return _attention_centrality(*arguments)
+        with torch.autocast(q.device.type, enabled=False):  # the inputs have been cast; products inside stay in fp32
+            return reference.attention_centrality(*arguments)

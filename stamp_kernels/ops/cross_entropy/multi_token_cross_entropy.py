@@ -1,0 +1,391 @@
+"""Cross-entropy of several future tokens or items at once, from hidden states, without the logits in memory."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.precision import compute_dtype
+from stamp_kernels.common.steps import REDUCTIONS, step_ranges
+from stamp_kernels.ops._autocast import cast_for_autocast
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_range, check_tensor
+from stamp_kernels.ops._library import define_op
+from stamp_kernels.reference import cross_entropy as reference
+
+
+class MultiTokenLoss(NamedTuple):
+    """What `multi_token_cross_entropy` returns with return_step_losses.
+
+    Attributes:
+        loss: the differentiable loss, a scalar.
+        step_losses: `[K]`, the mean or sum of each step, unweighted and detached.
+    """
+
+    loss: Tensor
+    step_losses: Tensor
+
+
+def _num_logits(targets: Tensor, weight: Tensor, vocab_ranges: Sequence[int] | None) -> int:
+    """Logits of all steps together: rows times the width of each step's range."""
+    num_rows, num_steps = targets.shape
+    ranges = step_ranges(vocab_ranges, num_steps, weight.shape[-2])
+    return num_rows * sum(end - start for start, end in ranges)
+
+
+def _forward_fake(hidden, weight, targets, bias, step_weights, step_weights_tensor, vocab_ranges, *rest):
+    reduction = rest[-1]
+    num_rows, num_steps = targets.shape
+    dtype = compute_dtype(hidden.dtype)
+    is_reduced = reduction != REDUCTIONS["none"]
+    return (
+        hidden.new_empty(() if is_reduced else (num_rows, num_steps), dtype=dtype),
+        hidden.new_empty(num_steps if is_reduced else 0, dtype=dtype),
+        hidden.new_empty(num_steps if is_reduced else 0, dtype=dtype),
+        hidden.new_empty((num_steps, num_rows), dtype=dtype),
+    )
+
+
+def _forward_flops(hidden, weight, targets, bias, step_weights, step_weights_tensor, vocab_ranges, *rest, out_val=None):
+    """One product, for the logits of each step's range."""
+    return 2 * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
+
+
+def _backward_fake(grad_loss, hidden, weight, targets, bias, *rest):
+    need_hidden, need_weight, need_bias = rest[-3:]
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        (weight if bias is None else bias).new_empty(bias.shape if need_bias else (0,)),
+    )
+
+
+def _backward_flops(grad_loss, hidden, weight, targets, bias, lse, step_scale, vocab_ranges, *rest, out_val=None):
+    """The logits again, and one product for each gradient of hidden and weight that is needed."""
+    need_hidden, need_weight, _ = rest[-3:]
+    products = 1 + need_hidden + need_weight
+    return 2 * products * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
+
+
+def _is_for_the_reference(hidden: Tensor) -> bool:
+    """Whether Triton's kernels leave it out: fp64, which is there for gradcheck, and states of no features."""
+    return hidden.dtype == torch.float64 or hidden.shape[-1] == 0
+
+
+def _forward_triton(hidden, *args):
+    if _is_for_the_reference(hidden):
+        return reference.multi_token_cross_entropy_forward(hidden, *args)
+    from stamp_kernels.triton_kernels.cross_entropy.launchers import multi_token_cross_entropy_forward  # imports Triton
+
+    return multi_token_cross_entropy_forward(hidden, *args)
+
+
+def _backward_triton(grad_loss, hidden, *args):
+    if _is_for_the_reference(hidden):
+        return reference.multi_token_cross_entropy_backward(grad_loss, hidden, *args)
+    from stamp_kernels.triton_kernels.cross_entropy.launchers import (
+        multi_token_cross_entropy_backward,  # imports Triton
+    )
+
+    return multi_token_cross_entropy_backward(grad_loss, hidden, *args)
+
+
+_forward = define_op(
+    "multi_token_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, int reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+    public_name="multi_token_cross_entropy",
+    reference=reference.multi_token_cross_entropy_forward,
+    triton=_forward_triton,
+    fake=_forward_fake,
+    flops=_forward_flops,
+)
+_backward = define_op(
+    "multi_token_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    "Tensor lse, Tensor step_scale, int[]? vocab_ranges, int ignore_index, float label_smoothing, float z_loss, "
+    "float? softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    public_name="multi_token_cross_entropy",
+    reference=reference.multi_token_cross_entropy_backward,
+    triton=_backward_triton,
+    fake=_backward_fake,
+    flops=_backward_flops,
+)
+
+
+def _with_gradients_fake(hidden, weight, targets, bias, *rest):
+    need_hidden, need_weight, need_bias = rest[-3:]
+    dtype = compute_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(targets.shape[1], dtype=dtype),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        (weight if bias is None else bias).new_empty(bias.shape if need_bias else (0,)),
+    )
+
+
+def _with_gradients_flops(hidden, weight, targets, bias, step_weights, step_weights_tensor, vocab_ranges, *rest, **_):
+    """The logits, and one product for each gradient of hidden and weight that is needed."""
+    need_hidden, need_weight, _ = rest[-3:]
+    products = 1 + need_hidden + need_weight
+    return 2 * products * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
+
+
+def _with_gradients_triton(hidden, *args):
+    if _is_for_the_reference(hidden):
+        return reference.multi_token_cross_entropy_with_gradients(hidden, *args)
+    from stamp_kernels.triton_kernels.cross_entropy.launchers import (
+        multi_token_cross_entropy_with_gradients,  # imports Triton
+    )
+
+    return multi_token_cross_entropy_with_gradients(hidden, *args)
+
+
+_with_gradients = define_op(
+    "multi_token_cross_entropy_with_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, int reduction, bool need_hidden, bool need_weight, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    public_name="multi_token_cross_entropy",
+    reference=reference.multi_token_cross_entropy_with_gradients,
+    triton=_with_gradients_triton,
+    fake=_with_gradients_fake,
+    flops=_with_gradients_flops,
+)
+
+
+class _GradientsInForward(torch.autograd.Function):
+    """The gradients are made with the loss, while its logits are at hand, and scaled by what arrives for it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, step_weights, step_weights_tensor, *options):
+        ctx.set_materialize_grads(False)
+        loss, step_losses, *grads = _with_gradients(
+            hidden, weight, targets, bias, step_weights, step_weights_tensor, *options, *ctx.needs_input_grad[:3]
+        )
+        ctx.mark_non_differentiable(step_losses)
+        ctx.save_for_backward(*grads)
+        return loss, step_losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, grad_step_losses):
+        grads = [None] * 3
+        if grad_loss is not None:
+            needs = ctx.needs_input_grad[:3]
+            # Out of place: a second backward pass through the same graph finds them as they were.
+            grads = [
+                x * grad_loss.to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
+            ]
+        return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
+
+
+class _MultiTokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        targets,
+        step_weights,
+        step_weights_tensor,
+        vocab_ranges,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        reduction,
+    ):
+        ctx.set_materialize_grads(False)
+        options = (vocab_ranges, ignore_index, label_smoothing, z_loss, softcap)
+        loss, step_losses, step_scale, lse = _forward(
+            hidden, weight, targets, bias, step_weights, step_weights_tensor, *options, reduction
+        )
+        ctx.mark_non_differentiable(step_losses)
+        ctx.save_for_backward(hidden, weight, targets, bias, lse, step_scale)
+        ctx.options = options
+        return loss, step_losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, grad_step_losses):
+        needs = ctx.needs_input_grad[:3]
+        grads = [None] * 3
+        if grad_loss is not None and any(needs):
+            computed = _backward(grad_loss, *ctx.saved_tensors, *ctx.options, *needs)
+            grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
+        return *grads, *[None] * 9
+
+
+# A gradient of wider rows does not fit the registers of a GPU's program: logits are then computed for each part of it.
+_WIDEST_RECOMPUTED = 256
+
+
+def gradients_come_with_the_loss(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether gradients made with the loss, 6 N V D FLOPs and logits in memory chunk by chunk, are faster than logits
+    computed three times over, 10 N V D FLOPs (14 and more past _WIDEST_RECOMPUTED) and none in memory.
+
+    On a CPU always: chunks stay in its caches. On a GPU a logit's way to memory and back costs 18 bytes beside 4 D
+    FLOPs saved, about the same at D = 400 on an H100, by counting: it has not been measured. fp32 is exact, without
+    matrix units, and so too dear to be computed again.
+    """
+    return device.type == "cpu" or width > _WIDEST_RECOMPUTED or dtype == torch.float32
+
+
+def _check_shared_or_per_step(
+    name: str,
+    x: Tensor,
+    shape: Sequence[int | str],
+    num_steps: int,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    """`x` is one tensor of `shape` for all steps, or `[num_steps, *shape]`."""
+    check_tensor(name, x, dtypes=dtypes, device=device)
+    if x.dim() not in (len(shape), len(shape) + 1):
+        sizes = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{sizes}] or [{num_steps}, {sizes}], got {list(x.shape)}")
+    check_tensor(name, x, shape=shape if x.dim() == len(shape) else [num_steps, *shape])
+
+
+def _check_vocab_ranges(vocab_ranges: Sequence[tuple[int, int]], num_steps: int, vocab_size: int) -> None:
+    if len(vocab_ranges) != num_steps:
+        raise ValueError(
+            f"vocab_ranges must have one (start, end) for each of the {num_steps} steps, got {vocab_ranges}"
+        )
+    for start, end in vocab_ranges:
+        if not 0 <= start < end <= vocab_size:
+            raise ValueError(
+                f"vocab_ranges must satisfy 0 <= start < end <= {vocab_size} (rows of weight), got {(start, end)}"
+            )
+
+
+def multi_token_cross_entropy(
+    hidden: Tensor,  # [N, D] or [K, N, D]
+    weight: Tensor,  # [V, D] or [K, V, D]
+    targets: Tensor,  # [N, K] int64
+    *,
+    bias: Tensor | None = None,  # [V] or [K, V]
+    step_weights: Sequence[float] | Tensor | None = None,  # [K]
+    vocab_ranges: Sequence[tuple[int, int]] | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    return_step_losses: bool = False,
+    memory: str = "auto",
+) -> Tensor | MultiTokenLoss:
+    """`sum_k step_weights[k] * CE(softmax(hidden_k weight_k^T + bias_k), targets[:, k])` over K prediction steps.
+
+    The loss of multi-step prediction (arXiv 2604.05329, section MAP, after Gloeckle et al. 2024). The logits never
+    exist in memory as a whole, in either direction. Differentiable in hidden, weight and bias, once. Logits, lse
+    and losses are fp32 (fp64 for fp64 inputs); gradients are summed in that dtype and cast once, at the end. Under
+    autocast hidden and weight are cast to the autocast dtype.
+
+    Args:
+        hidden: `[N, D]`, shared by the steps, or `[K, N, D]`, one per step, in fp32, fp16, bf16 or fp64. Strided views
+            are fine. A row with no valid target is not read: it may hold NaN, and its gradient is 0.
+        weight: the unembedding, `[V, D]` shared or `[K, V, D]`, in hidden's dtype.
+        targets: int64 `[N, K]`, absolute ids (rows of weight), or ignore_index.
+        bias: added to the logits, `[V]` shared or `[K, V]`, in fp32 or weight's dtype.
+        step_weights: K floats, or a floating tensor `[K]` on the same device. A tensor keeps torch.compile from
+            specializing on values that change, and a captured CUDA graph reads it at every replay; floats are part of
+            the graph. Not differentiable. None: all 1. They are not renormalised.
+        vocab_ranges: K pairs (start, end): step k's softmax runs over rows start to end - 1 of weight alone (one
+            semantic-ID level's codebook), which its targets must lie in. The other logits are not computed. None: all.
+            On a GPU, `prepare` before the first call that is captured in a CUDA graph.
+        ignore_index: targets of this value have no loss.
+        label_smoothing: share of the target spread evenly over the classes of the step's range, as in
+            `torch.nn.functional.cross_entropy`, in [0, 1].
+        z_loss: adds `z_loss * lse^2` to every valid row's loss (PaLM, arXiv 2204.02311).
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118). None: they stay.
+        reduction: of each step over its valid rows: `"mean"` (0 where there are none), or `"sum"`. `"none"` gives
+            every row's loss, unweighted, 0 where ignored.
+        return_step_losses: return a MultiTokenLoss with every step's loss beside the total.
+        memory: `"minimal"` keeps nothing but the lse and computes the logits again in the backward. `"auto"` makes the
+            gradients with the loss where that is faster (on a CPU, and on a GPU for states wider than 256 and in fp32;
+            never with reduction "none") and keeps them until the backward. On a GPU rows without a valid target cost
+            nothing where the logits are computed again: with few valid rows of wide states `"minimal"` is faster too.
+
+    Returns:
+        A scalar, `[N, K]` with reduction="none", or MultiTokenLoss(loss, step_losses `[K]`, unweighted and detached).
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        RuntimeError: a target is neither ignore_index nor in its step's range (on the CPU, or under
+            STAMP_KERNELS_CHECK=1).
+
+    Example:
+        >>> hidden, embedding = torch.randn(5, 64, requires_grad=True), torch.nn.Embedding(1_000, 64)
+        >>> labels, cu_seqlens = torch.randint(1_000, (5,)), torch.tensor([0, 3, 5], dtype=torch.int32)
+        >>> targets = shift_targets(labels, cu_seqlens, steps=2)
+        >>> multi_token_cross_entropy(hidden, embedding.weight, targets, step_weights=[1.0, 0.3]).backward()
+    """
+    check_tensor("targets", targets, shape=["N", "K"], dtypes=[torch.int64])
+    device = targets.device
+    num_rows, num_steps = targets.shape
+    if num_steps == 0:
+        raise ValueError(f"targets must have at least one step (column), got shape {list(targets.shape)}")
+    check_tensor("hidden", hidden, dtypes=FLOATING_DTYPES)
+    check_tensor("weight", weight, dtypes=FLOATING_DTYPES)
+    # Their dtypes need only agree once autocast has had its say.
+    hidden, weight = cast_for_autocast(hidden=hidden, weight=weight)
+    _check_shared_or_per_step("hidden", hidden, [num_rows, "D"], num_steps, FLOATING_DTYPES, device)
+    _check_shared_or_per_step("weight", weight, ["V", hidden.shape[-1]], num_steps, [hidden.dtype], device)
+    vocab_size = weight.shape[-2]
+    if vocab_size == 0:
+        raise ValueError(f"weight must have at least one row, got shape {list(weight.shape)}")
+    if bias is not None:
+        _check_shared_or_per_step("bias", bias, [vocab_size], num_steps, [torch.float32, weight.dtype], device)
+    if isinstance(step_weights, Tensor):
+        check_tensor("step_weights", step_weights, shape=[num_steps], dtypes=FLOATING_DTYPES, device=device)
+        if step_weights.requires_grad:
+            raise ValueError("step_weights must not require grad: the loss is not differentiable in them")
+    elif step_weights is not None and len(step_weights) != num_steps:
+        raise ValueError(f"step_weights must have one weight for each of the {num_steps} steps, got {step_weights}")
+    if vocab_ranges is not None:
+        _check_vocab_ranges(vocab_ranges, num_steps, vocab_size)
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_range("z_loss", z_loss, 0.0)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    check_choice("reduction", reduction, tuple(REDUCTIONS))
+    check_choice("memory", memory, ("auto", "minimal"))
+    if return_step_losses and reduction == "none":
+        raise ValueError('return_step_losses goes with reduction "mean" or "sum", got "none"')
+
+    if reference_is_forced():
+        with torch.autocast(device.type, enabled=False):
+            loss, step_losses = reference.multi_token_cross_entropy(
+                hidden, weight, targets, bias=bias, step_weights=step_weights, vocab_ranges=vocab_ranges,
+                ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+                reduction=reduction,
+            )  # fmt: skip
+        return MultiTokenLoss(loss, step_losses) if return_step_losses else loss
+    is_tensor = isinstance(step_weights, Tensor)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    in_forward = (
+        needs_grad
+        and reduction != "none"
+        and memory == "auto"
+        and gradients_come_with_the_loss(device, hidden.dtype, hidden.shape[-1])
+    )
+    function = _GradientsInForward if in_forward else _MultiTokenCrossEntropy
+    loss, step_losses = function.apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        None if is_tensor else step_weights,
+        step_weights if is_tensor else None,
+        None if vocab_ranges is None else [bound for span in vocab_ranges for bound in span],
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        REDUCTIONS[reduction],
+    )
+    return MultiTokenLoss(loss, step_losses) if return_step_losses else loss

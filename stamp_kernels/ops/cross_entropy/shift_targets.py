@@ -1,0 +1,76 @@
+"""The targets of multi-step prediction."""
+
+import torch
+from torch import Tensor
+
+from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.ops._checks import check_count, check_cu_seqlens, check_tensor
+from stamp_kernels.ops._library import define_op
+from stamp_kernels.reference import cross_entropy as reference
+
+_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _shift_targets_fake(labels, cu_seqlens, steps, stride, ignore_index):
+    return labels.new_empty((labels.shape[0], steps), dtype=torch.int64)
+
+
+def _shift_targets_triton(*args):
+    from stamp_kernels.triton_kernels.cross_entropy.targets import shift_targets  # imports Triton
+
+    return shift_targets(*args)
+
+
+_shift_targets = define_op(
+    "shift_targets(Tensor labels, Tensor cu_seqlens, int steps, int stride, int ignore_index) -> Tensor",
+    public_name="shift_targets",
+    reference=reference.shift_targets,
+    triton=_shift_targets_triton,
+    fake=_shift_targets_fake,
+)
+
+
+def shift_targets(
+    labels: Tensor,  # [T] integers
+    cu_seqlens: Tensor,  # [B + 1] int32
+    *,
+    steps: int,
+    stride: int = 1,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The targets of multi-step prediction: for every row the labels `stride, 2 stride, ..., steps * stride` ahead.
+
+    They never cross into the next sequence. With semantic IDs of L codes, stride 1 predicts the next tokens and
+    stride L the same level of the next items. Shift before pruning and gather the targets with the selection, so that
+    a kept token keeps its true targets: `gather_tokens(shift_targets(labels, cu_seqlens, steps=2), selection)`.
+
+    Args:
+        labels: `[T]`, any integer dtype, one label per row (unshifted: row t's own token). A label that is
+            ignore_index already stays so.
+        cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
+        steps: K, how many labels ahead.
+        stride: rows from one step to the next.
+        ignore_index: what stands where a sequence has ended, and on tail rows.
+
+    Returns:
+        int64 `[T, steps]`; column k - 1 is step k.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T (on the CPU, or under
+            STAMP_KERNELS_CHECK=1).
+
+    Example:
+        >>> shift_targets(torch.tensor([1, 2, 3, 7, 8]), torch.tensor([0, 3, 5], dtype=torch.int32), steps=2)
+        tensor([[   2,    3],
+                [   3, -100],
+                [-100, -100],
+                [   8, -100],
+                [-100, -100]])
+    """
+    check_tensor("labels", labels, shape=["T"], dtypes=_INTEGER_DTYPES)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, labels.device)
+    check_count("steps", steps, 1)
+    check_count("stride", stride, 1)
+    shift = reference.shift_targets if reference_is_forced() else _shift_targets
+    return shift(labels, cu_seqlens, steps, stride, ignore_index)

@@ -1,0 +1,86 @@
+"""Token importance: the norm of a hidden state times the attention that its token receives."""
+
+import torch
+from torch import Tensor
+
+from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.precision import compute_dtype
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_cu_seqlens, check_tensor
+from stamp_kernels.ops._library import define_op
+from stamp_kernels.reference import pruning as reference
+
+NORM_ORDERS = {"l1": 1, "l2": 2}
+
+
+def _token_importance_fake(hidden, centrality, cu_seqlens, norm_order, per_visible_query):
+    return hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+
+
+def _token_importance_triton(*args):
+    from stamp_kernels.triton_kernels.pruning.importance import token_importance  # imports Triton
+
+    return token_importance(*args)
+
+
+_token_importance = define_op(
+    "token_importance(Tensor hidden, Tensor centrality, Tensor? cu_seqlens, int norm_order, bool per_visible_query) "
+    "-> Tensor",
+    public_name="token_importance",
+    reference=reference.token_importance,
+    triton=_token_importance_triton,
+    fake=_token_importance_fake,
+)
+
+
+def token_importance(
+    hidden: Tensor,  # [T, D] floating
+    centrality: Tensor,  # [T] fp32 or fp64
+    cu_seqlens: Tensor | None = None,  # [B + 1] int32
+    *,
+    norm: str = "l1",
+    normalize: str = "none",
+) -> Tensor:
+    """Score every token by the norm of its hidden state times the attention it receives, in one pass over `hidden`.
+
+    `importance[i] = ||hidden[i]|| * centrality[i]` (arXiv 2604.05329, section SAP). The norm is computed in fp32 (fp64
+    for fp64) whatever the dtype of hidden, under autocast too. Not differentiable: no gradient flows through the
+    scores.
+
+    Args:
+        hidden: `[T, D]`, the output of the block after which tokens are pruned.
+        centrality: `[T]` in fp32 or fp64, the attention that each token receives in that block, summed over heads and
+            queries: from `packed_attention(return_centrality=True)` or `attention_centrality`.
+        cu_seqlens: int32 `[B + 1]` on the same device. Rows from `cu_seqlens[-1]` on are tail rows and score 0. None:
+            every row is a token.
+        norm: `"l1"` or `"l2"`.
+        normalize: `"none"` for the sum as the paper has it. `"visible_queries"` divides it by the number of queries
+            that see the token in causal attention, n - i for token i of the n in its packed sequence: in the plain
+            sum early tokens collect more because more queries see them. Needs cu_seqlens.
+
+    Returns:
+        `[T]` in fp32, fp64 where hidden is fp64.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T (on the CPU, or under
+            STAMP_KERNELS_CHECK=1).
+    """
+    check_scoring(hidden, centrality, cu_seqlens, norm, normalize)
+    score = reference.token_importance if reference_is_forced() else _token_importance
+    return score(hidden.detach(), centrality.detach(), cu_seqlens, NORM_ORDERS[norm], normalize == "visible_queries")
+
+
+def check_scoring(
+    hidden: Tensor, centrality: Tensor, cu_seqlens: Tensor | None, norm: str, normalize: str, name: str = "hidden"
+) -> int:
+    """The arguments of `token_importance`; T. `name` is that of the hidden states."""
+    check_tensor(name, hidden, shape=["total", "width"], dtypes=FLOATING_DTYPES)
+    total, device = hidden.shape[0], hidden.device
+    check_tensor("centrality", centrality, shape=[total], dtypes=[torch.float32, torch.float64], device=device)
+    if cu_seqlens is not None:
+        check_cu_seqlens("cu_seqlens", cu_seqlens, device)
+    check_choice("norm", norm, tuple(NORM_ORDERS))
+    check_choice("normalize", normalize, ("none", "visible_queries"))
+    if normalize == "visible_queries" and cu_seqlens is None:
+        raise ValueError('normalize="visible_queries" counts the queries of each sequence: cu_seqlens must be given')
+    return total

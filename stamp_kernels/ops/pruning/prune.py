@@ -1,0 +1,171 @@
+"""Pruning: the whole way from a block's hidden states and centrality to the kept rows, in the fewest launches."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.ops._autograd import without_repeats
+from stamp_kernels.ops._checks import check_tensor
+from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.pruning.budget import resolve_budget
+from stamp_kernels.ops.pruning.gather import (
+    check_rows,
+    gradients_of_gathered,
+    list_of_tensors,
+    mark_outputs_without_grad,
+)
+from stamp_kernels.ops.pruning.importance import NORM_ORDERS, check_scoring
+from stamp_kernels.ops.pruning.selection import TokenSelection, rows_of_result
+from stamp_kernels.reference import pruning as reference
+
+
+class PrunedTokens(NamedTuple):
+    """What `prune` returns.
+
+    Attributes:
+        x: the kept rows, a tensor or a list as they were given; tail rows are 0.
+        positions: int32 `[T']`, original position of each kept token; 0 on tail rows.
+        selection: which tokens they are.
+        lengths_cpu: int64 `[B]`, the kept lengths, where they are known on the host.
+    """
+
+    x: Tensor | list[Tensor]
+    positions: Tensor
+    selection: TokenSelection
+    lengths_cpu: Tensor | None
+
+
+def _prune_fake(x, centrality, positions, cu_seqlens, *rest):
+    total_kept = rows_of_result(rest[-1])
+    return (
+        [tensor.new_empty(total_kept, *tensor.shape[1:]) for tensor in x],
+        cu_seqlens.new_empty(total_kept),
+        cu_seqlens.new_empty(total_kept, dtype=torch.int64),
+        cu_seqlens.new_empty(cu_seqlens.shape[0]),
+        cu_seqlens.new_empty(x[0].shape[0]),
+    )
+
+
+def _prune_triton(*args):
+    from stamp_kernels.triton_kernels.pruning.prune import prune  # imports Triton
+
+    return prune(*args)
+
+
+_prune = define_op(
+    "prune(Tensor[] x, Tensor centrality, Tensor? positions, Tensor cu_seqlens, SymInt max_seqlen, int norm_order, "
+    "bool per_visible_query, int? ratio_q32, SymInt? keep_count, Tensor? keep_counts, SymInt min_keep, "
+    "Tensor? protect, int codes_per_item, SymInt? total_kept) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
+    public_name="prune",
+    reference=reference.prune,
+    triton=_prune_triton,
+    fake=_prune_fake,
+)
+
+
+_NUM_ARGUMENTS = 13  # of the op, those after x
+
+
+class _Prune(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments_and_x) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        arguments, x = arguments_and_x[:_NUM_ARGUMENTS], arguments_and_x[_NUM_ARGUMENTS:]
+        rows, *selected = _prune(list(x), *arguments)
+        ctx.save_for_backward(selected[-1])  # inverse
+        outputs = *rows, *selected
+        needs_grad = *ctx.needs_input_grad[_NUM_ARGUMENTS:], *[False] * len(selected)
+        mark_outputs_without_grad(ctx, needs_grad, outputs)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[_NUM_ARGUMENTS:]
+        return *[None] * _NUM_ARGUMENTS, *gradients_of_gathered(needs_grad, grads[: len(needs_grad)], inverse)
+
+
+def prune(
+    x: Tensor | list[Tensor],  # [T, D] floating, and what else goes along
+    centrality: Tensor,  # [T] fp32 or fp64
+    cu_seqlens: Tensor,  # [B + 1] int32
+    max_seqlen: int,
+    *,
+    positions: Tensor | None = None,  # [T] int32
+    norm: str = "l1",
+    normalize: str = "none",
+    keep_ratio: float | None = None,
+    keep_count: int | Tensor | None = None,
+    min_keep: int = 1,
+    protect: Tensor | None = None,  # [T] bool
+    total_kept: int | None = None,
+    lengths_cpu: Tensor | None = None,  # [B] integers on the CPU
+    num_protected: int | Tensor | None = None,
+    budget: str = "sequence",
+    codes_per_item: int = 1,
+) -> PrunedTokens:
+    """Keep the most important tokens of every sequence: scoring, selection and gather in one.
+
+    What `token_importance`, `select_tokens` and `gather_tokens` give one after the other, in fewer launches (arXiv
+    2604.05329, section SAP). Gradients reach the kept rows of x through the inverse map; the scores get none.
+
+    Args:
+        x: the hidden states `[T, D]` after which tokens are pruned, in any floating dtype; or a list of tensors
+            `[T, ...]` of any dtypes that starts with them, all of which are gathered.
+        centrality, norm, normalize: as in `token_importance`.
+        cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
+        max_seqlen: the longest length, or an upper bound of it.
+        positions: each token's index in its original sequence. None: its index in this one.
+        keep_ratio, keep_count, min_keep, protect, total_kept, lengths_cpu, num_protected, budget, codes_per_item: as in
+            `select_tokens`.
+
+    Returns:
+        PrunedTokens, of T' rows: see `select_tokens`.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        RuntimeError: contents are wrong, see `select_tokens`.
+    """
+    tensors = list_of_tensors(x)
+    hidden = tensors[0]
+    total = check_scoring(hidden, centrality, cu_seqlens, norm, normalize, "x" if hidden is x else "x[0]")
+    check_rows(tensors, total, "as many as x[0]", hidden.device)
+    if positions is not None:
+        check_tensor("positions", positions, shape=[total], dtypes=[torch.int32], device=hidden.device)
+    resolved = resolve_budget(
+        hidden.device,
+        total,
+        cu_seqlens,
+        max_seqlen,
+        keep_ratio=keep_ratio,
+        keep_count=keep_count,
+        min_keep=min_keep,
+        protect=protect,
+        codes_per_item=codes_per_item,
+        total_kept=total_kept,
+        lengths_cpu=lengths_cpu,
+        num_protected=num_protected,
+        budget=budget,
+    )
+    arguments = (
+        centrality.detach(),
+        positions,
+        cu_seqlens,
+        max_seqlen,
+        NORM_ORDERS[norm],
+        normalize == "visible_queries",
+        *resolved.op_arguments,
+    )
+    if reference_is_forced():
+        rows, *selected = reference.prune(tensors, *arguments)
+    else:
+        outputs = _Prune.apply(*arguments, *without_repeats(*tensors))
+        rows, selected = outputs[: len(tensors)], outputs[len(tensors) :]
+    kept_positions, indices, cu_seqlens_kept, inverse = selected
+    max_kept, kept_lengths = resolved.kept_lengths(cu_seqlens_kept)
+    selection = TokenSelection(indices, cu_seqlens_kept, max_kept, inverse, total)
+    kept = rows[0] if isinstance(x, Tensor) else list(rows)
+    return PrunedTokens(kept, kept_positions, selection, kept_lengths)

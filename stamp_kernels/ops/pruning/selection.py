@@ -1,0 +1,154 @@
+"""Selection: which tokens of each packed sequence stay."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_tensor
+from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.pruning.budget import resolve_budget
+from stamp_kernels.reference import pruning as reference
+
+
+class TokenSelection(NamedTuple):
+    """The tokens that stay, as `select_tokens` returns them.
+
+    Attributes:
+        indices: int64 `[T']`, source row of each kept row, ascending; -1 on tail rows.
+        cu_seqlens: int32 `[B + 1]`, offsets of the kept sequences.
+        max_seqlen: upper bound of the kept lengths; exact where the lengths are known on the host.
+        inverse: int32 `[T]`, kept row of each source row; -1 where it was dropped.
+        total_source: T, the number of source rows.
+    """
+
+    indices: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    inverse: Tensor
+    total_source: int
+
+
+def rows_of_result(total_kept: int | None) -> int:
+    """For a fake kernel: None, the number that the op is to find out, is a symbol."""
+    return torch.library.get_ctx().new_dynamic_size() if total_kept is None else total_kept
+
+
+def _select_tokens_fake(
+    importance,
+    cu_seqlens,
+    max_seqlen,
+    ratio_q32,
+    keep_count,
+    keep_counts,
+    min_keep,
+    protect,
+    codes_per_item,
+    total_kept,
+):
+    rows = rows_of_result(total_kept)
+    return (
+        importance.new_empty(rows, dtype=torch.int64),
+        cu_seqlens.new_empty(cu_seqlens.shape[0]),
+        importance.new_empty(importance.shape[0], dtype=torch.int32),
+    )
+
+
+def _select_tokens_triton(*args):
+    from stamp_kernels.triton_kernels.pruning.selection import select_tokens  # imports Triton
+
+    return select_tokens(*args)
+
+
+_select_tokens = define_op(
+    "select_tokens(Tensor importance, Tensor cu_seqlens, SymInt max_seqlen, int? ratio_q32, SymInt? keep_count, "
+    "Tensor? keep_counts, SymInt min_keep, Tensor? protect, int codes_per_item, SymInt? total_kept) "
+    "-> (Tensor, Tensor, Tensor)",
+    public_name="select_tokens",
+    reference=reference.select_tokens,
+    triton=_select_tokens_triton,
+    fake=_select_tokens_fake,
+)
+
+
+def select_tokens(
+    importance: Tensor,  # [T] floating
+    cu_seqlens: Tensor,  # [B + 1] int32
+    max_seqlen: int,
+    *,
+    keep_ratio: float | None = None,
+    keep_count: int | Tensor | None = None,
+    min_keep: int = 1,
+    protect: Tensor | None = None,  # [T] bool
+    total_kept: int | None = None,
+    lengths_cpu: Tensor | None = None,  # [B] integers on the CPU
+    num_protected: int | Tensor | None = None,
+    budget: str = "sequence",
+    codes_per_item: int = 1,
+) -> TokenSelection:
+    """Choose the most important tokens of every sequence, in their original order, without a host sync.
+
+    A sequence with p protected tokens and n others keeps the protected ones and the `min(n, max(min_keep, budget))`
+    most important others. Protected tokens stand outside the budget, so that a history is pruned alike with and
+    without its labels. Higher importance comes first, then the lower index; -0.0 equals 0.0 and NaN comes after
+    -inf. No gradient flows through the choice (arXiv 2604.05329, section SAP).
+
+    With codes_per_item the tokens of an item (all codes of its semantic ID) stay or go together: an item scores the sum
+    of its tokens, it is protected where one of them is, and keep_ratio, keep_count, min_keep and num_protected count
+    items. All else, the result included, is of tokens.
+
+    Args:
+        importance: `[T]`, any floating dtype. Rows from `cu_seqlens[-1]` on are tail rows and never chosen.
+        cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
+        max_seqlen: the longest length, or an upper bound of it. On a GPU nothing checks that but lengths_cpu, and the
+            rows of a sequence that is longer may stay unwritten.
+        keep_ratio: budget `ceil(keep_ratio * n)`, in [0, 1]. Exactly one of keep_ratio and keep_count must be given.
+            torch.compile specialises on its value: one that changes from step to step is better given as a keep_count.
+        keep_count: the budget itself: one int, or an integer tensor `[B]` on the same device.
+        min_keep: least budget of a sequence that has so many tokens.
+        protect: bool `[T]`, tokens that always stay.
+        total_kept: T', when the caller knows how many tokens stay (or an upper bound: the rest become tail rows).
+        lengths_cpu: the lengths on the host, from which T' is computed exactly.
+        num_protected: what is known on the host of the protected tokens: their total (or more), or `[B]` numbers on
+            the CPU.
+        budget: `"sequence"`, or `"max_seqlen"` to take the ratio of max_seqlen for every sequence, as padded
+            implementations do.
+        codes_per_item: tokens of an item. Every sequence must be whole items; where contents are not checked, tokens
+            after a sequence's last whole item are dropped.
+
+    Returns:
+        TokenSelection. T' is total_kept where that is given. Outside torch.compile it is exact where cu_seqlens is on
+        the CPU, and with lengths_cpu unless keep_count is a tensor (and with `[B]` num_protected where protect is
+        given). Otherwise it is the capacity `min(T, floor(keep_ratio * T) + B * max(1, min_keep) + num_protected)`, for
+        one count (or budget="max_seqlen") `min(T, B * max(count, min_keep) + num_protected)`, and T for counts on the
+        device or where num_protected is needed and unknown (all in items, of which T makes `T // codes_per_item`); the
+        rows past `selection.cu_seqlens[-1]` are tail rows with index -1.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        RuntimeError: contents are wrong (on the CPU, or under STAMP_KERNELS_CHECK=1): cu_seqlens is not a rising
+            sequence from 0 to at most T, a sequence is longer than max_seqlen or not whole items, a keep_count is
+            negative, lengths_cpu or num_protected is not what the tensors say, or more tokens stay than total_kept.
+    """
+    check_tensor("importance", importance, shape=["total"], dtypes=FLOATING_DTYPES)
+    total = importance.shape[0]
+    resolved = resolve_budget(
+        importance.device,
+        total,
+        cu_seqlens,
+        max_seqlen,
+        keep_ratio=keep_ratio,
+        keep_count=keep_count,
+        min_keep=min_keep,
+        protect=protect,
+        codes_per_item=codes_per_item,
+        total_kept=total_kept,
+        lengths_cpu=lengths_cpu,
+        num_protected=num_protected,
+        budget=budget,
+    )
+    select = reference.select_tokens if reference_is_forced() else _select_tokens
+    indices, cu_seqlens_kept, inverse = select(importance.detach(), cu_seqlens, max_seqlen, *resolved.op_arguments)
+    max_kept, _ = resolved.kept_lengths(cu_seqlens_kept)
+    return TokenSelection(indices, cu_seqlens_kept, max_kept, inverse, total)

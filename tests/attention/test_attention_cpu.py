@@ -1,0 +1,234 @@
+"""The compiled attention of the CPU: every instruction set, sequences of many blocks, and the promises on bits.
+
+What attention is, test_attention.py checks; here is what only these kernels could get wrong.
+"""
+
+import pytest
+import torch
+from attention_cases import (
+    DROPOUT_SEED,
+    AttentionCase,
+    all_cases,
+    assert_results_close,
+    dense_attention,
+    detached,
+    forward_and_backward,
+    in_float64,
+)
+from ragged import RaggedBatch
+
+from stamp_kernels._backend import use_backend
+from stamp_kernels.ops.attention.attention_centrality import attention_centrality
+from stamp_kernels.ops.attention.packed_attention import packed_attention
+from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+# Instruction sets
+
+
+@all_cases
+def test_every_instruction_set_matches_dense_attention(capability, case):
+    inputs = case.inputs(torch.float32)
+    want = forward_and_backward(dense_attention, in_float64(inputs))
+    assert_results_close(forward_and_backward(packed_attention, inputs), want, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 256])
+def test_every_instruction_set_has_every_head_dim_and_dtype(capability, head_dim, dtype):
+    case = AttentionCase(heads=(4, 2), head_dim=head_dim, causal=True, bias="bidirectional", query_mask=True)
+    inputs = case.inputs(dtype)
+    want = forward_and_backward(dense_attention, in_float64(inputs))
+    assert_results_close(forward_and_backward(packed_attention, inputs), want, dtype)
+
+
+@pytest.mark.parametrize("name", ["sse", ""])
+def test_unknown_instruction_set(monkeypatch, name):
+    monkeypatch.setenv("STAMP_KERNELS_CPU_CAPABILITY", name)
+    with pytest.raises(RuntimeError, match="STAMP_KERNELS_CPU_CAPABILITY must be portable, avx2 or avx512, got"):
+        packed_attention(**detached(AttentionCase().inputs(torch.float32)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_of_every_value(capability, dtype):
+    """One key of weight 1: out is v, so that a value goes through both conversions."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    v = every.view(-1, 1, 256)
+    zeros = torch.zeros_like(v)
+    cu_seqlens = torch.arange(len(v) + 1, dtype=torch.int32)
+    out = packed_attention(zeros, zeros, v, cu_seqlens, max_seqlen_q=1)
+    assert torch.equal(out.isnan(), v.isnan())
+    assert torch.equal(out.nan_to_num(0, torch.inf, -torch.inf), v.nan_to_num(0, torch.inf, -torch.inf))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rounding_to_the_nearest(capability, dtype):
+    """Two keys of weight 1/2: out is their mean, rounded as torch rounds it, over- and underflow included."""
+    v = torch.randn(2**14, 1, 64) * 10.0 ** torch.randint(-9, 6, (2**14, 1, 1))
+    v = v.to(dtype)
+    v = v.masked_fill(v.isinf(), 1.0)
+    zeros = torch.zeros_like(v)
+    cu_seqlens = torch.arange(0, len(v) + 1, 2, dtype=torch.int32)
+    out = packed_attention(zeros, zeros, v, cu_seqlens, max_seqlen_q=2)
+    mean = v.float().unflatten(0, (-1, 2)).mul(0.5).sum(1).to(dtype)
+    assert torch.equal(out[::2], mean)
+
+
+# Sequences of many blocks
+
+LONG = RaggedBatch((3, 530, 0, 1090, 257), tail=2)
+LONG_KEYS = RaggedBatch((700, 12, 5, 1290, 0), tail=1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        AttentionCase(LONG, heads=(2, 1), head_dim=40, query_mask=True),
+        AttentionCase(LONG, causal=True, bias="unidirectional", query_mask=True, dropout_p=0.2),
+        AttentionCase(LONG, bias="bidirectional", positions=True),
+        AttentionCase(LONG, LONG_KEYS, heads=(2, 1), causal=True, bias="bidirectional", positions=True, dropout_p=0.1),
+        AttentionCase(LONG_KEYS, LONG, query_mask=True, scale=0.9),
+    ],
+    ids=["grouped", "causal_bias_dropout", "positions", "cross_everything", "cross"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_sequences(case, dtype):
+    inputs = case.inputs(dtype)
+    with use_backend("reference"):
+        want = forward_and_backward(packed_attention, in_float64(inputs))
+    assert_results_close(forward_and_backward(packed_attention, inputs), want, dtype)
+
+
+def test_centrality_of_long_sequences_from_lse():
+    inputs = detached(AttentionCase(LONG, causal=True, heads=(4, 2), query_mask=True).inputs(torch.float32))
+    fused = packed_attention(**inputs, return_lse=True, return_centrality=True)
+    del inputs["v"]
+    with use_backend("reference"):
+        want = attention_centrality(inputs["q"], inputs["k"], fused.lse, LONG.cu_seqlens,
+                                    max_seqlen_q=LONG.max_seqlen, causal=True,
+                                    query_mask=inputs["centrality_query_mask"])  # fmt: skip
+    got = attention_centrality(
+        inputs["q"], inputs["k"], fused.lse, LONG.cu_seqlens, max_seqlen_q=LONG.max_seqlen, causal=True,
+        query_mask=inputs["centrality_query_mask"],
+    )  # fmt: skip
+    for centrality in (fused.centrality, got):
+        assert_results_close({"centrality": centrality}, {"centrality": want.double()})
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 20), (8, 12), (16, 1000), (64, 4096)])
+def test_buckets_are_those_of_the_formula(num_buckets, max_distance, bidirectional):
+    """One query and one key each, so that lse is the score, and the score the number of the bucket."""
+    distances = torch.cat([torch.arange(-200, 201), torch.arange(-5000, 5001, 97)]).to(torch.int32)
+    table = torch.arange(num_buckets, dtype=torch.float32)[:, None]
+    total = len(distances)
+    zeros = torch.zeros(total, 1, 8)
+    cu_seqlens_q, cu_seqlens_k = torch.arange(2 * total + 2, dtype=torch.int32).remainder(total + 1).chunk(2)
+    result = packed_attention(
+        zeros, zeros, zeros, cu_seqlens_q, cu_seqlens_k, 1, 1,
+        relative_bias=RelativePositionBias(table, bidirectional, max_distance),
+        positions_q=torch.zeros(total, dtype=torch.int32), positions_k=distances, return_lse=True,
+    )  # fmt: skip
+    want = relative_position_bucket(
+        distances, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
+    )
+    assert torch.equal(result.lse[0], want.float())
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.125])
+def test_centrality_of_equal_weights_keeps_its_digits(capability, scale):
+    batch = RaggedBatch((439, 900), tail=0)
+    inputs = AttentionCase(batch, heads=(4, 2), scale=scale).inputs(torch.float32)
+    want = dense_attention(**detached(in_float64(inputs))).centrality
+    got = packed_attention(**detached(inputs), return_centrality=True).centrality
+    assert_results_close({"centrality": got}, {"centrality": want})
+
+
+def test_positions_too_far_apart():
+    inputs = detached(AttentionCase(bias="bidirectional", positions=True).inputs(torch.float32))
+    inputs["positions_q"][0] = 2**31 - 1
+    with pytest.raises(
+        RuntimeError, match=r"positions_q and positions_k must lie at most 1073741823 apart, got .* 214748"
+    ):
+        packed_attention(**inputs)
+
+
+# Bits
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(capability, causal, dtype):
+    lengths = (5, 300, 5, 0, 64, 17, 1, 640, 64, 5)
+    batch = RaggedBatch(lengths, tail=1)
+    case = AttentionCase(batch, heads=(4, 2), head_dim=24, causal=causal, bias="bidirectional", positions=True)
+    inputs = case.inputs(dtype) | dict(max_seqlen_q=700)
+    together = forward_and_backward(packed_attention, inputs)
+    for rows in batch.slices():
+        n = rows.stop - rows.start
+        alone = {name: inputs[name][rows].detach().requires_grad_() for name in ("q", "k", "v")}
+        alone |= dict(positions_q=inputs["positions_q"][rows], cu_seqlens_q=torch.tensor([0, n], dtype=torch.int32))
+        output = packed_attention(**inputs | alone, return_lse=True, return_centrality=True)
+        assert torch.equal(output.out, together["out"][rows])
+        assert torch.equal(output.lse, together["lse"][:, rows])
+        assert torch.equal(output.centrality, together["centrality"][rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_a_sequence_have_the_same_bits_alone_and_in_a_batch(capability, dtype):
+    batch = RaggedBatch((5, 300, 5, 0, 64, 17, 1, 640, 64, 5), tail=0)
+    inputs = AttentionCase(batch, heads=(4, 2), head_dim=24, bias="bidirectional").inputs(dtype)
+    grad = torch.randn_like(inputs["q"])
+    names = ("q", "k", "v")
+    together = torch.autograd.grad(packed_attention(**inputs), [inputs[name] for name in names], grad)
+    for rows in batch.slices():
+        alone = {name: inputs[name][rows].detach().requires_grad_() for name in names}
+        cu_seqlens = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
+        out = packed_attention(**inputs | alone | dict(cu_seqlens_q=cu_seqlens))
+        gradients = torch.autograd.grad(out, [alone[name] for name in names], grad[rows])
+        for got, want in zip(gradients, together, strict=True):
+            assert torch.equal(got, want[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_and_runs_do_not_change_the_bits(dtype):
+    batch = RaggedBatch((*range(40), 700, 3, 260), tail=1)
+    case = AttentionCase(batch, heads=(4, 2), causal=True, bias="bidirectional", positions=True, dropout_p=0.3)
+    inputs = case.inputs(dtype)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for number in (1, 2, 3, 3):
+            torch.set_num_threads(number)
+            runs.append(forward_and_backward(packed_attention, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(run[name], runs[0][name]) for name in runs[0])
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_of_a_packed_projection(dtype):
+    batch = RaggedBatch((5, 0, 90, 13), tail=2)
+    packed = torch.randn(batch.total, 3, 4, 24).to(dtype)
+    q, k, v = packed.unbind(1)
+    grad = torch.randn(batch.total, 4, 24).to(dtype)
+
+    def run(q, k, v, grad):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        output = packed_attention(*leaves, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, dropout_p=0.1,
+                                  dropout_seed=torch.tensor([DROPOUT_SEED]), return_lse=True)  # fmt: skip
+        return output.out, output.lse, *torch.autograd.grad(output.out, leaves, grad)
+
+    want = run(q.contiguous(), k.contiguous(), v.contiguous(), grad)
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad)]
+    expanded = grad[:1, :1].expand_as(grad)
+    for got in (run(q, k, v, grad), run(*transposed)):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for got, other in zip(run(q, k, v, expanded), run(q, k, v, expanded.contiguous()), strict=True):
+        assert torch.equal(got, other)

@@ -1,0 +1,75 @@
+"""PruningConfig and PredictionConfig: what JSON keeps of them, and what they refuse."""
+
+import json
+
+import pytest
+
+from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig, to_dict
+from stamp_kernels.modules.prediction import LinearDecay
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(),
+        PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", protect_first=4, unit="item", codes_per_item=4, min_keep=2),
+        PredictionConfig(),
+        PredictionConfig(
+            2, 2, vocab_ranges=[(0, 5), (5, 9)], step_weights=[1, 0.5], lambda_=LinearDecay(0.3, 0.1, 100)
+        ),
+        PredictionConfig(1, unit="token", head="transformer", num_attention_heads=2, unembedding="own"),
+    ],
+)
+def test_survives_json(config):
+    restored = type(config)(**json.loads(json.dumps(to_dict(config))))
+    assert restored == config
+    assert hash(restored) == hash(config)
+
+
+def test_modules_follow_the_schedule():
+    modules = PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", min_keep=2).build_modules()
+    assert {block: module.keep_ratio for block, module in modules.items()} == {1: 0.5, 3: 0.25}
+    assert all(module.norm == "l2" and module.min_keep == 2 for module in modules.values())
+
+
+def test_prediction_module_follows_the_configuration():
+    module = PredictionConfig(2, 2, vocab_ranges=[(0, 5), (5, 9)], unembedding="own", lambda_=0.5).build_module(8, 9)
+    assert module.vocab_ranges == ((0, 5), (5, 9), (0, 5), (5, 9))
+    assert module.unembedding.shape == (9, 8)
+    assert (module.num_steps, module.codes_per_item, module.lambda_) == (2, 2, 0.5)
+    assert PredictionConfig(3, 4).stride == 4 and PredictionConfig(3, 4, unit="token").stride == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: PruningConfig([(2, 0.5), (2, 0.3)]),
+            r"schedule must name blocks from 1 on, each once, got \(\(2, 0.5\)",
+        ),
+        (lambda: PruningConfig([(0, 0.5)]), r"schedule must name blocks from 1 on"),
+        (lambda: PruningConfig([(1, 1.5)]), r"keep_ratio must be in \[0.0, 1.0\], got 1.5"),
+        (lambda: PruningConfig(norm="l3"), r"norm must be one of"),
+        (lambda: PruningConfig(protect_first=-1), r"protect_first must be in \[0, inf\), got -1"),
+        (
+            lambda: PruningConfig(unit="item", codes_per_item=4, protect_last=1),
+            r"protect_first and protect_last must be multiples of codes_per_item 4, got 0 and 1",
+        ),
+        (lambda: PruningConfig().check_blocks(1), r"schedule must name blocks from 1 to 1, got 2"),
+        (lambda: PredictionConfig(0), r"num_steps must be in \[1, inf\), got 0"),
+        (lambda: PredictionConfig(1, 0), r"codes_per_item must be in \[1, inf\), got 0"),
+        (lambda: PredictionConfig(unit="step"), r"unit must be one of"),
+        (lambda: PredictionConfig(unembedding="tied"), r"unembedding must be one of"),
+        (
+            lambda: PredictionConfig(1, 2, vocab_ranges=[(0, 5)]),
+            r"vocab_ranges must have one \(start, end\) for each of the 2",
+        ),
+        (
+            lambda: PredictionConfig(1, 1, unit="token", vocab_ranges=[(0, 5)]),
+            r'goes with unit="item", got \(\(0, 5\),\) and unit=\'token\'',
+        ),
+    ],
+)
+def test_refuses(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

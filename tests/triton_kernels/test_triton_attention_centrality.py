@@ -1,0 +1,105 @@
+"""The key-major centrality kernel, interpreted where there is no GPU, against the float64 oracle."""
+
+import pytest
+import torch
+from attention_cases import (
+    KEYS_OF_RAGGED,
+    AttentionCase,
+    all_cases,
+    dense_attention,
+    detached,
+    in_float64,
+    shared_op_arguments,
+)
+from closeness import assert_close
+from ragged import BATCHES, RaggedBatch
+from row_layouts import mixed_layouts
+
+pytest.importorskip("triton")
+
+from stamp_kernels.triton_kernels.attention.centrality import attention_centrality
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(inputs, lse):
+    inputs = detached(inputs)
+    arguments = (inputs["q"], inputs["k"], lse, *shared_op_arguments(inputs), inputs.get("query_mask"))
+    return attention_centrality(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)).cpu()
+
+
+def lse_and_centrality(inputs):
+    """fp32 lse, NaN on tail rows, and the centrality in float64, of the oracle."""
+    want = dense_attention(**detached(in_float64(inputs)))
+    lse = want.lse.float()
+    lse[:, int(inputs["cu_seqlens_q"][-1]) :] = torch.nan
+    return lse, want.centrality
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@all_cases
+def test_column_sums_of_the_softmax(case, dtype):
+    inputs = case.inputs(dtype)
+    lse, want = lse_and_centrality(inputs)
+    got = run(inputs, lse)
+    assert got.dtype == torch.float32
+    assert_close(got, want)
+    assert not got[(case.batch_k or case.batch).valid :].any()
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 80])
+def test_head_dims(head_dim):
+    case = AttentionCase(heads=(4, 2), head_dim=head_dim, causal=True, bias="unidirectional", query_mask=True)
+    inputs = case.inputs(torch.float16)
+    lse, want = lse_and_centrality(inputs)
+    assert_close(run(inputs, lse), want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_several_blocks_of_queries_and_keys(causal, cross):
+    batch_k = RaggedBatch((131, 31, 64), tail=1) if cross else None
+    case = AttentionCase(
+        RaggedBatch((75, 64, 130), tail=70), batch_k, heads=(2, 1), causal=causal, bias="bidirectional",
+        positions=True, query_mask=True,
+    )  # fmt: skip
+    inputs = case.inputs(torch.float16)
+    lse, want = lse_and_centrality(inputs)
+    assert_close(run(inputs, lse), want)
+
+
+def test_strided_views():
+    batch = BATCHES["ragged"]
+    q, k, _ = torch.randn(batch.total, 3, 2, 17)[..., 1:].unbind(1)
+    inputs = dict(q=q, k=k, v=k, cu_seqlens_q=batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, causal=False, scale=None)
+    lse, want = lse_and_centrality(inputs)
+    assert_close(run(inputs, lse.t().contiguous().t()), want)
+
+
+@mixed_layouts
+def test_rows_anywhere_in_memory(layouts):
+    """`promises_are_kept` sees to what the compiler is told of them."""
+    inputs = detached(AttentionCase(RaggedBatch((5, 0, 9), tail=1), head_dim=24).inputs(torch.float16))
+    lse, want = lse_and_centrality(inputs)
+    for q_layout, k_layout in (layouts[:2], layouts[2:]):
+        assert_close(run(inputs | dict(q=q_layout(inputs["q"]), k=k_layout(inputs["k"])), lse), want)
+
+
+def test_every_vote_is_cast_once():
+    inputs = AttentionCase(batch_k=KEYS_OF_RAGGED, causal=True, heads=(4, 2), query_mask=True).inputs(torch.float32)
+    lse, _ = lse_and_centrality(inputs)
+    valid = int(inputs["cu_seqlens_q"][-1])
+    votes = 4 * (~lse[0, :valid].isneginf() & inputs["query_mask"][:valid]).sum()
+    assert_close(run(inputs, lse).sum(), votes.float())
+
+
+def test_a_sequence_alone_has_the_bits_it_has_in_a_batch():
+    case = AttentionCase(RaggedBatch((5, 0, 70, 16), tail=2), heads=(2, 1), causal=True, bias="bidirectional")
+    inputs = case.inputs(torch.float32)
+    lse, _ = lse_and_centrality(inputs)
+    batch = run(inputs, lse)
+    assert torch.equal(batch, run(inputs, lse))
+    for rows in case.batch.slices():
+        alone = {name: inputs[name][rows] for name in ("q", "k", "v")}
+        cu_seqlens = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
+        assert torch.equal(run(inputs | alone | dict(cu_seqlens_q=cu_seqlens), lse[:, rows]), batch[rows])

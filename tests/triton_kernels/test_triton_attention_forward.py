@@ -1,0 +1,361 @@
+"""The forward kernels of packed attention, interpreted where there is no GPU, against the float64 oracle."""
+
+import bisect
+import itertools
+
+import pytest
+import torch
+from attention_cases import (
+    CASES,
+    DROPOUT_SEED,
+    KEYS_OF_RAGGED,
+    AttentionCase,
+    all_cases,
+    assert_results_close,
+    dense_attention,
+    detached,
+    in_float64,
+    shared_op_arguments,
+)
+from ragged import BATCHES, RaggedBatch
+from row_layouts import LAYOUTS, mixed_layouts
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from stamp_kernels.reference.dropout import attention_keep_mask
+from stamp_kernels.relative_position import relative_position_bucket
+from stamp_kernels.triton_kernels.aot import TARGETS
+from stamp_kernels.triton_kernels.attention.forward import forward_config, packed_attention_forward
+from stamp_kernels.triton_kernels.attention.tiles import (
+    distance_buckets,
+    dropout_threshold,
+    keep_tile,
+    locate_tile,
+    num_tiles,
+    rows_with_vector_strides,
+    sequence_rows,
+)
+from stamp_kernels.triton_kernels.device import H100
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# A bound of max_seqlen that selects each kernel, whatever the lengths below it.
+KERNELS = {"slots of 16": 0, "slots of 32": 32, "short": 100, "general": 300}
+
+
+def run(inputs, max_seqlen=0, return_centrality=True):
+    """The launcher's results by name; `max_seqlen` raises the bounds in `inputs`."""
+    inputs = detached(inputs)
+    cu_q, cu_k, max_q, max_k, *rest = shared_op_arguments(inputs)
+    arguments = (
+        *(inputs[name] for name in ("q", "k", "v")), cu_q, cu_k, max(max_q, max_seqlen), max(max_k, max_seqlen), *rest,
+        inputs.get("query_mask"), inputs.get("dropout_p", 0.0), inputs.get("dropout_seed"), return_centrality,
+    )  # fmt: skip
+    arguments = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+    out, lse, centrality = (x.cpu() for x in packed_attention_forward(*arguments))
+    return dict(out=out, lse=lse, centrality=centrality)
+
+
+def oracle(inputs):
+    want = dense_attention(**detached(in_float64(inputs)))
+    return want._asdict()
+
+
+def test_bounds_select_the_kernels_that_they_name():
+    for name, max_seqlen in KERNELS.items():
+        for element_size in (2, 4):
+            config = forward_config(
+                H100, 16, max_seqlen, element_size=element_size, has_bias=True, has_dropout=False, has_positions=False
+            )
+            assert name.startswith(config.kernel)
+            assert config.slot == {"slots of 16": 16, "slots of 32": 32}.get(name, 0)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_tiles_suit_the_architecture(arch):
+    for head_dim, max_seqlen, element_size, has_bias, has_dropout, has_positions in itertools.product(
+        (8, 64, 72, 128, 256), (16, 32, 64, 120, 240, 4096), (2, 4), (False, True), (False, True), (False, True)
+    ):
+        config = forward_config(
+            TARGETS[arch], head_dim, max_seqlen, element_size=element_size, has_bias=has_bias, has_dropout=has_dropout,
+            has_positions=has_positions,
+        )  # fmt: skip
+        assert config.kernel != "short" or config.block_n >= max_seqlen
+        assert config.kernel != "slots" or config.slot >= max_seqlen
+        if element_size == 4:
+            continue
+        assert config.block_m in (64, 128)
+        assert config.num_stages == 1 or (config.kernel == "general" and arch != 100)  # nothing to load ahead
+        if arch == 100 and config.kernel == "general" and has_bias and has_dropout:
+            assert (config.block_m, config.num_warps) == (128, 4)  # 64 rows spill 168 bytes and more
+        # Unless told otherwise, ptxas spills to reach the next number of programs on a multiprocessor.
+        is_heavy = has_bias or has_dropout or head_dim > 64
+        assert config.max_registers == (255 if arch != 90 and is_heavy else None)
+
+
+# Values
+
+
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+@all_cases
+def test_matches_dense_attention(case, max_seqlen, dtype=torch.float16):
+    inputs = case.inputs(dtype)
+    got = run(inputs, max_seqlen)
+    assert got["out"].dtype == dtype and got["lse"].dtype == got["centrality"].dtype == torch.float32
+    assert_results_close(got, oracle(inputs), dtype)
+
+
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("name", ["gqa", "causal_bias_positions", "dropout_everything"])
+def test_matches_dense_attention_in_fp32(name, max_seqlen):
+    test_matches_dense_attention(CASES[name], max_seqlen, torch.float32)
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 80])
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_head_dims(head_dim, max_seqlen):
+    case = AttentionCase(heads=(2, 1), head_dim=head_dim, causal=True, bias="unidirectional", query_mask=True)
+    inputs = case.inputs(torch.float16)
+    assert_results_close(run(inputs, max_seqlen), oracle(inputs), torch.float16)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+@pytest.mark.parametrize("max_seqlen", [0, 300], ids=["short", "general"])
+def test_several_blocks_of_queries_and_keys(causal, cross, max_seqlen):
+    """Full blocks and blocks on the diagonal or at the end; tiles whose distances share one bucket.
+
+    Across, causal: the first query sees one key less than a block, and the last query of a block the first of a block.
+    """
+    batch_k = RaggedBatch((105, 65, 64), tail=1) if cross else None
+    case = AttentionCase(
+        RaggedBatch((75, 64, 128), tail=70), batch_k, heads=(1, 1), causal=causal, bias="bidirectional",
+        positions=True, query_mask=True, dropout_p=0.25,
+    )  # fmt: skip
+    inputs = case.inputs(torch.float16)
+    assert_results_close(run(inputs, max_seqlen), oracle(inputs), torch.float16)
+
+
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_strided_views(max_seqlen):
+    batch = BATCHES["ragged"]
+    inputs = dict(cu_seqlens_q=batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, causal=False, scale=None)
+    aligned = torch.randn(batch.total, 3, 2, 16).unbind(1)
+    transposed = torch.randn(3, batch.total, 16, 2).transpose(2, 3).unbind(0)  # features 2 apart
+    odd = torch.randn(batch.total, 3, 2, 17)[..., 1:].unbind(1)
+    for q, k, v in (aligned, transposed, odd):
+        views = inputs | dict(q=q, k=k, v=v)
+        assert_results_close(run(views, max_seqlen), oracle(views), torch.float32)
+
+
+@mixed_layouts
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_rows_anywhere_in_memory(max_seqlen, layouts):
+    """`promises_are_kept` sees to what the compiler is told of them."""
+    inputs = detached(AttentionCase(RaggedBatch((5, 0, 9), tail=1), head_dim=24).inputs(torch.float16))
+    views = {name: layout(inputs[name]) for name, layout in zip(("q", "k", "v"), layouts, strict=False)}
+    assert_results_close(run(inputs | views, max_seqlen), oracle(inputs), torch.float16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_off_the_grid_are_copied(name, dtype, device):
+    """A row must start on a 16-byte boundary, and strides be multiples of 8 elements; what has both is not copied."""
+    x = torch.randn(5, 2, 24).to(dtype)
+    view = LAYOUTS[name](x.to(device))
+    is_on_grid = ("elements into" in name and view.storage_offset() * dtype.itemsize % 16 == 0) or name in (
+        "rows 8 elements apart", "rows 24 elements apart", "heads 8 elements apart", "heads before rows"
+    )  # fmt: skip
+    rows = rows_with_vector_strides(view)
+    assert (rows is view) == is_on_grid
+    assert rows.data_ptr() % 16 == 0 and rows.stride(0) % 8 == 0 and rows.stride(1) % 8 == 0 and rows.stride(2) == 1
+    assert device == "meta" or torch.equal(rows, x)
+
+
+def test_a_single_row_off_the_grid_is_copied():
+    """Torch calls it contiguous, whatever the strides of dimensions of size 1."""
+    row = torch.randn(100)[3:27].as_strided((1, 1, 24), (33, 17, 1), 3)
+    copy = rows_with_vector_strides(row)
+    assert torch.equal(copy, row) and copy.stride() == (24, 24, 1) and copy.data_ptr() % 16 == 0
+
+
+def every_other(x):
+    return torch.stack([x, torch.zeros_like(x)], dim=1)[:, 0]
+
+
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_strided_offsets_positions_and_mask(max_seqlen):
+    inputs = AttentionCase(bias="bidirectional", positions=True, query_mask=True).inputs(torch.float32)
+    views = inputs | {name: every_other(inputs[name]) for name in ("cu_seqlens_q", "positions_q", "query_mask")}
+    assert_results_close(run(views, max_seqlen), oracle(inputs), torch.float32)
+
+
+@pytest.mark.parametrize("max_seqlen", [200, 300], ids=["general", "longer"])
+def test_bucket_that_hides_its_keys(max_seqlen):
+    """A bias of -inf: whole tiles of scores are -inf before a query sees its first key."""
+    inputs = AttentionCase(RaggedBatch((150,), tail=1), heads=(1, 1), bias="bidirectional").inputs(torch.float32)
+    with torch.no_grad():
+        inputs["relative_bias"].table[[3, 7]] = -torch.inf  # all that is far before and after
+    assert_results_close(run(inputs, max_seqlen), oracle(inputs), torch.float32)
+
+
+@pytest.mark.parametrize("poisoned", ["q", "k"])
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_nan_stays_in_its_sequence(poisoned, max_seqlen):
+    case = AttentionCase(RaggedBatch((5, 7, 4), tail=1))
+    inputs = detached(case.inputs(torch.float32))
+    want = run(inputs, max_seqlen)
+    inputs[poisoned] = inputs[poisoned].clone()
+    inputs[poisoned][6] = torch.nan
+    got = run(inputs, max_seqlen)
+    assert got["out"][5:12].isnan().any()
+    for rows in (slice(0, 5), slice(12, 17)):
+        assert torch.equal(got["out"][rows], want["out"][rows])
+        assert torch.equal(got["lse"][:, rows], want["lse"][:, rows])
+        assert torch.equal(got["centrality"][rows], want["centrality"][rows])
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float16, torch.float32], ids=str)
+def test_table_of_another_dtype_and_stride(table_dtype):
+    inputs = CASES["bias"].inputs(torch.float16)
+    bias = inputs["relative_bias"]
+    table = bias.table.detach().to(table_dtype).t().contiguous().t()
+    inputs["relative_bias"] = type(bias)(table, bias.bidirectional, bias.max_distance)
+    assert_results_close(run(inputs), oracle(inputs), torch.float16)
+
+
+# Rows that nobody computes, bits
+
+
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_tail_longer_than_everything_else(max_seqlen):
+    case = AttentionCase(RaggedBatch((3, 0, 5), tail=150), heads=(2, 1), query_mask=True)
+    got = run(case.inputs(torch.float16), max_seqlen)
+    assert not got["out"][8:].any() and not got["lse"][:, 8:].any() and not got["centrality"][8:].any()
+
+
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("lengths", [(), (0,)], ids=["no sequence", "an empty one"])
+@pytest.mark.parametrize("tail", [0, 3])
+def test_batch_without_a_token(lengths, tail, max_seqlen):
+    got = run(AttentionCase(RaggedBatch(lengths, tail)).inputs(torch.float32), max_seqlen)
+    assert got["out"].shape == (tail, 2, 16) and got["lse"].shape == (2, tail) and got["centrality"].shape == (tail,)
+    assert not any(x.any() for x in got.values())
+
+
+def test_centrality_that_nobody_asked_for():
+    for max_seqlen in KERNELS.values():
+        inputs = CASES["plain"].inputs(torch.float32)
+        got, with_centrality = run(inputs, max_seqlen, False), run(inputs, max_seqlen)
+        assert got["centrality"].shape == (0,) and got["centrality"].dtype == torch.float32
+        assert torch.equal(got["out"], with_centrality["out"])
+
+
+@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+def test_a_sequence_alone_has_the_bits_it_has_in_a_batch(max_seqlen):
+    case = AttentionCase(
+        RaggedBatch((5, 3, 0, 11, 16, 7), tail=2), heads=(2, 1), causal=True, bias="bidirectional", positions=True,
+        query_mask=True,
+    )  # fmt: skip
+    inputs = detached(case.inputs(torch.float32))
+    # The interpreter's matrix product is BLAS's, whose last bits depend on the place in the tile: these are exact.
+    inputs["q"], inputs["k"] = (torch.randint(-3, 4, inputs[name].shape).float() for name in ("q", "k"))
+    for rows in case.batch.slices():
+        inputs["v"][rows] = torch.eye(16)[: rows.stop - rows.start, None]
+    batch, again = run(inputs, max_seqlen), run(inputs, max_seqlen)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    for rows in case.batch.slices():
+        alone = {name: inputs[name][rows] for name in ("q", "k", "v", "positions_q", "query_mask")}
+        length = rows.stop - rows.start
+        alone = run(
+            inputs | alone | dict(cu_seqlens_q=torch.tensor([0, length], dtype=torch.int32)), max(max_seqlen, 16)
+        )  # fmt: skip
+        assert torch.equal(alone["out"], batch["out"][rows])
+        assert torch.equal(alone["lse"], batch["lse"][:, rows])
+        assert torch.equal(alone["centrality"], batch["centrality"][rows])
+
+
+# What a tile is
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def _locate(located_ptr, tiles_ptr, cu_seqlens_ptr, num_sequences, total, BLOCK: tl.constexpr):
+    i = tl.program_id(0)
+    sequence, block = locate_tile(tl.load(tiles_ptr + i), cu_seqlens_ptr, num_sequences, BLOCK)
+    first, length = sequence_rows(sequence, cu_seqlens_ptr, num_sequences, total)
+    tl.store(located_ptr + i * 4, sequence)
+    tl.store(located_ptr + i * 4 + 1, block)
+    tl.store(located_ptr + i * 4 + 2, first)
+    tl.store(located_ptr + i * 4 + 3, length)
+
+
+def _located(batch, tiles):
+    """(sequence, block, first, length) of each of the tiles of 4 rows."""
+    located = torch.empty(len(tiles), 4, dtype=torch.int32, device=DEVICE)
+    tiles = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+    _locate[(len(tiles),)](located, tiles, batch.cu_seqlens.to(DEVICE), batch.batch, batch.total, BLOCK=4)
+    return located.tolist()
+
+
+@pytest.mark.parametrize("num_sequences", [0, 1, 3, 128])
+def test_tiles_cover_every_row_once(num_sequences):
+    lengths = torch.randint(0, 9, (num_sequences,)).tolist()
+    batch = RaggedBatch((*lengths[:-1], 40) if lengths else (), tail=5)
+    covered = torch.zeros(batch.total, dtype=torch.int32)
+    ends = [*batch.cu_seqlens[1:].tolist(), batch.total]
+    for sequence, block, first, length in _located(batch, range(num_tiles(batch.total, batch.batch, 4))):
+        assert first == batch.cu_seqlens[sequence] and first + length == ends[sequence]
+        covered[first + 4 * block : first + min(4 * block + 4, length)] += 1
+    assert (covered == 1).all()
+
+
+@pytest.mark.parametrize("num_sequences", [5000, 20_000])
+def test_tiles_of_thousands_of_sequences(num_sequences):
+    batch = RaggedBatch(tuple((torch.arange(num_sequences) % 7).tolist()), tail=5)
+    starts = [start // 4 + i for i, start in enumerate(batch.cu_seqlens.tolist())]
+    tiles = [0, 1, *range(2, starts[-1], starts[-1] // 40), starts[-1] - 1, *range(starts[-1], starts[-1] + 2)]
+    for tile, (sequence, block, _, _) in zip(tiles, _located(batch, tiles), strict=True):
+        want = bisect.bisect_right(starts, tile) - 1
+        assert (sequence, block) == (want, tile - starts[want])
+
+
+@triton.jit
+def _keep(kept_ptr, seed_ptr, threshold, first_key, num_keys, M: tl.constexpr, N: tl.constexpr):
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    query, column = tl.arange(0, M), tl.arange(0, N)
+    kept = keep_tile(seed_ptr, threshold, sequence, head, query, first_key, N)
+    row = (sequence * tl.num_programs(0) + head) * M + query
+    tl.store(kept_ptr + row[:, None] * num_keys + first_key + column[None, :], kept.to(tl.int8))
+
+
+@pytest.mark.parametrize("p", [1e-3, 0.3, 0.75])
+def test_dropout_mask_is_the_contracts(p):
+    seed = torch.tensor([DROPOUT_SEED], device=DEVICE)
+    kept = torch.empty(3, 2, 16, 64, dtype=torch.int8, device=DEVICE)
+    for first_key in (0, 32):
+        _keep[(2, 3)](kept, seed, dropout_threshold(p), first_key, 64, M=16, N=32)
+    assert torch.equal(kept.cpu().bool(), attention_keep_mask(p, seed.cpu(), torch.arange(3), 2, 16, 64))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 12), (4, 100), (64, 77), (16, 9)])
+def test_buckets_of_all_distances(num_buckets, max_distance, bidirectional):
+    """Beyond max_distance the bucket is that of max_distance, so a clamped look-up is exact."""
+    distances = torch.arange(-4 * max_distance, 4 * max_distance + 1)
+    buckets = distance_buckets(num_buckets, max_distance, bidirectional, torch.device("cpu"))
+    want = relative_position_bucket(
+        distances, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
+    )
+    assert torch.equal(buckets[distances.clamp(-max_distance, max_distance) + max_distance].long(), want)
+
+
+def test_queries_that_see_no_key():
+    case = AttentionCase(batch_k=KEYS_OF_RAGGED, causal=True)
+    for max_seqlen in KERNELS.values():
+        got = run(case.inputs(torch.float16), max_seqlen)
+        sees_none = got["lse"][0].isneginf()
+        assert sees_none.any() and not got["out"][sees_none].any()

@@ -1,0 +1,61 @@
+"""Targets of multi-step prediction: the labels ahead of every row, within its sequence. One launch."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stamp_kernels.common.contents import check_cu_seqlens_contents
+from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.rows import sequence_ends
+
+
+@triton.jit(do_not_specialize=["stride_label", "num_sequences", "total", "num_steps", "step_stride", "ignore_index"])
+def shift_targets_kernel(
+    targets_ptr,  # int64 [T, num_steps]
+    labels_ptr,  # integers [T]
+    cu_seqlens_ptr,  # int32 [B + 1]
+    stride_label, num_sequences, total, num_steps,
+    step_stride,  # rows from one step to the next, at most T
+    ignore_index,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`targets[t, k - 1] = labels[t + k * step_stride]` for BLOCK rows t, ignore_index from their sequence's end on.
+
+    Grid: [ceil(T / BLOCK)].
+    """
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_token = row < tl.load(cu_seqlens_ptr + num_sequences)
+    end = sequence_ends(row, is_token, cu_seqlens_ptr, num_sequences)
+    ahead = row.to(tl.int64)
+    for step in range(num_steps):
+        ahead += step_stride
+        inside = is_token & (ahead < end)
+        label = tl.load(labels_ptr + ahead * stride_label, mask=inside, other=0).to(tl.int64)
+        pointers = targets_ptr + row.to(tl.int64) * num_steps + step
+        tl.store(pointers, tl.where(inside, label, ignore_index), mask=row < total)
+
+
+_BLOCK = 256
+
+
+def shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, ignore_index: int) -> Tensor:
+    """The op `stamp::shift_targets`: int64 `[T, steps]`. No host sync."""
+    total = labels.shape[0]
+    check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total)
+    targets = labels.new_empty((total, steps), dtype=torch.int64)
+    if total > 0:
+        shift_targets_kernel[launch_grid(triton.cdiv(total, _BLOCK))](
+            targets,
+            labels,
+            cu_seqlens.contiguous(),
+            labels.stride(0),
+            cu_seqlens.shape[0] - 1,
+            total,
+            steps,
+            min(stride, total),
+            ignore_index,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
+    return targets

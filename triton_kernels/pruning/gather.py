@@ -1,0 +1,141 @@
+"""Gather: the rows of a selection, and the adjoint, which gathers too.
+
+    forward   y[j] = x[indices[j]]                         indices [T'] int64, -1 on tail rows
+    backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse [T] int32, -1 where token t was dropped
+
+Every row is written once: neither a zero-fill pass nor atomics.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stamp_kernels.common.contents import contents_are_checked
+from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.rows import power_of_two_divisor
+
+
+@triton.jit(do_not_specialize=["num_rows", "source_stride"])
+def gather_rows_kernel(
+    destination_ptr,  # [num_rows, WIDTH]
+    source_ptr,  # [rows, WIDTH]
+    row_map_ptr,  # int64 or int32 [num_rows]
+    source_stride,
+    num_rows,
+    WIDTH: tl.constexpr, STRIDE_DIVISOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS x COLUMNS of `destination[j] = source[row_map[j]]`, zeros where the map says -1.
+
+    Grid: [ceil(num_rows / ROWS), ceil(WIDTH / COLUMNS)]. Both tensors are seen as integers, as wide as their alignment
+    allows; a stride that is a multiple of STRIDE_DIVISOR lets a thread move 16 bytes at once.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    exists = row < num_rows
+    source_row = tl.load(row_map_ptr + row, mask=exists, other=-1).to(tl.int64)
+    stride = tl.multiple_of(tl.cast(source_stride, tl.int64), STRIDE_DIVISOR)
+    in_row = column < WIDTH
+    value = tl.load(
+        source_ptr + (source_row * stride)[:, None] + column, mask=(source_row >= 0)[:, None] & in_row, other=0
+    )
+    destination = destination_ptr + (row.to(tl.int64) * WIDTH)[:, None] + column
+    tl.store(destination, value, mask=exists[:, None] & in_row)
+
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+# Four warps, each thread four accesses of 16 bytes; more rows only where they are narrow.
+_GATHER_BYTES = 4 * 32 * 4 * 16
+_GATHER_MAX_ROWS = 256
+
+
+class GatherConfig(NamedTuple):
+    """How rows are moved: in integers of `element_size` bytes, of which a row has `width`."""
+
+    element_size: int
+    width: int
+    stride: int
+    stride_divisor: int
+    rows: int
+    columns: int
+
+
+def gather_config(row_bytes: int, stride_bytes: int, address: int) -> GatherConfig:
+    """The widest access to which rows, their distance and the address of the first are aligned."""
+    alignment = power_of_two_divisor(row_bytes | stride_bytes | address, 16)
+    element_size = min(8, alignment)
+    width = row_bytes // element_size
+    columns = min(triton.next_power_of_2(width), _GATHER_BYTES // element_size)
+    rows = min(_GATHER_MAX_ROWS, _GATHER_BYTES // (columns * element_size))
+    return GatherConfig(element_size, width, stride_bytes // element_size, alignment // element_size, rows, columns)
+
+
+def _rows_are_contiguous(x: Tensor) -> bool:
+    """A row is copied as one piece; the rows themselves may be apart."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def gather_rows(x: Tensor, row_map: Tensor) -> Tensor:
+    """`y[j] = x[row_map[j]]`, zeros where the map says -1: one launch.
+
+    Args:
+        x: `[N, ...]`, any dtype.
+        row_map: int64 or int32 `[M]`, contiguous, rows of x or -1.
+    """
+    x = x if _rows_are_contiguous(x) else x.contiguous()
+    y = x.new_empty(row_map.shape[0], *x.shape[1:])
+    if y.numel() == 0:
+        return y
+    config = gather_config(
+        y.numel() // y.shape[0] * y.element_size(), x.stride(0) * x.element_size(), x.data_ptr() | y.data_ptr()
+    )
+    integers = _INTEGERS[config.element_size]
+    grid = launch_grid(triton.cdiv(y.shape[0], config.rows), triton.cdiv(config.width, config.columns))
+    gather_rows_kernel[grid](
+        triton.reinterpret(y, integers),
+        triton.reinterpret(x, integers),
+        row_map,
+        config.stride,
+        y.shape[0],
+        WIDTH=config.width,
+        STRIDE_DIVISOR=config.stride_divisor,
+        ROWS=config.rows,
+        COLUMNS=config.columns,
+        num_warps=4,
+    )
+    return y
+
+
+def _gather_list(x: list[Tensor], row_map: Tensor, name: str) -> list[Tensor]:
+    if row_map.dim() != 1:
+        raise RuntimeError(f"{name} must have one dimension, got {row_map.dim()}")
+    num_rows = x[0].shape[0]
+    for tensor in x:
+        if tensor.shape[0] != num_rows:
+            raise RuntimeError(f"all tensors must have the same number of rows, got {tensor.shape[0]} and {num_rows}")
+    if contents_are_checked(row_map.device) and row_map.numel() > 0:
+        low, high = int(row_map.min()), int(row_map.max())
+        if low < -1 or high >= num_rows:
+            raise RuntimeError(f"{name} must be -1 (none) to {num_rows - 1}, got {low} to {high}")
+    row_map = row_map.contiguous()
+    return [gather_rows(tensor, row_map) for tensor in x]
+
+
+def gather_tokens_forward(x: list[Tensor], indices: Tensor) -> list[Tensor]:
+    """The op `stamp::gather_tokens_forward`: the rows `indices`, int64 `[T']`, of tensors `[T, ...]` of any dtype."""
+    return _gather_list(x, indices, "indices")
+
+
+def gather_tokens_backward(grad: list[Tensor], inverse: Tensor) -> list[Tensor]:
+    """The op `stamp::gather_tokens_backward`: row t is row `inverse[t]`, int32 `[T]`, of `grad`, or 0.
+
+    The adjoint gathers too: every row is written once, without atomics.
+    """
+    return _gather_list(grad, inverse, "inverse")

@@ -1,0 +1,37 @@
+"""Pruning: score, select and gather, from a block's hidden states and centrality to the kept rows.
+
+It has no kernels of its own: one launch of `importance`, two of `selection` (three with `protect`), whose last also
+writes the positions, and one gather per tensor.
+"""
+
+from torch import Tensor
+
+from stamp_kernels.triton_kernels.pruning.gather import gather_rows
+from stamp_kernels.triton_kernels.pruning.importance import token_importance
+from stamp_kernels.triton_kernels.pruning.selection import select
+
+
+def prune(
+    x: list[Tensor],
+    centrality: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    norm_order: int,
+    per_visible_query: bool,
+    ratio_q32: int | None,
+    keep_count: int | None,
+    keep_counts: Tensor | None,
+    min_keep: int,
+    protect: Tensor | None,
+    codes_per_item: int,
+    total_kept: int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """The op `stamp::prune`: (rows of x, their positions, indices, cu_seqlens, inverse). No host sync."""
+    importance = token_importance(x[0], centrality, cu_seqlens, norm_order, per_visible_query)
+    selected = select(
+        importance, cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item,
+        total_kept, positions=positions, with_positions=True,
+    )  # fmt: skip
+    rows = [gather_rows(tensor, selected.indices) for tensor in x]
+    return rows, selected.kept_positions, selected.indices, selected.cu_seqlens, selected.inverse
