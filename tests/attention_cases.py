@@ -11,7 +11,7 @@ from closeness import assert_close
 from ragged import BATCHES, RaggedBatch
 from torch import Tensor
 
-from stamp_kernels.ops.attention.packed_attention import AttentionOutput, flat_bias
+from stamp_kernels.ops.attention.packed_attention import AttentionOutput, bias_arguments
 from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
 
 # Small enough that the sequences below reach the logarithmic buckets and the shared last one.
@@ -190,7 +190,7 @@ def shared_op_arguments(inputs: dict[str, Any]) -> tuple:
         inputs.get("max_seqlen_k", inputs["max_seqlen_q"]),
         inputs["causal"],
         inputs["scale"] or inputs["q"].shape[2] ** -0.5,
-        *flat_bias(inputs.get("relative_bias"), inputs.get("positions_q"), inputs.get("positions_k")),
+        *bias_arguments(inputs.get("relative_bias"), inputs.get("positions_q"), inputs.get("positions_k")),
     )
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from stamp_kernels.common.arguments import BudgetArguments
+
 
 def keep_ratio_to_q32(keep_ratio: float) -> int:
     """The ratio as the 32-bit fixed-point number from which every backend computes the ceiling."""
@@ -14,28 +16,18 @@ def ceil_of_ratio(ratio_q32: int, n: int | Tensor) -> int | Tensor:
     return (ratio_q32 * n - n + (2**32 - 1)) >> 32
 
 
-def kept_items(
-    num_items: Tensor,
-    num_protected: Tensor | int,
-    *,
-    ratio_q32: int | None,
-    keep_count: int | None,
-    keep_counts: Tensor | None,
-    min_keep: int,
-) -> Tensor:
+def kept_items(budget: BudgetArguments, num_items: Tensor, num_protected: Tensor | int) -> Tensor:
     """Items that each sequence keeps: p + min(n, max(min_keep, budget)), n of its items being unprotected.
 
     Args:
-        num_items: int64 `[B]`, items of each sequence, the protected ones included (a token is an item of length 1).
+        num_items: int64 `[B]`, items of each sequence, the protected ones included (a token is an item of one code).
         num_protected: int64 `[B]` (or 0), p.
-        ratio_q32, keep_count, keep_counts: the budget, exactly one of them given: ceil(ratio * n), a number for all
-            sequences, or a number for each `[B]`.
     """
     unprotected = num_items - num_protected
-    if ratio_q32 is not None:
-        budget = ceil_of_ratio(ratio_q32, unprotected)
-    elif keep_counts is not None:
-        budget = keep_counts.to(torch.int64)
+    if budget.ratio_q32 is not None:
+        wanted = ceil_of_ratio(budget.ratio_q32, unprotected)
+    elif budget.keep_counts is not None:
+        wanted = budget.keep_counts.to(torch.int64)
     else:
-        budget = torch.full_like(unprotected, keep_count)
-    return num_protected + torch.minimum(unprotected, budget.clamp(min=min_keep))
+        wanted = torch.full_like(unprotected, budget.keep_count)
+    return num_protected + torch.minimum(unprotected, wanted.clamp(min=budget.min_keep))

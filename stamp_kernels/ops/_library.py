@@ -7,10 +7,11 @@ On the CPU that is settled at import. On CUDA it is settled at the first call wi
 package loads no CUDA library, asks no device anything and never fails because of either.
 """
 
+import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,9 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 FLOP_FORMULAS: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
 
-# The launchers as define_op got them: without the device guard and the autocast guard that the dispatcher's kernels
-# have.
+# The plain PyTorch kernels and the launchers, called with the arguments of the op's schema: without the device guard
+# and the autocast guard that the dispatcher's kernels have.
+REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 TRITON_LAUNCHERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 Server = Literal["compiled", "triton", "reference"]
@@ -181,6 +183,45 @@ def served_by(key: Literal["CPU", "CUDA"]) -> dict[str, Server]:
     return dict(sorted(_SERVED[key].items()))
 
 
+def _with_groups(
+    op: torch._ops.OpOverload, groups: Sequence[type[tuple[Any, ...]]], function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`function` as the dispatcher calls it: with every argument of the schema, of which it takes some in groups."""
+    if not groups:
+        return function
+    names = [argument.name for argument in op._schema.arguments]
+    group_of_first = {group._fields[0]: group for group in groups}  # type: ignore[attr-defined]
+    spans = []  # (start, end, group or None) of each argument of `function`
+    start = 0
+    while start < len(names):
+        group = group_of_first.pop(names[start], None)
+        end = start + 1 if group is None else start + len(group._fields)  # type: ignore[attr-defined]
+        if group is not None and tuple(names[start:end]) != group._fields:  # type: ignore[attr-defined]
+            raise TypeError(f"{op} has the arguments {names[start:end]} where {group.__name__} has {group._fields}")  # type: ignore[attr-defined]
+        spans.append((start, end, group))
+        start = end
+    if group_of_first:
+        raise TypeError(f"{op} has no argument {list(group_of_first)}")
+
+    @functools.wraps(function)
+    def grouped(*args: Any) -> Any:
+        return function(*(args[i] if group is None else group(*args[i:j]) for i, j, group in spans))
+
+    return grouped
+
+
+def _register_flops(op: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:
+    def count(*args: Any, out_val: Any = None) -> int:
+        return formula(*args)
+
+    count._get_raw = True  # type: ignore[attr-defined]  # formulas read cu_seqlens: tensors, not their shapes
+    FLOP_FORMULAS[op] = count
+    # Importing the counter imports Triton, too heavy for `import stamp_kernels`: stamp_kernels.flops does it.
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is not None:
+        counter.flop_registry[op] = count
+
+
 def define_op(
     schema: str,
     *,
@@ -189,21 +230,26 @@ def define_op(
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
+    groups: Sequence[type[tuple[Any, ...]]] = (),
 ) -> torch._ops.OpOverload:
     """Register one op of the `stamp` namespace.
 
     Args:
         schema: name, arguments and returns, as torch.library takes them.
         public_name: the function of `stamp_kernels` that users call instead.
-        reference: plain PyTorch kernel with the schema's arguments, for the CPU and CUDA where nothing else serves.
-        triton: launcher of Triton kernels with the schema's arguments, which serves CUDA where no compiled kernel does.
+        reference: plain PyTorch kernel, for the CPU and CUDA where nothing else serves.
+        triton: launcher of Triton kernels, which serves CUDA where no compiled kernel does.
         fake: the same arguments to outputs of the right shape, dtype and device, without contents.
-        flops: FLOP formula with the schema's arguments and `out_val`, for torch.utils.flop_counter. None: no
-            matrix product worth counting.
+        flops: FLOP formula, for torch.utils.flop_counter. None: no matrix product worth counting.
+        groups: NamedTuples whose fields are arguments of the schema that follow one another. The four functions above
+            take the schema's arguments in its order, those of a group as one argument.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op: torch._ops.OpOverload = getattr(torch.ops.stamp, name).default
+    reference, fake = _with_groups(op, groups, reference), _with_groups(op, groups, fake)
+    triton = None if triton is None else _with_groups(op, groups, triton)
+    REFERENCES[op] = reference
     torch.library.register_fake(f"stamp::{name}", fake, lib=_LIBRARY)
     _LIBRARY.impl(name, _guard_raw_call(op, public_name), "Autograd", with_keyset=True)
     _SERVED["CPU"][name] = "compiled" if _has_kernel(name, "CPU") else "reference"
@@ -216,12 +262,7 @@ def define_op(
     _UNSETTLED_ON_CUDA[name] = _outside_autocast(on_cuda)
     _LIBRARY.impl(name, _settle_and_repeat(op), "CompositeExplicitAutograd", with_keyset=True)
     if flops is not None:
-        flops._get_raw = True  # the formula reads cu_seqlens, so it wants tensors where torch would pass shapes
-        FLOP_FORMULAS[getattr(torch.ops.stamp, name)] = flops
-        # Importing the counter imports Triton, too heavy for `import stamp_kernels`: stamp_kernels.flops does it.
-        counter = sys.modules.get("torch.utils.flop_counter")
-        if counter is not None:
-            counter.flop_registry[getattr(torch.ops.stamp, name)] = flops
+        _register_flops(getattr(torch.ops.stamp, name), _with_groups(op, groups, flops))
     return op
 
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences, with_keys
 from stamp_kernels.common.contents import check_cu_seqlens_contents
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.reference.dropout import attention_keep_mask
@@ -41,8 +42,9 @@ class EqualLengthGroup(NamedTuple):
     rows_k: Tensor  # [G, n_k]
 
 
-def equal_length_groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, num_heads: int) -> Iterator[EqualLengthGroup]:
+def equal_length_groups(sequences: Sequences, num_heads: int) -> Iterator[EqualLengthGroup]:
     """The batch's sequences that have queries, grouped by their lengths. Reads the lengths on the host."""
+    cu_seqlens_q, cu_seqlens_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
     device = cu_seqlens_q.device
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     sequences_by_length: dict[tuple[int, int], list[int]] = {}
@@ -67,39 +69,25 @@ def _per_head(x: Tensor, rows: Tensor, num_heads: int, dtype: torch.dtype) -> Te
     return gathered.repeat_interleave(num_heads // x.shape[1], dim=1) if x.shape[1] != num_heads else gathered
 
 
-def _buckets(
-    group: EqualLengthGroup,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
-    num_buckets: int,
-    bidirectional: bool,
-    max_distance: int,
-) -> Tensor:
+def _buckets(group: EqualLengthGroup, bias: BiasArguments, num_buckets: int) -> Tensor:
     """int64 `[G or 1, n_q, n_k]`, the bucket of each query-key pair; local indices where positions are None."""
-    device = group.rows_q.device
-    query = (
-        torch.arange(group.rows_q.shape[1], device=device)[None] if positions_q is None else positions_q[group.rows_q]
-    )
-    key = torch.arange(group.rows_k.shape[1], device=device)[None] if positions_k is None else positions_k[group.rows_k]
+
+    def positions_of(rows: Tensor, positions: Tensor | None) -> Tensor:  # int64 [G or 1, n]
+        if positions is None:
+            return torch.arange(rows.shape[1], device=rows.device)[None]
+        return positions[rows].long()
+
+    query, key = positions_of(group.rows_q, bias.positions_q), positions_of(group.rows_k, bias.positions_k)
     return relative_position_bucket(
-        key[:, None, :].long() - query[:, :, None].long(),
+        key[:, None, :] - query[:, :, None],
         num_buckets=num_buckets,
-        max_distance=max_distance,
-        bidirectional=bidirectional,
+        max_distance=bias.bias_max_distance,
+        bidirectional=bias.bias_bidirectional,
     )
 
 
 def attention_scores(
-    group: EqualLengthGroup,
-    q: Tensor,
-    k: Tensor,
-    causal: bool,
-    scale: float,
-    bias_table: Tensor | None,
-    bidirectional: bool,
-    max_distance: int,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
+    group: EqualLengthGroup, q: Tensor, k: Tensor, causal: bool, scale: float, bias: BiasArguments
 ) -> Tensor:
     """S `[G, Hq, n_q, n_k]` in the compute dtype."""
     dtype = compute_dtype(q.dtype)
@@ -107,9 +95,9 @@ def attention_scores(
     scores = scale * (
         _per_head(q, group.rows_q, num_heads, dtype) @ _per_head(k, group.rows_k, num_heads, dtype).transpose(-1, -2)
     )
-    if bias_table is not None:
-        buckets = _buckets(group, positions_q, positions_k, bias_table.shape[0], bidirectional, max_distance)
-        scores = scores + bias_table.to(dtype)[buckets].permute(0, 3, 1, 2)
+    table = bias.bias_table
+    if table is not None:
+        scores = scores + table.to(dtype)[_buckets(group, bias, table.shape[0])].permute(0, 3, 1, 2)
     if causal:
         num_queries, num_keys = scores.shape[-2:]
         last_visible = torch.arange(num_queries, device=q.device) + (num_keys - num_queries)  # aligned bottom-right
@@ -133,14 +121,12 @@ def column_sums(weights: Tensor, group: EqualLengthGroup, query_mask: Tensor | N
     return weights.sum(dim=(1, 2))
 
 
-def _dropout_factors(
-    weights: Tensor, group: EqualLengthGroup, dropout_p: float, dropout_seed: Tensor | None
-) -> Tensor | float:
+def _dropout_factors(weights: Tensor, group: EqualLengthGroup, dropout: DropoutArguments) -> Tensor | float:
     """D of the equations, in the shape of the weights; 1 without dropout."""
-    if dropout_p == 0.0:
+    if dropout.dropout_p == 0.0 or dropout.dropout_seed is None:
         return 1.0
-    keep = attention_keep_mask(dropout_p, dropout_seed, group.sequences, *weights.shape[1:])
-    return keep.to(weights.dtype) / (1.0 - dropout_p)
+    keep = attention_keep_mask(dropout.dropout_p, dropout.dropout_seed, group.sequences, *weights.shape[1:])
+    return keep.to(weights.dtype) / (1.0 - dropout.dropout_p)
 
 
 def _sum_by_bucket(d_scores: Tensor, buckets: Tensor, num_buckets: int) -> Tensor:
@@ -167,56 +153,41 @@ def scatter_rows(total: int, rows: list[Tensor], values: list[Tensor], like: Ten
     return like.new_zeros(total, *like.shape[1:]).index_copy(0, index, source)
 
 
-def keys_of_queries(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, positions_q: Tensor | None, positions_k: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(cu_seqlens_k, positions_k) where the ops' None stands for self-attention."""
-    if cu_seqlens_k is not None:
-        return cu_seqlens_k, positions_k
-    return cu_seqlens_q, positions_q if positions_k is None else positions_k
+def _check_sequences(sequences: Sequences, total_q: int, total_k: int) -> None:
+    check_cu_seqlens_contents("cu_seqlens_q", sequences.cu_seqlens_q, total_q, sequences.max_seqlen_q)
+    if sequences.cu_seqlens_k is not None:
+        check_cu_seqlens_contents("cu_seqlens_k", sequences.cu_seqlens_k, total_k, sequences.max_seqlen_k)
 
 
 def packed_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     causal: bool,
     scale: float,
-    bias_table: Tensor | None,
-    bias_bidirectional: bool,
-    bias_max_distance: int,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
+    bias: BiasArguments,
     centrality_query_mask: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
+    dropout: DropoutArguments,
     return_centrality: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `stamp::packed_attention_forward`: (out [Tq, Hq, D], lse [Hq, Tq], centrality [Tk], or [0] if not asked).
 
     Differentiable in q, k, v and bias_table.
     """
-    check_cu_seqlens_contents("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    if cu_seqlens_k is not None:
-        check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    cu_seqlens_k, positions_k = keys_of_queries(cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
+    _check_sequences(sequences, q.shape[0], k.shape[0])
+    sequences, bias = with_keys(sequences, bias)
     dtype = compute_dtype(q.dtype)
     num_heads = q.shape[1]
-    if bias_table is not None:
-        bias_table = bias_table.to(dtype)  # once, so that autograd rounds its gradient once
+    if bias.bias_table is not None:  # cast once, so that autograd rounds its gradient once
+        bias = bias._replace(bias_table=bias.bias_table.to(dtype))
     groups, outs, lses, centralities = [], [], [], []
-    for group in equal_length_groups(cu_seqlens_q, cu_seqlens_k, num_heads):
-        scores = attention_scores(
-            group, q, k, causal, scale, bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k
-        )
+    for group in equal_length_groups(sequences, num_heads):
+        scores = attention_scores(group, q, k, causal, scale, bias)
         weights, lse = _softmax(scores)
         if return_centrality:
             centralities.append(column_sums(weights.detach(), group, centrality_query_mask))
-        dropped = weights * _dropout_factors(weights, group, dropout_p, dropout_seed)
+        dropped = weights * _dropout_factors(weights, group, dropout)
         out = dropped @ _per_head(v, group.rows_k, num_heads, dtype)
         groups.append(group)
         outs.append(out.transpose(1, 2).to(q.dtype))
@@ -237,41 +208,30 @@ def packed_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     causal: bool,
     scale: float,
-    bias_table: Tensor | None,
-    bias_bidirectional: bool,
-    bias_max_distance: int,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    need_dq: bool,
-    need_dk: bool,
-    need_dv: bool,
-    need_dbias: bool,
+    bias: BiasArguments,
+    dropout: DropoutArguments,
+    needs: AttentionNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op `stamp::packed_attention_backward`: (dq, dk, dv, dbias_table), each [0] where not needed."""
-    cu_seqlens_k, positions_k = keys_of_queries(cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
+    sequences, bias = with_keys(sequences, bias)
+    need_dq, need_dk, need_dv, need_dbias = needs
     dtype = compute_dtype(q.dtype)
     num_heads, num_heads_kv = q.shape[1], k.shape[1]
     rows_q, rows_k, dqs, dks, dvs = [], [], [], [], []
-    dbias = bias_table.new_zeros(bias_table.shape, dtype=dtype) if need_dbias else q.new_empty(0)
+    table = bias.bias_table
+    dbias = table.new_zeros(table.shape, dtype=dtype) if need_dbias else q.new_empty(0)
 
     def sum_over_group_heads(x: Tensor) -> Tensor:  # [G, Hq, n, D] -> [G, n, Hkv, D]
         return x.unflatten(1, (num_heads_kv, num_heads // num_heads_kv)).sum(2).transpose(1, 2).to(k.dtype)
 
-    for group in equal_length_groups(cu_seqlens_q, cu_seqlens_k, num_heads):
-        scores = attention_scores(
-            group, q, k, causal, scale, bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k
-        )
+    for group in equal_length_groups(sequences, num_heads):
+        scores = attention_scores(group, q, k, causal, scale, bias)
         lse_g = lse.t()[group.rows_q].transpose(1, 2)
         weights = torch.exp(scores - lse_g.masked_fill(lse_g == -torch.inf, 0.0)[..., None])
-        factors = _dropout_factors(weights, group, dropout_p, dropout_seed)
+        factors = _dropout_factors(weights, group, dropout)
         grad_out_g = _per_head(grad_out, group.rows_q, num_heads, dtype)
         rows_q.append(group.rows_q)
         rows_k.append(group.rows_k)
@@ -289,10 +249,7 @@ def packed_attention_backward(
             dk = scale * (d_scores.transpose(-1, -2) @ _per_head(q, group.rows_q, num_heads, dtype))
             dks.append(sum_over_group_heads(dk))
         if need_dbias:
-            buckets = _buckets(
-                group, positions_q, positions_k, bias_table.shape[0], bias_bidirectional, bias_max_distance
-            )
-            dbias += _sum_by_bucket(d_scores, buckets, bias_table.shape[0])
+            dbias += _sum_by_bucket(d_scores, _buckets(group, bias, table.shape[0]), table.shape[0])
 
     def rows_or_empty(needed: bool, x: Tensor, rows: list[Tensor], values: list[Tensor]) -> Tensor:
         return scatter_rows(x.shape[0], rows, values, like=x) if needed else x.new_empty(0)
@@ -301,7 +258,7 @@ def packed_attention_backward(
         rows_or_empty(need_dq, q, rows_q, dqs),
         rows_or_empty(need_dk, k, rows_k, dks),
         rows_or_empty(need_dv, v, rows_k, dvs),
-        dbias.to(bias_table.dtype) if need_dbias else dbias,
+        dbias.to(table.dtype) if need_dbias else dbias,
     )
 
 
@@ -309,29 +266,18 @@ def attention_centrality(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     causal: bool,
     scale: float,
-    bias_table: Tensor | None,
-    bias_bidirectional: bool,
-    bias_max_distance: int,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
+    bias: BiasArguments,
     query_mask: Tensor | None,
 ) -> Tensor:
     """The op `stamp::attention_centrality`: `[Tk]` in the dtype of lse, 0 on tail rows."""
-    check_cu_seqlens_contents("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    if cu_seqlens_k is not None:
-        check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    cu_seqlens_k, positions_k = keys_of_queries(cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
+    _check_sequences(sequences, q.shape[0], k.shape[0])
+    sequences, bias = with_keys(sequences, bias)
     rows_k, centralities = [], []
-    for group in equal_length_groups(cu_seqlens_q, cu_seqlens_k, q.shape[1]):
-        scores = attention_scores(
-            group, q, k, causal, scale, bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k
-        )
+    for group in equal_length_groups(sequences, q.shape[1]):
+        scores = attention_scores(group, q, k, causal, scale, bias)
         lse_g = lse.t()[group.rows_q].transpose(1, 2)[..., None]
         # A query that sees no key has lse = -inf and votes nothing.
         weights = torch.exp(scores - lse_g).masked_fill(lse_g == -torch.inf, 0.0)

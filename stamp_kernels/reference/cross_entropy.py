@@ -11,12 +11,13 @@ and its gradient is
     dloss / dz_v = (1 + 2 zeta lse) exp(z_v - lse) - (1 - eps) [v = y] - eps / V    (x 1 - (z_v / c)^2 if soft-capped)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stamp_kernels.common.arguments import LossNeeds, LossOptions, StepWeights
 from stamp_kernels.common.contents import check_cu_seqlens_contents, check_targets_contents
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.common.rows import sequence_of_row
@@ -75,18 +76,16 @@ def _logits(x: Tensor, step: _Step, classes: slice, softcap: float | None) -> Te
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _row_losses(
-    lse: Tensor, label_logit: Tensor, mean_logit: Tensor, valid: Tensor, label_smoothing: float, z_loss: float
-) -> Tensor:
+def _row_losses(lse: Tensor, label_logit: Tensor, mean_logit: Tensor, valid: Tensor, options: LossOptions) -> Tensor:
     """Every row's loss, 0 where ignored."""
-    loss = lse - (1 - label_smoothing) * label_logit + z_loss * lse.square()
-    if label_smoothing > 0:  # else a class that a bias of -inf rules out would give 0 * inf
-        loss = loss - label_smoothing * mean_logit
+    loss = lse - (1 - options.label_smoothing) * label_logit + options.z_loss * lse.square()
+    if options.label_smoothing > 0:  # else a class that a bias of -inf rules out would give 0 * inf
+        loss = loss - options.label_smoothing * mean_logit
     return loss.masked_fill(~valid, 0)
 
 
 def _reduce(
-    losses: Tensor, targets: Tensor, step_weights: Sequence[float] | Tensor | None, ignore_index: int, reduction: int
+    losses: Tensor, targets: Tensor, step_weights: StepWeights, ignore_index: int, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From losses [K, N] to the loss, the steps' losses [K], and [K] by how much a row's loss of a step counts.
 
@@ -99,9 +98,12 @@ def _reduce(
     if reduction == REDUCTIONS["mean"]:
         scale = scale / (targets != ignore_index).sum(dim=0).clamp(min=1)
     weighted_scale = scale
-    if step_weights is not None:
+    weights = (
+        step_weights.step_weights if step_weights.step_weights_tensor is None else step_weights.step_weights_tensor
+    )
+    if weights is not None:
         # One multiplication a step: a tensor made from floats would be a copy to the device, which syncs.
-        weighted_scale = torch.stack([scale[k] * w for k, w in enumerate(step_weights)]).to(scale.dtype)
+        weighted_scale = torch.stack([scale[k] * w for k, w in enumerate(weights)]).to(scale.dtype)
     return (step_sums * weighted_scale).sum(), step_sums * scale, weighted_scale
 
 
@@ -109,32 +111,27 @@ def multi_token_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    step_weights: Sequence[float] | Tensor | None = None,
-    vocab_ranges: Sequence[tuple[int, int]] | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    reduction: str = "mean",
+    bias: Tensor | None,
+    step_weights: StepWeights,
+    options: LossOptions,
+    reduction: int,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of `stamp_kernels.multi_token_cross_entropy`, and its step_losses (empty with reduction="none").
+    """The loss of `stamp_kernels.multi_token_cross_entropy`, and its step_losses (empty without reduction).
 
     Differentiable; keeps the logits of every step.
     """
     dtype = compute_dtype(hidden.dtype)
     hidden, weight = hidden.to(dtype), weight.to(dtype)  # once, so that autograd rounds their gradients once
     bias = None if bias is None else bias.to(dtype)
-    ranges = [(0, weight.shape[-2])] * targets.shape[1] if vocab_ranges is None else list(vocab_ranges)
-    check_targets_contents(targets, ranges, ignore_index)
+    ranges = step_ranges(options.vocab_ranges, targets.shape[1], weight.shape[-2])
+    check_targets_contents(targets, ranges, options.ignore_index)
     losses = []
-    for step in _steps(hidden, weight, targets, bias, ranges, ignore_index):
-        logits = _logits(_read_rows(step, slice(None)), step, slice(None), softcap)
+    for step in _steps(hidden, weight, targets, bias, ranges, options.ignore_index):
+        logits = _logits(_read_rows(step, slice(None)), step, slice(None), options.softcap)
         lse = torch.logsumexp(logits, dim=1, keepdim=True)
         label_logit, mean_logit = logits.gather(1, step.labels), logits.mean(dim=1, keepdim=True)
-        losses.append(_row_losses(lse, label_logit, mean_logit, step.valid, label_smoothing, z_loss)[:, 0])
-    loss, step_losses, _ = _reduce(torch.stack(losses), targets, step_weights, ignore_index, REDUCTIONS[reduction])
+        losses.append(_row_losses(lse, label_logit, mean_logit, step.valid, options)[:, 0])
+    loss, step_losses, _ = _reduce(torch.stack(losses), targets, step_weights, options.ignore_index, reduction)
     return loss, step_losses.detach()
 
 
@@ -163,13 +160,8 @@ def multi_token_cross_entropy_forward(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    step_weights: Sequence[float] | None,
-    step_weights_tensor: Tensor | None,
-    vocab_ranges: Sequence[int] | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+    step_weights: StepWeights,
+    options: LossOptions,
     reduction: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op `stamp::multi_token_cross_entropy_forward`, a tile of one step's logits at a time.
@@ -181,25 +173,24 @@ def multi_token_cross_entropy_forward(
         lse: `[K, N]`, 0 where ignored.
     """
     num_rows, num_steps = targets.shape
-    ranges = step_ranges(vocab_ranges, num_steps, weight.shape[-2])
-    check_targets_contents(targets, ranges, ignore_index)
+    ranges = step_ranges(options.vocab_ranges, num_steps, weight.shape[-2])
+    check_targets_contents(targets, ranges, options.ignore_index)
     losses = hidden.new_empty((num_steps, num_rows), dtype=compute_dtype(hidden.dtype))
     lse = torch.empty_like(losses)
-    for k, step in enumerate(_steps(hidden, weight, targets, bias, ranges, ignore_index)):
+    for k, step in enumerate(_steps(hidden, weight, targets, bias, ranges, options.ignore_index)):
         lse_k = losses.new_full((num_rows, 1), -torch.inf)
         label_logit, sum_logits = losses.new_zeros((num_rows, 1)), losses.new_zeros((num_rows, 1))
         for rows, classes in _tiles(step):
-            logits = _logits(_read_rows(step, rows), step, classes, softcap)
+            logits = _logits(_read_rows(step, rows), step, classes, options.softcap)
             lse_k[rows] = torch.logaddexp(lse_k[rows], torch.logsumexp(logits, dim=1, keepdim=True))
             labels, in_tile = _labels_in_tile(step, rows, classes, logits.shape[1])
             label_logit[rows] += torch.where(in_tile, logits.gather(1, labels), 0)
-            if label_smoothing > 0:
+            if options.label_smoothing > 0:
                 sum_logits[rows] += logits.sum(dim=1, keepdim=True)
         mean_logit = sum_logits / step.weight.shape[0]
-        losses[k] = _row_losses(lse_k, label_logit, mean_logit, step.valid, label_smoothing, z_loss)[:, 0]
+        losses[k] = _row_losses(lse_k, label_logit, mean_logit, step.valid, options)[:, 0]
         lse[k] = lse_k.masked_fill(~step.valid, 0)[:, 0]
-    weights = step_weights if step_weights_tensor is None else step_weights_tensor
-    return *_reduce(losses, targets, weights, ignore_index, reduction), lse
+    return *_reduce(losses, targets, step_weights, options.ignore_index, reduction), lse
 
 
 def multi_token_cross_entropy_backward(
@@ -210,14 +201,8 @@ def multi_token_cross_entropy_backward(
     bias: Tensor | None,
     lse: Tensor,
     step_scale: Tensor,
-    vocab_ranges: Sequence[int] | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    options: LossOptions,
+    needs: LossNeeds,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `stamp::multi_token_cross_entropy_backward`: gradients of hidden, weight and bias, empty if not needed.
 
@@ -225,35 +210,35 @@ def multi_token_cross_entropy_backward(
     fp32 (fp64) and cast once, at the end.
     """
     num_rows, num_steps = targets.shape
-    ranges = step_ranges(vocab_ranges, num_steps, weight.shape[-2])
+    ranges = step_ranges(options.vocab_ranges, num_steps, weight.shape[-2])
     dtype = compute_dtype(hidden.dtype)
-    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0, dtype=dtype)
-    grad_weight = weight.new_zeros(weight.shape if need_weight else 0, dtype=dtype)
-    grad_bias = weight.new_zeros(bias.shape if need_bias else 0, dtype=dtype)
-    for k, step in enumerate(_steps(hidden, weight, targets, bias, ranges, ignore_index)):
+    grad_hidden = hidden.new_zeros(hidden.shape if needs.need_hidden else 0, dtype=dtype)
+    grad_weight = weight.new_zeros(weight.shape if needs.need_weight else 0, dtype=dtype)
+    grad_bias = weight.new_zeros(bias.shape if needs.need_bias else 0, dtype=dtype)
+    for k, step in enumerate(_steps(hidden, weight, targets, bias, ranges, options.ignore_index)):
         grad_rows = grad_loss[:, k] if step_scale.shape[0] == 0 else (grad_loss * step_scale[k]).expand(num_rows)
         grad_rows = torch.where(step.valid, grad_rows[:, None], 0)
         # Against an infinite lse the probabilities of an ignored row are 0; against its 0 they could overflow.
         lse_rows = torch.where(step.valid, lse[k][:, None], torch.inf)
-        z_loss_factor = 1 + 2 * z_loss * lse[k][:, None]
+        z_loss_factor = 1 + 2 * options.z_loss * lse[k][:, None]
         for rows, classes in _tiles(step):
             x = _read_rows(step, rows)
-            logits = _logits(x, step, classes, softcap)
+            logits = _logits(x, step, classes, options.softcap)
             grad = (logits - lse_rows[rows]).exp_()
-            if z_loss > 0:
+            if options.z_loss > 0:
                 grad *= z_loss_factor[rows]
-            if label_smoothing > 0:
-                grad -= label_smoothing / step.weight.shape[0]
+            if options.label_smoothing > 0:
+                grad -= options.label_smoothing / step.weight.shape[0]
             labels, in_tile = _labels_in_tile(step, rows, classes, logits.shape[1])
-            grad.scatter_(1, labels, grad.gather(1, labels) - (1 - label_smoothing) * in_tile.to(dtype))
+            grad.scatter_(1, labels, grad.gather(1, labels) - (1 - options.label_smoothing) * in_tile.to(dtype))
             grad *= grad_rows[rows]
-            if softcap is not None:
-                grad *= 1 - (logits / softcap).square()
-            if need_hidden:
+            if options.softcap is not None:
+                grad *= 1 - (logits / options.softcap).square()
+            if needs.need_hidden:
                 _of_step(grad_hidden, k, shared_dims=2)[rows].addmm_(grad, step.weight[classes])
-            if need_weight:
+            if needs.need_weight:
                 _of_step(grad_weight, k, shared_dims=2)[slice(*ranges[k])][classes].addmm_(grad.T, x)
-            if need_bias:
+            if needs.need_bias:
                 _of_step(grad_bias, k, shared_dims=1)[slice(*ranges[k])][classes].add_(grad.sum(dim=0))
     return (
         grad_hidden.to(hidden.dtype),
@@ -267,27 +252,18 @@ def multi_token_cross_entropy_with_gradients(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    step_weights: Sequence[float] | None,
-    step_weights_tensor: Tensor | None,
-    vocab_ranges: Sequence[int] | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+    step_weights: StepWeights,
+    options: LossOptions,
     reduction: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    needs: LossNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op `stamp::multi_token_cross_entropy_with_gradients`: loss, step losses, and the gradients of the loss."""
-    options = (vocab_ranges, ignore_index, label_smoothing, z_loss, softcap)
     loss, step_losses, step_scale, lse = multi_token_cross_entropy_forward(
-        hidden, weight, targets, bias, step_weights, step_weights_tensor, *options, reduction
+        hidden, weight, targets, bias, step_weights, options, reduction
     )
     grads = multi_token_cross_entropy_backward(
-        torch.ones_like(loss), hidden, weight, targets, bias, lse, step_scale, *options, need_hidden, need_weight,
-        need_bias,
-    )  # fmt: skip
+        torch.ones_like(loss), hidden, weight, targets, bias, lse, step_scale, options, needs
+    )
     return loss, step_losses, *grads
 
 

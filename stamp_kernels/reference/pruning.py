@@ -9,6 +9,7 @@ arXiv 2604.05329, section SAP:
 import torch
 from torch import Tensor
 
+from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.budget import kept_items
 from stamp_kernels.common.contents import (
     check_cu_seqlens_contents,
@@ -50,13 +51,7 @@ def select_tokens(
     importance: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    ratio_q32: int | None,
-    keep_count: int | None,
-    keep_counts: Tensor | None,
-    min_keep: int,
-    protect: Tensor | None,
-    codes_per_item: int,
-    total_kept: int | None,
+    budget: BudgetArguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens.
 
@@ -65,12 +60,13 @@ def select_tokens(
     An item, `codes_per_item` tokens from the start of its sequence on, scores the sum of its tokens, added up from the
     first to the last in the compute type, and is protected where one of them is.
     """
+    *_, protect, codes_per_item, total_kept = budget
     total = importance.shape[0]
     device = importance.device
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
     check_whole_items(cu_seqlens, codes_per_item)
-    if keep_counts is not None:
-        check_keep_counts(keep_counts)
+    if budget.keep_counts is not None:
+        check_keep_counts(budget.keep_counts)
 
     batch = cu_seqlens.shape[0] - 1
     sequence = sequence_of_row(cu_seqlens, total)
@@ -91,14 +87,7 @@ def select_tokens(
     begins_item = item_rows[:, 0] == torch.arange(total, device=device)
     protected_items = torch.zeros(batch + 1, dtype=torch.int64, device=device)
     protected_items = protected_items.index_add(0, sequence, (protected & begins_item).to(torch.int64))[:batch]
-    kept = codes_per_item * kept_items(
-        num_items,
-        protected_items,
-        ratio_q32=ratio_q32,
-        keep_count=keep_count,
-        keep_counts=keep_counts,
-        min_keep=min_keep,
-    )
+    kept = codes_per_item * kept_items(budget, num_items, protected_items)
     if total_kept is None:
         total_kept = int(kept.sum())
     elif contents_are_checked(device) and int(kept.sum()) > total_kept:
@@ -152,13 +141,7 @@ def prune(
     max_seqlen: int,
     norm_order: int,
     per_visible_query: bool,
-    ratio_q32: int | None,
-    keep_count: int | None,
-    keep_counts: Tensor | None,
-    min_keep: int,
-    protect: Tensor | None,
-    codes_per_item: int,
-    total_kept: int | None,
+    budget: BudgetArguments,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """The op `stamp::prune`: (rows of x, their positions, indices, cu_seqlens, inverse). Differentiable in x.
 
@@ -168,10 +151,7 @@ def prune(
         centrality, norm_order, per_visible_query: as in `token_importance`; what follows as in `select_tokens`.
     """
     importance = token_importance(x[0].detach(), centrality, cu_seqlens, norm_order, per_visible_query)
-    indices, cu_seqlens_kept, inverse = select_tokens(
-        importance, cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item,
-        total_kept,
-    )  # fmt: skip
+    indices, cu_seqlens_kept, inverse = select_tokens(importance, cu_seqlens, max_seqlen, budget)
     if positions is None:
         row = torch.arange(x[0].shape[0], device=cu_seqlens.device)
         positions = (row - cu_seqlens[sequence_of_row(cu_seqlens, len(row))]).to(torch.int32)

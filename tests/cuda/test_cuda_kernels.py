@@ -14,11 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_kernels import reference
 from ragged import BATCHES, RaggedBatch, ragged_batches
 from torch import Tensor
 
 from stamp_kernels.common.budget import keep_ratio_to_q32
-from stamp_kernels.reference.pruning import prune, select_tokens, token_importance
+from stamp_kernels.reference.pruning import token_importance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Few distinct values, so that ties are everywhere; the ends of the order and their neighbours too.
@@ -149,7 +150,7 @@ def assert_selects_like_reference(
     cu_seqlens = batch.cu_seqlens
     max_seqlen = batch.max_seqlen if max_seqlen is None else max_seqlen
     arguments = (cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item)
-    expected_indices, expected_offsets, expected_inverse = select_tokens(importance, *arguments, None)
+    expected_indices, expected_offsets, expected_inverse = reference("select_tokens")(importance, *arguments, None)
     if total_kept is None:
         total_kept = len(expected_indices)
     tail = max(0, total_kept - len(expected_indices))
@@ -494,8 +495,8 @@ def assert_prunes_like_reference(
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
     arguments = (ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item)
-    total_kept = len(select_tokens(scored, cu_seqlens, batch.max_seqlen, *arguments, None)[0]) + extra_rows
-    rows, *expected = prune(
+    total_kept = len(reference("select_tokens")(scored, cu_seqlens, batch.max_seqlen, *arguments, None)[0]) + extra_rows
+    rows, *expected = reference("prune")(
         [torch.ones(batch.total, 1, dtype=compute_dtype), *x], scored, positions, cu_seqlens, batch.max_seqlen, 1,
         False, *arguments, total_kept,
     )  # fmt: skip

@@ -19,13 +19,13 @@ from attention_cases import (
     small_integers,
 )
 from closeness import assert_close
+from op_kernels import launcher, reference
 from ragged import BATCHES, RaggedBatch
 from row_layouts import mixed_layouts
 from torch import Tensor
 
-from stamp_kernels.reference.attention import packed_attention_forward as reference_forward
 from stamp_kernels.triton_kernels.aot import TARGETS
-from stamp_kernels.triton_kernels.attention.backward import backward_config, packed_attention_backward
+from stamp_kernels.triton_kernels.attention.backward import backward_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRADIENTS = ("dq", "dk", "dv", "dtable")
@@ -50,7 +50,7 @@ def backward(
     dropout = (inputs.get("dropout_p", 0.0), inputs.get("dropout_seed"))
     arguments = shared_op_arguments(inputs)
     qkv = tuple(inputs[name] for name in ("q", "k", "v"))
-    out, lse, _ = reference_forward(*qkv, *arguments, None, *dropout, False)
+    out, lse, _ = reference("packed_attention_forward")(*qkv, *arguments, None, *dropout, False)
     grad_out = inputs.get("grad_out")
     if grad_out is None:
         grad_out = small_integers(out)
@@ -59,7 +59,7 @@ def backward(
     lse[:, int(inputs["cu_seqlens_q"][-1]) :] = torch.nan
     needs = needs or {name: name != "dtable" or "relative_bias" in inputs for name in GRADIENTS}
     arguments = (grad_out, *qkv, out, lse, *arguments, *dropout, *(needs.get(name, False) for name in GRADIENTS))
-    gradients = packed_attention_backward(*map(on_device, arguments))
+    gradients = launcher("packed_attention_backward")(*map(on_device, arguments))
     for name, gradient in zip(GRADIENTS, gradients, strict=True):
         assert needs.get(name, False) or gradient.shape == (0,), name
     return {name: x.cpu() for name, x in zip(GRADIENTS, gradients, strict=True) if needs.get(name, False)}

@@ -12,12 +12,12 @@ from attention_cases import (
     shared_op_arguments,
 )
 from closeness import assert_close
+from op_kernels import launcher
 from ragged import BATCHES, RaggedBatch
 from row_layouts import mixed_layouts
 
 pytest.importorskip("triton")
 
-from stamp_kernels.triton_kernels.attention.centrality import attention_centrality
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -25,7 +25,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def run(inputs, lse):
     inputs = detached(inputs)
     arguments = (inputs["q"], inputs["k"], lse, *shared_op_arguments(inputs), inputs.get("query_mask"))
-    return attention_centrality(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)).cpu()
+    return launcher("attention_centrality")(
+        *(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
+    ).cpu()
 
 
 def lse_and_centrality(inputs):

@@ -17,6 +17,7 @@ from attention_cases import (
     in_float64,
     shared_op_arguments,
 )
+from op_kernels import launcher
 from ragged import BATCHES, RaggedBatch
 from row_layouts import LAYOUTS, mixed_layouts
 
@@ -28,7 +29,7 @@ import triton.language as tl
 from stamp_kernels.reference.dropout import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 from stamp_kernels.triton_kernels.aot import TARGETS
-from stamp_kernels.triton_kernels.attention.forward import forward_config, packed_attention_forward
+from stamp_kernels.triton_kernels.attention.forward import forward_config
 from stamp_kernels.triton_kernels.attention.tiles import (
     distance_buckets,
     dropout_threshold,
@@ -55,7 +56,7 @@ def run(inputs, max_seqlen=0, return_centrality=True):
         inputs.get("query_mask"), inputs.get("dropout_p", 0.0), inputs.get("dropout_seed"), return_centrality,
     )  # fmt: skip
     arguments = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
-    out, lse, centrality = (x.cpu() for x in packed_attention_forward(*arguments))
+    out, lse, centrality = (x.cpu() for x in launcher("packed_attention_forward")(*arguments))
     return dict(out=out, lse=lse, centrality=centrality)
 
 

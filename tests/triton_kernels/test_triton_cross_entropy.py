@@ -9,13 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from closeness import assert_close
+from op_kernels import launcher, reference
 from test_cross_entropy import CASES, Case, forward_arguments
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-import stamp_kernels.reference.cross_entropy as reference
 import stamp_kernels.triton_kernels.cross_entropy.launchers as kernels
 from stamp_kernels.common.steps import REDUCTIONS
 from stamp_kernels.triton_kernels import constants
@@ -79,22 +79,24 @@ def assert_matches_reference(
         given[i] = given[i] if layout is None else layout(given[i])
     options, reduction = arguments[6:11], arguments[-1]
     needs = (True, True, arguments[3] is not None)
-    loss, step_losses, step_scale, lse = reference.multi_token_cross_entropy_forward(*arguments)
+    loss, step_losses, step_scale, lse = reference("multi_token_cross_entropy_forward")(*arguments)
     grad_loss = torch.rand(loss.shape, dtype=torch.float64) + 0.5
-    grads = reference.multi_token_cross_entropy_backward(grad_loss, *arguments[:4], lse, step_scale, *options, *needs)
+    grads = reference("multi_token_cross_entropy_backward")(
+        grad_loss, *arguments[:4], lse, step_scale, *options, *needs
+    )
     if "twice" in ways:
-        got = kernels.multi_token_cross_entropy_forward(*given)
+        got = launcher("multi_token_cross_entropy_forward")(*given)
         for out, ref in zip(got, (loss, step_losses, step_scale, lse), strict=True):
             assert out.dtype == torch.float32
             assert_close(out.cpu(), ref, dtype)
-        got = kernels.multi_token_cross_entropy_backward(
+        got = launcher("multi_token_cross_entropy_backward")(
             grad_loss.to(DEVICE, torch.float32), *given[:4], got[3], got[2], *options, *needs
         )
         for out, ref in zip(got, grads, strict=True):
             assert out.dtype == dtype
             assert_close(out.cpu(), ref)
     if "chunked" in ways and reduction != REDUCTIONS["none"]:
-        got = kernels.multi_token_cross_entropy_with_gradients(*given, *needs)
+        got = launcher("multi_token_cross_entropy_with_gradients")(*given, *needs)
         for out, ref in zip(got[:2], (loss, step_losses), strict=True):
             assert_close(out.cpu(), ref, dtype)
         for out, ref in zip(got[2:], grads, strict=True):
@@ -250,8 +252,8 @@ def test_nan_in_a_valid_row_shows():
     arguments[2][3] = 1
     arguments[0][:, 3] = torch.nan
     given = arguments_in(torch.float32, DEVICE, arguments)
-    assert kernels.multi_token_cross_entropy_forward(*given)[0].isnan()
-    assert kernels.multi_token_cross_entropy_with_gradients(*given, True, True, True)[0].isnan()
+    assert launcher("multi_token_cross_entropy_forward")(*given)[0].isnan()
+    assert launcher("multi_token_cross_entropy_with_gradients")(*given, True, True, True)[0].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -292,9 +294,9 @@ def test_contents_are_checked_where_asked(monkeypatch):
     given = arguments_in(torch.float32, DEVICE, arguments)
     message = r"targets\[5, 0\] is 50, .*range \[0, 50\) of step 0 nor ignore_index \(-100\)"
     with pytest.raises(RuntimeError, match=message):
-        kernels.multi_token_cross_entropy_forward(*given)
+        launcher("multi_token_cross_entropy_forward")(*given)
     with pytest.raises(RuntimeError, match=message):
-        kernels.multi_token_cross_entropy_with_gradients(*given, True, True, True)
+        launcher("multi_token_cross_entropy_with_gradients")(*given, True, True, True)
 
 
 # Scales
@@ -308,13 +310,13 @@ def test_small_probabilities_in_half_precision(ways):
     targets[targets >= 150] -= 150
     arguments = (64 * hidden, weight / 64, targets, bias, *rest[:-1], REDUCTIONS["sum"])
     given, exact = arguments_in(torch.float16, DEVICE, arguments), arguments_in(torch.float64, "cpu", arguments)
-    _, _, _, want, _ = reference.multi_token_cross_entropy_with_gradients(*exact, True, True, True)
+    _, _, _, want, _ = reference("multi_token_cross_entropy_with_gradients")(*exact, True, True, True)
     if ways == "chunked":
-        got = kernels.multi_token_cross_entropy_with_gradients(*given, False, True, False)[3]
+        got = launcher("multi_token_cross_entropy_with_gradients")(*given, False, True, False)[3]
     else:
-        _, _, scale, lse = kernels.multi_token_cross_entropy_forward(*given)
+        _, _, scale, lse = launcher("multi_token_cross_entropy_forward")(*given)
         one = torch.ones((), device=DEVICE)
-        _, got, _ = kernels.multi_token_cross_entropy_backward(
+        _, got, _ = launcher("multi_token_cross_entropy_backward")(
             one, *given[:4], lse, scale, *given[6:11], False, True, False
         )
     assert_close(got[150:].cpu(), want[150:])
@@ -323,9 +325,9 @@ def test_small_probabilities_in_half_precision(ways):
 def test_gradients_scale_with_that_of_the_loss_in_half_precision():
     """That of a mean over many rows, times a small step weight, is far below what fp16 holds."""
     arguments = arguments_in(torch.float16, DEVICE, inputs_of(70, 8, 60, steps=2))
-    _, _, scale, lse = kernels.multi_token_cross_entropy_forward(*arguments)
+    _, _, scale, lse = launcher("multi_token_cross_entropy_forward")(*arguments)
     small, large = (
-        kernels.multi_token_cross_entropy_backward(
+        launcher("multi_token_cross_entropy_backward")(
             torch.tensor(grad, device=DEVICE), *arguments[:4], lse, scale, *arguments[6:11], False, False, True
         )[2]
         for grad in (2.0**-12, 1.0)
@@ -337,8 +339,8 @@ def test_gradients_scale_with_that_of_the_loss_in_half_precision():
 def test_gradients_of_the_loss_that_are_no_ordinary_numbers(grad):
     arguments = inputs_of(40, 8, 50, steps=2)
     given = arguments_in(torch.float32, DEVICE, arguments)
-    _, _, scale, lse = kernels.multi_token_cross_entropy_forward(*given)
-    grads = kernels.multi_token_cross_entropy_backward(
+    _, _, scale, lse = launcher("multi_token_cross_entropy_forward")(*given)
+    grads = launcher("multi_token_cross_entropy_backward")(
         torch.tensor(grad, device=DEVICE), *given[:4], lse, scale, *given[6:11], True, True, True
     )
     for x in grads:
@@ -348,13 +350,13 @@ def test_gradients_of_the_loss_that_are_no_ordinary_numbers(grad):
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_only_what_is_needed(needs):
     arguments = arguments_in(torch.float32, DEVICE, inputs_of(40, 8, 50, steps=2))
-    _, _, scale, lse = kernels.multi_token_cross_entropy_forward(*arguments)
+    _, _, scale, lse = launcher("multi_token_cross_entropy_forward")(*arguments)
     one = torch.ones((), device=DEVICE)
     every, some = (
-        kernels.multi_token_cross_entropy_backward(one, *arguments[:4], lse, scale, *arguments[6:11], *wanted)
+        launcher("multi_token_cross_entropy_backward")(one, *arguments[:4], lse, scale, *arguments[6:11], *wanted)
         for wanted in ((True,) * 3, needs)
     )
-    chunked = kernels.multi_token_cross_entropy_with_gradients(*arguments, *needs)[2:]
+    chunked = launcher("multi_token_cross_entropy_with_gradients")(*arguments, *needs)[2:]
     for want, got, by_chunks, needed in zip(every, some, chunked, needs, strict=True):
         assert torch.equal(got, want) if needed else got.shape == (0,)
         assert_close(by_chunks, want.double()) if needed else by_chunks.shape == (0,)
@@ -461,7 +463,7 @@ def test_changing_step_weights_leave_nothing_behind(monkeypatch):
     losses = {}
     for weight in (0.5, 1.0, 2.0):
         arguments[4] = [1.0, weight]
-        loss, step_losses, _, _ = kernels.multi_token_cross_entropy_forward(*arguments)
+        loss, step_losses, _, _ = launcher("multi_token_cross_entropy_forward")(*arguments)
         losses[weight] = loss, step_losses
     for weight, (loss, step_losses) in losses.items():
         assert_close(loss.cpu(), (step_losses[0] + weight * step_losses[1]).double().cpu(), torch.float32)
@@ -490,6 +492,6 @@ def test_products_of_half_precision_reach_the_overload_of_torch(monkeypatch, add
 
 def test_fp64_goes_to_the_reference():
     arguments = forward_arguments(Case(("hidden",), bias=True).inputs(torch.float64))
-    got = kernels.multi_token_cross_entropy_forward(*arguments)
-    for out, want in zip(got, reference.multi_token_cross_entropy_forward(*arguments), strict=True):
+    got = launcher("multi_token_cross_entropy_forward")(*arguments)
+    for out, want in zip(got, reference("multi_token_cross_entropy_forward")(*arguments), strict=True):
         assert out.dtype == torch.float64 and torch.equal(out, want)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_kernels import launcher, reference
 from ragged import BATCHES, RaggedBatch
 from torch import Tensor
 
@@ -11,8 +12,6 @@ pytest.importorskip("triton")
 
 import stamp_kernels.triton_kernels.pruning.selection as kernels
 from stamp_kernels.common.budget import keep_ratio_to_q32
-from stamp_kernels.reference.pruning import prune as reference
-from stamp_kernels.triton_kernels.pruning.prune import prune
 from stamp_kernels.triton_kernels.pruning.selection import SelectionConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,8 +43,8 @@ def assert_prunes_as_the_reference(
     max_seqlen = batch.max_seqlen if max_seqlen is None else max_seqlen
     arguments = (x, centrality, positions, batch.cu_seqlens, max_seqlen, norm_order, per_visible_query, *budget, 1)
     arguments = (*arguments, protect, codes_per_item, batch.total + 2)
-    rows, *rest = prune(*map(on_device, arguments))
-    rows_wanted, *rest_wanted = reference(*arguments)
+    rows, *rest = launcher("prune")(*map(on_device, arguments))
+    rows_wanted, *rest_wanted = reference("prune")(*arguments)
     names = ("positions", "indices", "cu_seqlens", "inverse")
     for name, got, want in zip((*("x",) * 3, *names), (*rows, *rest), (*rows_wanted, *rest_wanted), strict=True):
         assert got.dtype == want.dtype, name
@@ -94,7 +93,7 @@ def test_two_runs_give_the_same_bits():
     batch = BATCHES["ragged"]
     hidden, centrality = torch.randn(batch.total, 40), torch.rand(batch.total)
     arguments = ([hidden], centrality, None, batch.cu_seqlens, 13, 2, True, 2**31, None, None, 1, None, 1, 20)
-    runs = [prune(*map(on_device, arguments)) for _ in range(2)]
+    runs = [launcher("prune")(*map(on_device, arguments)) for _ in range(2)]
     (first, *first_rest), (second, *second_rest) = runs
     for x, y in zip((*first, *first_rest), (*second, *second_rest), strict=True):
         assert torch.equal(x, y)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_kernels import launcher, reference
 from ragged import BATCHES, RaggedBatch
 from test_selection import RATIOS, VALUES
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-import stamp_kernels.reference.pruning as reference
+import stamp_kernels.reference.pruning as oracle
 import stamp_kernels.triton_kernels.pruning.selection as kernels
 from stamp_kernels.common.budget import keep_ratio_to_q32
 from stamp_kernels.triton_kernels.pruning.selection import SELECTION_CONFIGS, SelectionConfig, selection_config
@@ -57,8 +58,8 @@ def arguments_of(
 
 
 def assert_selects_as_the_reference(*arguments: Any) -> None:
-    got = kernels.select_tokens(*map(on_device, arguments))
-    want = reference.select_tokens(*arguments)
+    got = launcher("select_tokens")(*map(on_device, arguments))
+    want = reference("select_tokens")(*arguments)
     for name, x, y in zip(("indices", "cu_seqlens", "inverse"), got, want, strict=True):
         assert x.dtype == y.dtype and torch.equal(x.cpu(), y), f"{name}: got {x.tolist()}, want {y.tolist()}"
 
@@ -228,14 +229,14 @@ def test_a_result_with_no_row_to_spare(max_seqlen):
     batch = BATCHES["ragged"]
     importance, protect = torch.rand(batch.total), random_protect(batch)
     roomy = arguments_of(batch, importance, ratio=0.5, protect=protect, max_seqlen=max_seqlen)
-    total_kept = int(reference.select_tokens(*roomy)[1][-1])
+    total_kept = int(reference("select_tokens")(*roomy)[1][-1])
     assert_selects_as_the_reference(*roomy[:-1], total_kept)
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
     """Contents on a GPU are not checked."""
-    for module in (reference, kernels):
+    for module in (oracle, kernels):
         monkeypatch.setattr(module, "contents_are_checked", lambda device: False)
 
 
@@ -311,4 +312,4 @@ def test_contents_are_checked_where_asked(monkeypatch, changed, message):
     monkeypatch.setenv("STAMP_KERNELS_CHECK", "1")
     arguments = arguments_of(BATCHES["ragged"], torch.rand(31), **{"ratio": 0.6, **changed})
     with pytest.raises(RuntimeError, match=message):
-        kernels.select_tokens(*map(on_device, arguments))
+        launcher("select_tokens")(*map(on_device, arguments))

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences, with_keys
 from stamp_kernels.triton_kernels.attention.tiles import (
     bias_tile,
     bucket_tile,
@@ -539,33 +540,24 @@ def packed_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     causal: bool,
     scale: float,
-    bias_table: Tensor | None,
-    bias_bidirectional: bool,
-    bias_max_distance: int,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    need_dq: bool,
-    need_dk: bool,
-    need_dv: bool,
-    need_dbias: bool,
+    bias: BiasArguments,
+    dropout: DropoutArguments,
+    needs: AttentionNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op `stamp::packed_attention_backward`: (dq, dk, dv, dbias_table), each [0] where not needed."""
     total_q, num_heads, head_dim = q.shape
     total_k, num_heads_kv, _ = k.shape
-    num_sequences = cu_seqlens_q.shape[0] - 1
+    sequences, bias = with_keys(sequences, bias)
+    num_sequences = sequences.num_sequences
     cu_seqlens_q, cu_seqlens_k, positions_q, positions_k = contiguous(
-        cu_seqlens_q, cu_seqlens_k, positions_q, positions_k
+        sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias.positions_q, bias.positions_k
     )
-    if cu_seqlens_k is None:
-        cu_seqlens_k, positions_k = cu_seqlens_q, positions_q if positions_k is None else positions_k
+    bias_table, bias_bidirectional, bias_max_distance = bias[:3]
+    dropout_p, dropout_seed = dropout
+    need_dq, need_dk, need_dv, need_dbias = needs
     grad_out, q, k, v, out = (rows_with_vector_strides(x) for x in (grad_out, q, k, v, out))
     lse = lse.contiguous()
 
@@ -579,8 +571,8 @@ def packed_attention_backward(
         device_properties(q.device),
         head_dim,
         q.dtype,
-        max_seqlen_q,
-        max_seqlen_k,
+        sequences.max_seqlen_q,
+        sequences.max_seqlen_k,
         has_bias=bias_table is not None,
         has_dropout=dropout_p > 0,
         has_positions=positions_q is not None or positions_k is not None,
@@ -592,7 +584,7 @@ def packed_attention_backward(
         ranges = distance_ranges(num_buckets, bias_max_distance, bias_bidirectional, q.device)
     query_tiles = num_tiles(total_q, num_sequences, for_queries.block_m)
     bucket_sums = lse.new_empty(query_tiles, num_heads, num_buckets) if need_dbias else None
-    sequences = (cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
+    offsets_and_positions = (cu_seqlens_q, cu_seqlens_k, positions_q, positions_k)
     dropout_seed = dropout_seed if dropout_p > 0 else None
     table_strides = (0, 0) if bias_table is None else bias_table.stride()
     scalars = (scale, bias_max_distance, dropout_threshold(dropout_p), 1 / (1 - dropout_p))
@@ -605,7 +597,7 @@ def packed_attention_backward(
 
     if need_dq or need_dk or need_dbias:
         attention_backward_query_kernel[launch_grid(query_tiles * num_heads)](
-            grad_out, q, k, v, out, lse, dq if need_dq else None, delta, bucket_sums, *sequences,
+            grad_out, q, k, v, out, lse, dq if need_dq else None, delta, bucket_sums, *offsets_and_positions,
             buckets, ranges, bias_table, dropout_seed, num_sequences, total_q, num_heads,
             *row_strides(grad_out, q, k, v, out), *(row_strides(dq) if need_dq else (0, 0)), *table_strides, *scalars,
             **constants, NUM_BUCKETS=num_buckets, BLOCK_BUCKETS=triton.next_power_of_2(num_buckets),
@@ -621,7 +613,7 @@ def packed_attention_backward(
         key_tiles = num_tiles(total_k, num_sequences, for_keys.block_n)
         attention_backward_key_kernel[launch_grid(key_tiles * num_heads_kv)](
             grad_out, q, k, v, lse, delta, dk if need_dk else None, dv if need_dv else None,
-            *sequences, buckets, bias_table, dropout_seed, num_sequences, total_q, total_k, num_heads_kv,
+            *offsets_and_positions, buckets, bias_table, dropout_seed, num_sequences, total_q, total_k, num_heads_kv,
             *row_strides(grad_out, q, k, v),
             *(row_strides(dk) if need_dk else (0, 0)), *(row_strides(dv) if need_dv else (0, 0)),
             *table_strides, *scalars, **constants, BLOCK_M=for_keys.block_m, BLOCK_N=for_keys.block_n,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stamp_kernels.common.arguments import BiasArguments, Sequences, with_keys
 from stamp_kernels.triton_kernels.attention.tiles import (
     bias_tile,
     distance_buckets,
@@ -159,30 +160,22 @@ def attention_centrality(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     causal: bool,
     scale: float,
-    bias_table: Tensor | None,
-    bias_bidirectional: bool,
-    bias_max_distance: int,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
+    bias: BiasArguments,
     query_mask: Tensor | None,
 ) -> Tensor:
     """The op `stamp::attention_centrality`: fp32 `[Tk]`, 0 on tail rows. No host sync."""
     q, k, lse = rows_with_vector_strides(q), rows_with_vector_strides(k), lse.contiguous()
+    sequences, bias = with_keys(sequences, bias)
     cu_seqlens_q, cu_seqlens_k, positions_q, positions_k, query_mask = contiguous(
-        cu_seqlens_q, cu_seqlens_k, positions_q, positions_k, query_mask
+        sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias.positions_q, bias.positions_k, query_mask
     )
+    bias_table, bias_bidirectional, bias_max_distance = bias[:3]
     total_q, num_heads, head_dim = q.shape
     total_k, num_heads_kv, _ = k.shape
-    num_sequences = cu_seqlens_q.shape[0] - 1
-    if cu_seqlens_k is None:
-        cu_seqlens_k = cu_seqlens_q
-        positions_k = positions_q if positions_k is None else positions_k
+    num_sequences = sequences.num_sequences
     has_bias = bias_table is not None
     config = centrality_config(device_properties(q.device), head_dim, element_size=q.element_size(), has_bias=has_bias)
     centrality = lse.new_empty(total_k)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stamp_kernels.common.arguments import BiasArguments, DropoutArguments, Sequences, with_keys
 from stamp_kernels.triton_kernels.attention.centrality import attention_centrality
 from stamp_kernels.triton_kernels.attention.tiles import (
     bias_tile,
@@ -525,20 +526,12 @@ def packed_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    sequences: Sequences,
     causal: bool,
     scale: float,
-    bias_table: Tensor | None,
-    bias_bidirectional: bool,
-    bias_max_distance: int,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
+    bias: BiasArguments,
     centrality_query_mask: Tensor | None,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
+    dropout: DropoutArguments,
     return_centrality: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `stamp::packed_attention_forward`: (out [Tq, Hq, D], lse [Hq, Tq], centrality [Tk], or [0] if not asked).
@@ -546,34 +539,31 @@ def packed_attention_forward(
     No host sync: lengths stay on the device, grids come from shapes and max_seqlen.
     """
     q, k, v = rows_with_vector_strides(q), rows_with_vector_strides(k), rows_with_vector_strides(v)
+    sequences, bias = with_keys(sequences, bias)
     cu_seqlens_q, cu_seqlens_k, positions_q, positions_k, query_mask = contiguous(
-        cu_seqlens_q, cu_seqlens_k, positions_q, positions_k, centrality_query_mask
+        sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias.positions_q, bias.positions_k, centrality_query_mask
     )
+    bias_table, bias_bidirectional, bias_max_distance = bias[:3]
+    dropout_p, dropout_seed = dropout
     total_q, num_heads, head_dim = q.shape
     total_k, num_heads_kv = k.shape[0], k.shape[1]
     num_sequences = cu_seqlens_q.shape[0] - 1
     config = forward_config(
-        device_properties(q.device), head_dim, max(max_seqlen_q, max_seqlen_k),
+        device_properties(q.device), head_dim, max(sequences.max_seqlen_q, sequences.max_seqlen_k),
         element_size=q.element_size(), has_bias=bias_table is not None, has_dropout=dropout_p > 0,
         has_positions=positions_q is not None or positions_k is not None,
     )  # fmt: skip
     out = q.new_empty(q.shape)
     lse = q.new_empty(num_heads, total_q, dtype=torch.float32)
-    bias = (bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k)
-    positions_of_keys = positions_k
-    if cu_seqlens_k is None and positions_k is None:
-        positions_of_keys = positions_q
-    offsets_of_keys = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-
     table_strides = (0, 0) if bias_table is None else bias_table.stride()
     arguments = dict(
         out_ptr=out, lse_ptr=lse, q_ptr=q, k_ptr=k, v_ptr=v,
-        cu_seqlens_q_ptr=cu_seqlens_q, cu_seqlens_k_ptr=offsets_of_keys,
+        cu_seqlens_q_ptr=cu_seqlens_q, cu_seqlens_k_ptr=cu_seqlens_k,
         table_ptr=bias_table,
         buckets_ptr=None if bias_table is None else distance_buckets(
             bias_table.shape[0], bias_max_distance, bias_bidirectional, q.device
         ),
-        positions_q_ptr=positions_q, positions_k_ptr=positions_of_keys, dropout_seed_ptr=dropout_seed,
+        positions_q_ptr=positions_q, positions_k_ptr=positions_k, dropout_seed_ptr=dropout_seed,
         stride_out_row=out.stride(0), stride_out_head=out.stride(1),
         stride_q_row=q.stride(0), stride_q_head=q.stride(1), stride_k_row=k.stride(0), stride_k_head=k.stride(1),
         stride_v_row=v.stride(0), stride_v_head=v.stride(1),
@@ -590,9 +580,7 @@ def packed_attention_forward(
         general_kernel[grid](**arguments, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
         if not return_centrality:
             return out, lse, lse.new_empty(0)
-        centrality = attention_centrality(
-            q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, *bias, query_mask
-        )
+        centrality = attention_centrality(q, k, lse, sequences, causal, scale, bias, query_mask)
         return out, lse, centrality
 
     votes = lse.new_empty(num_heads, total_k) if return_centrality else None
@@ -608,6 +596,6 @@ def packed_attention_forward(
         return out, lse, lse.new_empty(0)
     centrality = lse.new_empty(total_k)
     sum_votes_kernel[launch_grid(triton.cdiv(total_k, 256))](
-        centrality, votes, offsets_of_keys, num_sequences, total_k, num_heads, BLOCK=256
+        centrality, votes, cu_seqlens_k, num_sequences, total_k, num_heads, BLOCK=256
     )
     return out, lse, centrality

@@ -6,6 +6,7 @@ writes the positions, and one gather per tensor.
 
 from torch import Tensor
 
+from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.triton_kernels.pruning.gather import gather_rows
 from stamp_kernels.triton_kernels.pruning.importance import token_importance
 from stamp_kernels.triton_kernels.pruning.selection import select
@@ -19,19 +20,10 @@ def prune(
     max_seqlen: int,
     norm_order: int,
     per_visible_query: bool,
-    ratio_q32: int | None,
-    keep_count: int | None,
-    keep_counts: Tensor | None,
-    min_keep: int,
-    protect: Tensor | None,
-    codes_per_item: int,
-    total_kept: int,
+    budget: BudgetArguments,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """The op `stamp::prune`: (rows of x, their positions, indices, cu_seqlens, inverse). No host sync."""
     importance = token_importance(x[0], centrality, cu_seqlens, norm_order, per_visible_query)
-    selected = select(
-        importance, cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item,
-        total_kept, positions=positions, with_positions=True,
-    )  # fmt: skip
+    selected = select(importance, cu_seqlens, max_seqlen, budget, positions=positions, with_positions=True)
     rows = [gather_rows(tensor, selected.indices) for tensor in x]
     return rows, selected.kept_positions, selected.indices, selected.cu_seqlens, selected.inverse

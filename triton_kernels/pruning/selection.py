@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.common import budget as budgets
+from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.contents import (
     check_cu_seqlens_contents,
     check_keep_counts,
@@ -407,13 +408,7 @@ def select(
     importance: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    ratio_q32: int | None,
-    keep_count: int | None,
-    keep_counts: Tensor | None,
-    min_keep: int,
-    protect: Tensor | None,
-    codes_per_item: int,
-    total_kept: int,
+    budget: BudgetArguments,
     *,
     positions: Tensor | None = None,
     with_positions: bool = False,
@@ -426,8 +421,9 @@ def select(
         positions: int32 `[T]`; None: a token's index in its sequence.
     """
     importance, cu_seqlens, keep_counts, protect, positions = contiguous(
-        importance, cu_seqlens, keep_counts, protect, positions
+        importance, cu_seqlens, budget.keep_counts, budget.protect, positions
     )
+    codes_per_item, total_kept = budget.codes_per_item, budget.total_kept
     total, num_sequences = importance.shape[0], cu_seqlens.shape[0] - 1
     contents_checked = contents_are_checked(cu_seqlens.device)
     if contents_checked:
@@ -453,27 +449,22 @@ def select(
     if contents_checked:
         num_items = cu_seqlens.diff().to(torch.int64) // codes_per_item
         kept = codes_per_item * budgets.kept_items(
-            num_items,
-            0 if num_protected is None else num_protected.to(torch.int64),
-            ratio_q32=ratio_q32,
-            keep_count=keep_count,
-            keep_counts=keep_counts,
-            min_keep=min_keep,
+            budget, num_items, 0 if num_protected is None else num_protected.to(torch.int64)
         )
         if int(kept.sum()) > total_kept:
             raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
-    budget = ratio_q32 if ratio_q32 is not None else keep_count or 0
+    wanted = budget.ratio_q32 if budget.ratio_q32 is not None else budget.keep_count or 0
     cu_seqlens_kept = torch.empty_like(cu_seqlens)
     kept_offsets_kernel[launch_grid(1)](
         cu_seqlens_kept,
         cu_seqlens,
         num_protected,
         keep_counts,
-        budget,
-        min_keep,
+        wanted,
+        budget.min_keep,
         num_sequences,
         total_kept,
-        BUDGET_IS_RATIO=ratio_q32 is not None,
+        BUDGET_IS_RATIO=budget.ratio_q32 is not None,
         CODES_PER_ITEM=codes_per_item,
         BLOCK=_OFFSETS_BLOCK,
         num_warps=4,
@@ -483,7 +474,8 @@ def select(
     kept_positions = cu_seqlens.new_empty(total_kept) if with_positions else None
     arguments = (
         indices, inverse, kept_positions, importance, cu_seqlens, cu_seqlens_kept, num_protected, protect, positions,
-        keep_counts, budget, min_keep, num_sequences, total, total_kept, ratio_q32 is not None, codes_per_item,
+        keep_counts, wanted, budget.min_keep, num_sequences, total, total_kept, budget.ratio_q32 is not None,
+        codes_per_item,
     )  # fmt: skip
     if is_long:
         # Unless told, ptxas stops at 80 registers on sm_80, for a third program on a processor, and spills 8 bytes.
@@ -497,17 +489,8 @@ def select_tokens(
     importance: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    ratio_q32: int | None,
-    keep_count: int | None,
-    keep_counts: Tensor | None,
-    min_keep: int,
-    protect: Tensor | None,
-    codes_per_item: int,
-    total_kept: int,
+    budget: BudgetArguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens."""
-    selected = select(
-        importance, cu_seqlens, max_seqlen, ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item,
-        total_kept,
-    )  # fmt: skip
+    selected = select(importance, cu_seqlens, max_seqlen, budget)
     return selected.indices, selected.cu_seqlens, selected.inverse

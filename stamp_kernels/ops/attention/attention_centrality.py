@@ -1,29 +1,40 @@
 """Attention centrality: the attention that each key receives, without an attention map in memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.arguments import BiasArguments, Sequences
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
-from stamp_kernels.ops.attention.packed_attention import check_attention_inputs, flat_bias, num_query_key_pairs
+from stamp_kernels.ops.attention.packed_attention import bias_arguments, check_attention_inputs, num_query_key_pairs
 from stamp_kernels.reference import attention as reference
 from stamp_kernels.relative_position import RelativePositionBias
 
 
-def _attention_centrality_fake(q, k, lse, *rest):
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    causal: bool,
+    scale: float,
+    bias: BiasArguments,
+    query_mask: Tensor | None,
+) -> Tensor:
     return lse.new_empty(k.shape[0])
 
 
-def _attention_centrality_flops(q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest, out_val=None):
+def _flops(q: Tensor, k: Tensor, lse: Tensor, sequences: Sequences, *_: object) -> int:
     """One product, Q K^T; causal masking is not subtracted, as in torch's own formulas."""
-    pairs = num_query_key_pairs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return 2 * pairs * q.shape[1] * q.shape[2]
+    return 2 * num_query_key_pairs(sequences) * q.shape[1] * q.shape[2]
 
 
-def _attention_centrality_triton(*args):
+def _triton(*args: Any) -> Tensor:
     from stamp_kernels.triton_kernels.attention.centrality import attention_centrality  # imports Triton
 
     return attention_centrality(*args)
@@ -37,9 +48,10 @@ _attention_centrality = define_op(
     "Tensor? query_mask) -> Tensor",
     public_name="attention_centrality",
     reference=reference.attention_centrality,
-    triton=_attention_centrality_triton,
-    fake=_attention_centrality_fake,
-    flops=_attention_centrality_flops,
+    triton=_triton,
+    fake=_fake,
+    flops=_flops,
+    groups=(Sequences, BiasArguments),
 )
 
 
@@ -104,14 +116,11 @@ def attention_centrality(
     total_q, num_heads, head_dim = q.shape
     check_tensor("lse", lse, shape=[num_heads, total_q], dtypes=[compute_dtype(q.dtype)], device=q.device)
     max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    bias_table, *bias_rest = flat_bias(relative_bias, positions_q, positions_k)
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    bias = bias_arguments(relative_bias, positions_q, positions_k)
     scale = head_dim**-0.5 if scale is None else float(scale)
-    arguments = (
-        q, k, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, bias_table, *bias_rest,
-        query_mask,
-    )  # fmt: skip
     with torch.no_grad():
         if not reference_is_forced():
-            return _attention_centrality(*arguments)
+            return _attention_centrality(q, k, lse, *sequences, causal, scale, *bias, query_mask)
         with torch.autocast(q.device.type, enabled=False):  # the inputs have been cast; products inside stay in fp32
-            return reference.attention_centrality(*arguments)
+            return reference.attention_centrality(q, k, lse, sequences, causal, scale, bias, query_mask)

@@ -1,11 +1,12 @@
 """Packed attention: softmax attention over sequences laid end to end, with T5's bias, dropout and centrality."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._autograd import without_repeats
@@ -47,16 +48,27 @@ class AttentionOutput(NamedTuple):
     centrality: Tensor | None
 
 
-def num_query_key_pairs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None, max_seqlen_q: int, max_seqlen_k: int) -> int:
+def num_query_key_pairs(sequences: Sequences) -> int:
     """Pairs that meet in a score; an upper bound where the lengths are not at hand (fake tensors)."""
-    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    cu_seqlens_q = sequences.cu_seqlens_q
+    cu_seqlens_k = cu_seqlens_q if sequences.cu_seqlens_k is None else sequences.cu_seqlens_k
     if isinstance(cu_seqlens_q, torch._subclasses.FakeTensor) or cu_seqlens_q.is_meta:
-        return (cu_seqlens_q.shape[0] - 1) * max_seqlen_q * max_seqlen_k
+        return sequences.num_sequences * sequences.max_seqlen_q * sequences.max_seqlen_k
     return int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff().long()).sum())
 
 
-def _forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest):
-    return_centrality = rest[-1]
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    causal: bool,
+    scale: float,
+    bias: BiasArguments,
+    centrality_query_mask: Tensor | None,
+    dropout: DropoutArguments,
+    return_centrality: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(q.dtype)
     return (
         q.new_empty(q.shape),
@@ -65,41 +77,62 @@ def _forward_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_
     )
 
 
-def _forward_flops(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest, out_val=None):
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, *_: object) -> int:
     """Two products, Q K^T and P V; causal masking is not subtracted, as in torch's own formulas."""
-    pairs = num_query_key_pairs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return 2 * 2 * pairs * q.shape[1] * q.shape[2]
+    return 2 * 2 * num_query_key_pairs(sequences) * q.shape[1] * q.shape[2]
 
 
-def _backward_fake(grad_out, q, k, v, out, lse, *rest):
-    bias_table = rest[6]
-    need_dq, need_dk, need_dv, need_dbias = rest[-4:]
+def _backward_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    causal: bool,
+    scale: float,
+    bias: BiasArguments,
+    dropout: DropoutArguments,
+    needs: AttentionNeeds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    table = bias.bias_table
     return (
-        q.new_empty(q.shape if need_dq else (0,)),
-        k.new_empty(k.shape if need_dk else (0,)),
-        v.new_empty(v.shape if need_dv else (0,)),
-        bias_table.new_empty(bias_table.shape) if need_dbias else q.new_empty(0),
+        q.new_empty(q.shape if needs.need_dq else (0,)),
+        k.new_empty(k.shape if needs.need_dk else (0,)),
+        v.new_empty(v.shape if needs.need_dv else (0,)),
+        table.new_empty(table.shape) if needs.need_dbias and table is not None else q.new_empty(0),
     )
 
 
 def _backward_flops(
-    grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest, out_val=None
-):
-    """Q K^T again, dO V^T unless dV alone is wanted, and one product for each of dQ, dK and dV."""
-    need_dq, need_dk, need_dv, need_dbias = rest[-4:]
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    causal: bool,
+    scale: float,
+    bias: BiasArguments,
+    dropout: DropoutArguments,
+    needs: AttentionNeeds,
+) -> int:
+    """Q K^T again, dO V^T unless dV is all that is needed, and one product for each of dQ, dK and dV."""
+    need_dq, need_dk, need_dv, need_dbias = needs
     products = 1 + (need_dq or need_dk or need_dbias) + need_dq + need_dk + need_dv
-    pairs = num_query_key_pairs(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return 2 * products * pairs * q.shape[1] * q.shape[2]
+    return 2 * products * num_query_key_pairs(sequences) * q.shape[1] * q.shape[2]
 
 
-def _forward_triton(*args):
+def _forward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from stamp_kernels.triton_kernels.attention.forward import packed_attention_forward  # imports Triton
 
     return packed_attention_forward(*args)
 
 
-def _backward_triton(*args):
-    from stamp_kernels.triton_kernels.attention.backward import packed_attention_backward
+def _backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from stamp_kernels.triton_kernels.attention.backward import packed_attention_backward  # imports Triton
 
     return packed_attention_backward(*args)
 
@@ -111,6 +144,7 @@ _forward = define_op(
     triton=_forward_triton,
     fake=_forward_fake,
     flops=_forward_flops,
+    groups=(Sequences, BiasArguments, DropoutArguments),
 )
 _backward = define_op(
     _BACKWARD_SCHEMA,
@@ -119,61 +153,56 @@ _backward = define_op(
     triton=_backward_triton,
     fake=_backward_fake,
     flops=_backward_flops,
+    groups=(Sequences, BiasArguments, DropoutArguments, AttentionNeeds),
 )
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        q,
-        k,
-        v,
-        bias_table,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal,
-        scale,
-        bias_bidirectional,
-        bias_max_distance,
-        positions_q,
-        positions_k,
-        centrality_query_mask,
-        dropout_p,
-        dropout_seed,
-        return_centrality,
-    ):
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias_table: Tensor | None,  # once more beside `bias`, since it has a gradient
+        sequences: Sequences,
+        causal: bool,
+        scale: float,
+        bias: BiasArguments,
+        centrality_query_mask: Tensor | None,
+        dropout: DropoutArguments,
+        return_centrality: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        bias = (bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k)
+        bias = bias._replace(bias_table=bias_table)
         out, lse, centrality = _forward(
-            q, k, v, *lengths, causal, scale, *bias, centrality_query_mask, dropout_p, dropout_seed, return_centrality
+            q, k, v, *sequences, causal, scale, *bias, centrality_query_mask, *dropout, return_centrality
         )
         ctx.mark_non_differentiable(lse, centrality)
         ctx.save_for_backward(
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias_table, positions_q, positions_k, dropout_seed
-        )
-        ctx.max_seqlens = (max_seqlen_q, max_seqlen_k)
-        ctx.causal, ctx.scale, ctx.dropout_p = causal, scale, dropout_p
-        ctx.bias_bidirectional, ctx.bias_max_distance = bias_bidirectional, bias_max_distance
+            q, k, v, out, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias_table, bias.positions_q,
+            bias.positions_k, dropout.dropout_seed,
+        )  # fmt: skip
+        ctx.max_seqlens = (sequences.max_seqlen_q, sequences.max_seqlen_k)
+        ctx.causal, ctx.scale, ctx.dropout_p = causal, scale, dropout.dropout_p
+        ctx.bias_options = (bias.bias_bidirectional, bias.bias_max_distance)
         return out, lse, centrality
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, grad_lse, grad_centrality):
-        needs = ctx.needs_input_grad[:4]
-        grads = [None] * 4
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = AttentionNeeds(*ctx.needs_input_grad[:4])
+        grads: list[Tensor | None] = [None] * 4
         if grad_out is not None and any(needs):
-            q, k, v, out, lse, cu_q, cu_k, bias_table, positions_q, positions_k, dropout_seed = ctx.saved_tensors
-            bias = (bias_table, ctx.bias_bidirectional, ctx.bias_max_distance, positions_q, positions_k)
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias_table, *positions, dropout_seed = ctx.saved_tensors
+            sequences = Sequences(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
+            bias = BiasArguments(bias_table, *ctx.bias_options, *positions)
+            dropout = DropoutArguments(ctx.dropout_p, dropout_seed)
             computed = _backward(
-                grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.max_seqlens, ctx.causal, ctx.scale, *bias,
-                ctx.dropout_p, dropout_seed, *needs,
-            )  # fmt: skip
+                grad_out, q, k, v, out, lse, *sequences, ctx.causal, ctx.scale, *bias, *dropout, *needs
+            )
             grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
-        return *grads, *[None] * 14
+        return *grads, *[None] * 7
 
 
 def check_attention_inputs(
@@ -226,13 +255,15 @@ def check_attention_inputs(
         check_tensor(query_mask_name, query_mask, shape=[total_q], dtypes=[torch.bool], device=device)
 
 
-def flat_bias(
+def bias_arguments(
     relative_bias: RelativePositionBias | None, positions_q: Tensor | None, positions_k: Tensor | None
-) -> tuple[Tensor | None, bool, int, Tensor | None, Tensor | None]:
-    """(bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k) as the ops take them."""
+) -> BiasArguments:
+    """The bias as the ops take it. Nothing else reads positions."""
     if relative_bias is None:
-        return None, True, 0, None, None  # only the bias reads positions
-    return relative_bias.table, relative_bias.bidirectional, relative_bias.max_distance, positions_q, positions_k
+        return BiasArguments(None, True, 0, None, None)
+    return BiasArguments(
+        relative_bias.table, relative_bias.bidirectional, relative_bias.max_distance, positions_q, positions_k
+    )
 
 
 def packed_attention(
@@ -311,24 +342,21 @@ def packed_attention(
         dropout_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     else:
         check_tensor("dropout_seed", dropout_seed, shape=[1], dtypes=[torch.int64], device=q.device)
-    bias_table, *bias_options, bias_positions_q, bias_positions_k = flat_bias(relative_bias, positions_q, positions_k)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-
-    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-
+    bias = bias_arguments(relative_bias, positions_q, positions_k)
     q, k, v, cu_seqlens_q, cu_seqlens_k, positions_q, positions_k = without_repeats(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, bias_positions_q, bias_positions_k
+        q, k, v, cu_seqlens_q, cu_seqlens_k, bias.positions_q, bias.positions_k
     )
-    bias_rest = (*bias_options, positions_q, positions_k)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    rest = (centrality_query_mask, dropout_p, dropout_seed, return_centrality)
+    bias = bias._replace(positions_q=positions_q, positions_k=positions_k)
+    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    dropout = DropoutArguments(dropout_p, dropout_seed)
+    arguments = (sequences, causal, scale, bias, centrality_query_mask, dropout, return_centrality)
     if reference_is_forced():
         with torch.autocast(q.device.type, enabled=False):  # the inputs have been cast; products inside stay in fp32
-            out, lse, centrality = reference.packed_attention_forward(
-                q, k, v, *lengths, causal, scale, bias_table, *bias_rest, *rest
-            )
+            out, lse, centrality = reference.packed_attention_forward(q, k, v, *arguments)
     else:
-        out, lse, centrality = _PackedAttention.apply(q, k, v, bias_table, *lengths, causal, scale, *bias_rest, *rest)
+        out, lse, centrality = _PackedAttention.apply(q, k, v, bias.bias_table, *arguments)
     if not (return_lse or return_centrality):
         return out
     return AttentionOutput(out, lse if return_lse else None, centrality if return_centrality else None)

@@ -1,12 +1,13 @@
 """Cross-entropy of several future tokens or items at once, from hidden states, without the logits in memory."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.arguments import LossNeeds, LossOptions, StepWeights
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.common.steps import REDUCTIONS, step_ranges
 from stamp_kernels.ops._autocast import cast_for_autocast
@@ -34,8 +35,15 @@ def _num_logits(targets: Tensor, weight: Tensor, vocab_ranges: Sequence[int] | N
     return num_rows * sum(end - start for start, end in ranges)
 
 
-def _forward_fake(hidden, weight, targets, bias, step_weights, step_weights_tensor, vocab_ranges, *rest):
-    reduction = rest[-1]
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    step_weights: StepWeights,
+    options: LossOptions,
+    reduction: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_steps = targets.shape
     dtype = compute_dtype(hidden.dtype)
     is_reduced = reduction != REDUCTIONS["none"]
@@ -47,25 +55,90 @@ def _forward_fake(hidden, weight, targets, bias, step_weights, step_weights_tens
     )
 
 
-def _forward_flops(hidden, weight, targets, bias, step_weights, step_weights_tensor, vocab_ranges, *rest, out_val=None):
+def _forward_flops(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    step_weights: StepWeights,
+    options: LossOptions,
+    reduction: int,
+) -> int:
     """One product, for the logits of each step's range."""
-    return 2 * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
+    return 2 * _num_logits(targets, weight, options.vocab_ranges) * hidden.shape[-1]
 
 
-def _backward_fake(grad_loss, hidden, weight, targets, bias, *rest):
-    need_hidden, need_weight, need_bias = rest[-3:]
+def _gradients_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: LossNeeds
+) -> tuple[Tensor, Tensor, Tensor]:
+    like_bias = weight.new_empty(0) if bias is None else bias
     return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        (weight if bias is None else bias).new_empty(bias.shape if need_bias else (0,)),
+        hidden.new_empty(hidden.shape if needs.need_hidden else (0,)),
+        weight.new_empty(weight.shape if needs.need_weight else (0,)),
+        like_bias.new_empty(like_bias.shape if needs.need_bias else (0,)),
     )
 
 
-def _backward_flops(grad_loss, hidden, weight, targets, bias, lse, step_scale, vocab_ranges, *rest, out_val=None):
-    """The logits again, and one product for each gradient of hidden and weight that is needed."""
-    need_hidden, need_weight, _ = rest[-3:]
-    products = 1 + need_hidden + need_weight
-    return 2 * products * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
+def _backward_fake(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    step_scale: Tensor,
+    options: LossOptions,
+    needs: LossNeeds,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_fake(hidden, weight, bias, needs)
+
+
+def _gradients_flops(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, needs: LossNeeds) -> int:
+    """The logits, and one product for each gradient of hidden and weight that is needed."""
+    products = 1 + needs.need_hidden + needs.need_weight
+    return 2 * products * _num_logits(targets, weight, options.vocab_ranges) * hidden.shape[-1]
+
+
+def _backward_flops(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    step_scale: Tensor,
+    options: LossOptions,
+    needs: LossNeeds,
+) -> int:
+    return _gradients_flops(hidden, weight, targets, options, needs)
+
+
+def _with_gradients_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    step_weights: StepWeights,
+    options: LossOptions,
+    reduction: int,
+    needs: LossNeeds,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(hidden.dtype)
+    loss, step_losses = hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape[1], dtype=dtype)
+    return loss, step_losses, *_gradients_fake(hidden, weight, bias, needs)
+
+
+def _with_gradients_flops(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    step_weights: StepWeights,
+    options: LossOptions,
+    reduction: int,
+    needs: LossNeeds,
+) -> int:
+    return _gradients_flops(hidden, weight, targets, options, needs)
 
 
 def _is_for_the_reference(hidden: Tensor) -> bool:
@@ -73,7 +146,7 @@ def _is_for_the_reference(hidden: Tensor) -> bool:
     return hidden.dtype == torch.float64 or hidden.shape[-1] == 0
 
 
-def _forward_triton(hidden, *args):
+def _forward_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _is_for_the_reference(hidden):
         return reference.multi_token_cross_entropy_forward(hidden, *args)
     from stamp_kernels.triton_kernels.cross_entropy.launchers import multi_token_cross_entropy_forward  # imports Triton
@@ -81,7 +154,7 @@ def _forward_triton(hidden, *args):
     return multi_token_cross_entropy_forward(hidden, *args)
 
 
-def _backward_triton(grad_loss, hidden, *args):
+def _backward_triton(grad_loss: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _is_for_the_reference(hidden):
         return reference.multi_token_cross_entropy_backward(grad_loss, hidden, *args)
     from stamp_kernels.triton_kernels.cross_entropy.launchers import (
@@ -89,6 +162,14 @@ def _backward_triton(grad_loss, hidden, *args):
     )
 
     return multi_token_cross_entropy_backward(grad_loss, hidden, *args)
+
+
+def _with_gradients_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if _is_for_the_reference(hidden):
+        return reference.multi_token_cross_entropy_with_gradients(hidden, *args)
+    from stamp_kernels.triton_kernels.cross_entropy import launchers  # imports Triton
+
+    return launchers.multi_token_cross_entropy_with_gradients(hidden, *args)
 
 
 _forward = define_op(
@@ -100,6 +181,7 @@ _forward = define_op(
     triton=_forward_triton,
     fake=_forward_fake,
     flops=_forward_flops,
+    groups=(StepWeights, LossOptions),
 )
 _backward = define_op(
     "multi_token_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
@@ -110,38 +192,8 @@ _backward = define_op(
     triton=_backward_triton,
     fake=_backward_fake,
     flops=_backward_flops,
+    groups=(LossOptions, LossNeeds),
 )
-
-
-def _with_gradients_fake(hidden, weight, targets, bias, *rest):
-    need_hidden, need_weight, need_bias = rest[-3:]
-    dtype = compute_dtype(hidden.dtype)
-    return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(targets.shape[1], dtype=dtype),
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        (weight if bias is None else bias).new_empty(bias.shape if need_bias else (0,)),
-    )
-
-
-def _with_gradients_flops(hidden, weight, targets, bias, step_weights, step_weights_tensor, vocab_ranges, *rest, **_):
-    """The logits, and one product for each gradient of hidden and weight that is needed."""
-    need_hidden, need_weight, _ = rest[-3:]
-    products = 1 + need_hidden + need_weight
-    return 2 * products * _num_logits(targets, weight, vocab_ranges) * hidden.shape[-1]
-
-
-def _with_gradients_triton(hidden, *args):
-    if _is_for_the_reference(hidden):
-        return reference.multi_token_cross_entropy_with_gradients(hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy.launchers import (
-        multi_token_cross_entropy_with_gradients,  # imports Triton
-    )
-
-    return multi_token_cross_entropy_with_gradients(hidden, *args)
-
-
 _with_gradients = define_op(
     "multi_token_cross_entropy_with_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
     "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
@@ -152,6 +204,7 @@ _with_gradients = define_op(
     triton=_with_gradients_triton,
     fake=_with_gradients_fake,
     flops=_with_gradients_flops,
+    groups=(StepWeights, LossOptions, LossNeeds),
 )
 
 
@@ -159,10 +212,19 @@ class _GradientsInForward(torch.autograd.Function):
     """The gradients are made with the loss, while its logits are at hand, and scaled by what arrives for it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, step_weights, step_weights_tensor, *options):
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        step_weights: StepWeights,
+        options: LossOptions,
+        reduction: int,
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         loss, step_losses, *grads = _with_gradients(
-            hidden, weight, targets, bias, step_weights, step_weights_tensor, *options, *ctx.needs_input_grad[:3]
+            hidden, weight, targets, bias, *step_weights, *options, reduction, *ctx.needs_input_grad[:3]
         )
         ctx.mark_non_differentiable(step_losses)
         ctx.save_for_backward(*grads)
@@ -170,39 +232,33 @@ class _GradientsInForward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, grad_step_losses):
-        grads = [None] * 3
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * 3
         if grad_loss is not None:
             needs = ctx.needs_input_grad[:3]
             # Out of place: a second backward pass through the same graph finds them as they were.
             grads = [
                 x * grad_loss.to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
             ]
-        return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
+        return *grads, *[None] * 4
 
 
 class _MultiTokenCrossEntropy(torch.autograd.Function):
+    """The backward computes the logits again, from the lse that the forward keeps."""
+
     @staticmethod
-    def forward(
-        ctx,
-        hidden,
-        weight,
-        bias,
-        targets,
-        step_weights,
-        step_weights_tensor,
-        vocab_ranges,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        reduction,
-    ):
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        step_weights: StepWeights,
+        options: LossOptions,
+        reduction: int,
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        options = (vocab_ranges, ignore_index, label_smoothing, z_loss, softcap)
-        loss, step_losses, step_scale, lse = _forward(
-            hidden, weight, targets, bias, step_weights, step_weights_tensor, *options, reduction
-        )
+        loss, step_losses, step_scale, lse = _forward(hidden, weight, targets, bias, *step_weights, *options, reduction)
         ctx.mark_non_differentiable(step_losses)
         ctx.save_for_backward(hidden, weight, targets, bias, lse, step_scale)
         ctx.options = options
@@ -210,13 +266,13 @@ class _MultiTokenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, grad_step_losses):
-        needs = ctx.needs_input_grad[:3]
-        grads = [None] * 3
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = LossNeeds(*ctx.needs_input_grad[:3])
+        grads: list[Tensor | None] = [None] * 3
         if grad_loss is not None and any(needs):
             computed = _backward(grad_loss, *ctx.saved_tensors, *ctx.options, *needs)
             grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
-        return *grads, *[None] * 9
+        return *grads, *[None] * 4
 
 
 # A gradient of wider rows does not fit the registers of a GPU's program: logits are then computed for each part of it.
@@ -357,15 +413,20 @@ def multi_token_cross_entropy(
     if return_step_losses and reduction == "none":
         raise ValueError('return_step_losses goes with reduction "mean" or "sum", got "none"')
 
+    options = LossOptions(
+        None if vocab_ranges is None else [bound for span in vocab_ranges for bound in span],
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+    )
+    weights = StepWeights(None, step_weights) if isinstance(step_weights, Tensor) else StepWeights(step_weights, None)
     if reference_is_forced():
         with torch.autocast(device.type, enabled=False):
             loss, step_losses = reference.multi_token_cross_entropy(
-                hidden, weight, targets, bias=bias, step_weights=step_weights, vocab_ranges=vocab_ranges,
-                ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-                reduction=reduction,
-            )  # fmt: skip
+                hidden, weight, targets, bias, weights, options, REDUCTIONS[reduction]
+            )
         return MultiTokenLoss(loss, step_losses) if return_step_losses else loss
-    is_tensor = isinstance(step_weights, Tensor)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     in_forward = (
         needs_grad
@@ -374,18 +435,5 @@ def multi_token_cross_entropy(
         and gradients_come_with_the_loss(device, hidden.dtype, hidden.shape[-1])
     )
     function = _GradientsInForward if in_forward else _MultiTokenCrossEntropy
-    loss, step_losses = function.apply(
-        hidden,
-        weight,
-        bias,
-        targets,
-        None if is_tensor else step_weights,
-        step_weights if is_tensor else None,
-        None if vocab_ranges is None else [bound for span in vocab_ranges for bound in span],
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        REDUCTIONS[reduction],
-    )
+    loss, step_losses = function.apply(hidden, weight, bias, targets, weights, options, REDUCTIONS[reduction])
     return MultiTokenLoss(loss, step_losses) if return_step_losses else loss

@@ -6,38 +6,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.budget import ceil_of_ratio, keep_ratio_to_q32, kept_items
 from stamp_kernels.common.contents import check_cu_seqlens_contents, check_whole_items, contents_are_checked
 from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
 
 
-class Budget(NamedTuple):
-    """The arguments of the ops that select, in their order, and what the host knows of their result.
+class ResolvedBudget(NamedTuple):
+    """What the ops that select are given, and what the CPU knows of their result.
 
     Attributes:
-        ratio_q32, keep_count, keep_counts: one of them is given, see `common.budget.kept_items`.
-        min_keep, protect, codes_per_item: as the user gave them.
-        total_kept: T', rows of the result; None where the op, which runs on the CPU, is to find out.
+        arguments: as the ops take them; total_kept is None where the op, which runs on the CPU, is to find out.
         max_kept: upper bound of the kept lengths in tokens, where total_kept is not None.
-        lengths_cpu: int64 `[B]` kept lengths in tokens, where the host knows them before the op runs.
+        lengths_cpu: int64 `[B]` kept lengths in tokens, where they are known before the op runs.
     """
 
-    ratio_q32: int | None
-    keep_count: int | None
-    keep_counts: Tensor | None
-    min_keep: int
-    protect: Tensor | None
-    codes_per_item: int
-    total_kept: int | None
+    arguments: BudgetArguments
     max_kept: int | None = None
     lengths_cpu: Tensor | None = None
 
-    @property
-    def op_arguments(self) -> tuple[object, ...]:
-        return self[:7]
-
     def kept_lengths(self, cu_seqlens_kept: Tensor) -> tuple[int, Tensor | None]:
-        """(max_seqlen of the kept sequences, their lengths int64 `[B]` where they are known on the host)."""
+        """(max_seqlen of the kept sequences, their lengths int64 `[B]` where they are known on the CPU)."""
         if self.max_kept is not None:
             return self.max_kept, self.lengths_cpu
         lengths = cu_seqlens_kept.diff().to(torch.int64)
@@ -64,7 +53,7 @@ def resolve_budget(
     lengths_cpu: Tensor | None,
     num_protected: int | Tensor | None,
     budget: str,
-) -> Budget:
+) -> ResolvedBudget:
     """Check the arguments of `select_tokens` other than importance, and size its result without a sync.
 
     Raises:
@@ -113,19 +102,16 @@ def resolve_budget(
         ratio_q32, count = None, ceil_of_ratio(ratio_q32, max_items)
 
     _check_what_the_host_claims(total, cu_seqlens, max_seqlen, protect, codes_per_item, lengths_cpu, num_protected)
-    arguments = (ratio_q32, count, keep_counts, min_keep, protect, codes_per_item)
+    arguments = BudgetArguments(ratio_q32, count, keep_counts, min_keep, protect, codes_per_item, total_kept)
     if sizes_are_on_host(cu_seqlens):
-        return Budget(*arguments, total_kept)
+        return ResolvedBudget(arguments)
     protected_is_known = protect is None or isinstance(num_protected, Tensor)
     kept = None
     if lengths_cpu is not None and keep_counts is None and protected_is_known and not torch.compiler.is_compiling():
         kept = codes_per_item * kept_items(
+            arguments,
             lengths_cpu.to(torch.int64) // codes_per_item,
-            0 if protect is None else num_protected.to(torch.int64),
-            ratio_q32=ratio_q32,
-            keep_count=count,
-            keep_counts=None,
-            min_keep=min_keep,
+            num_protected.to(torch.int64) if isinstance(num_protected, Tensor) else 0,
         )
         # What is known on the host costs nothing to check, and would otherwise leave rows unwritten on the device.
         if batch > 0 and int(lengths_cpu.max()) > max_seqlen:
@@ -141,7 +127,7 @@ def resolve_budget(
         if total_kept is None:
             num_items = total // codes_per_item
             total_kept = codes_per_item * _capacity(num_items, batch, keep_ratio, count, min_keep, protected)
-    return Budget(*arguments, total_kept, max_kept, kept)
+    return ResolvedBudget(arguments._replace(total_kept=total_kept), max_kept, kept)
 
 
 def _check_what_the_host_claims(

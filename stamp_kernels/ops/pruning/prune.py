@@ -1,11 +1,12 @@
 """Pruning: the whole way from a block's hidden states and centrality to the kept rows, in the fewest launches."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.ops._autograd import without_repeats
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
@@ -37,8 +38,17 @@ class PrunedTokens(NamedTuple):
     lengths_cpu: Tensor | None
 
 
-def _prune_fake(x, centrality, positions, cu_seqlens, *rest):
-    total_kept = rows_of_result(rest[-1])
+def _fake(
+    x: list[Tensor],
+    centrality: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    norm_order: int,
+    per_visible_query: bool,
+    budget: BudgetArguments,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    total_kept = rows_of_result(budget.total_kept)
     return (
         [tensor.new_empty(total_kept, *tensor.shape[1:]) for tensor in x],
         cu_seqlens.new_empty(total_kept),
@@ -48,7 +58,7 @@ def _prune_fake(x, centrality, positions, cu_seqlens, *rest):
     )
 
 
-def _prune_triton(*args):
+def _triton(*args: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     from stamp_kernels.triton_kernels.pruning.prune import prune  # imports Triton
 
     return prune(*args)
@@ -60,32 +70,28 @@ _prune = define_op(
     "Tensor? protect, int codes_per_item, SymInt? total_kept) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
     public_name="prune",
     reference=reference.prune,
-    triton=_prune_triton,
-    fake=_prune_fake,
+    triton=_triton,
+    fake=_fake,
+    groups=(BudgetArguments,),
 )
-
-
-_NUM_ARGUMENTS = 13  # of the op, those after x
 
 
 class _Prune(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *arguments_and_x) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, arguments: tuple[Any, ...], *x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.set_materialize_grads(False)
-        arguments, x = arguments_and_x[:_NUM_ARGUMENTS], arguments_and_x[_NUM_ARGUMENTS:]
         rows, *selected = _prune(list(x), *arguments)
         ctx.save_for_backward(selected[-1])  # inverse
         outputs = *rows, *selected
-        needs_grad = *ctx.needs_input_grad[_NUM_ARGUMENTS:], *[False] * len(selected)
-        mark_outputs_without_grad(ctx, needs_grad, outputs)
+        mark_outputs_without_grad(ctx, (*ctx.needs_input_grad[1:], *[False] * len(selected)), outputs)
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        needs_grad = ctx.needs_input_grad[_NUM_ARGUMENTS:]
-        return *[None] * _NUM_ARGUMENTS, *gradients_of_gathered(needs_grad, grads[: len(needs_grad)], inverse)
+        needs_grad = ctx.needs_input_grad[1:]
+        return None, *gradients_of_gathered(needs_grad, grads[: len(needs_grad)], inverse)
 
 
 def prune(
@@ -157,12 +163,11 @@ def prune(
         max_seqlen,
         NORM_ORDERS[norm],
         normalize == "visible_queries",
-        *resolved.op_arguments,
     )
     if reference_is_forced():
-        rows, *selected = reference.prune(tensors, *arguments)
+        rows, *selected = reference.prune(tensors, *arguments, resolved.arguments)
     else:
-        outputs = _Prune.apply(*arguments, *without_repeats(*tensors))
+        outputs = _Prune.apply((*arguments, *resolved.arguments), *without_repeats(*tensors))
         rows, selected = outputs[: len(tensors)], outputs[len(tensors) :]
     kept_positions, indices, cu_seqlens_kept, inverse = selected
     max_kept, kept_lengths = resolved.kept_lengths(cu_seqlens_kept)

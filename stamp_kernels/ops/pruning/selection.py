@@ -1,11 +1,12 @@
 """Selection: which tokens of each packed sequence stay."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning.budget import resolve_budget
@@ -35,27 +36,17 @@ def rows_of_result(total_kept: int | None) -> int:
     return torch.library.get_ctx().new_dynamic_size() if total_kept is None else total_kept
 
 
-def _select_tokens_fake(
-    importance,
-    cu_seqlens,
-    max_seqlen,
-    ratio_q32,
-    keep_count,
-    keep_counts,
-    min_keep,
-    protect,
-    codes_per_item,
-    total_kept,
-):
-    rows = rows_of_result(total_kept)
+def _fake(
+    importance: Tensor, cu_seqlens: Tensor, max_seqlen: int, budget: BudgetArguments
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        importance.new_empty(rows, dtype=torch.int64),
+        importance.new_empty(rows_of_result(budget.total_kept), dtype=torch.int64),
         cu_seqlens.new_empty(cu_seqlens.shape[0]),
         importance.new_empty(importance.shape[0], dtype=torch.int32),
     )
 
 
-def _select_tokens_triton(*args):
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from stamp_kernels.triton_kernels.pruning.selection import select_tokens  # imports Triton
 
     return select_tokens(*args)
@@ -67,8 +58,9 @@ _select_tokens = define_op(
     "-> (Tensor, Tensor, Tensor)",
     public_name="select_tokens",
     reference=reference.select_tokens,
-    triton=_select_tokens_triton,
-    fake=_select_tokens_fake,
+    triton=_triton,
+    fake=_fake,
+    groups=(BudgetArguments,),
 )
 
 
@@ -148,7 +140,11 @@ def select_tokens(
         num_protected=num_protected,
         budget=budget,
     )
-    select = reference.select_tokens if reference_is_forced() else _select_tokens
-    indices, cu_seqlens_kept, inverse = select(importance.detach(), cu_seqlens, max_seqlen, *resolved.op_arguments)
+    importance = importance.detach()
+    if reference_is_forced():
+        selected = reference.select_tokens(importance, cu_seqlens, max_seqlen, resolved.arguments)
+    else:
+        selected = _select_tokens(importance, cu_seqlens, max_seqlen, *resolved.arguments)
+    indices, cu_seqlens_kept, inverse = selected
     max_kept, _ = resolved.kept_lengths(cu_seqlens_kept)
     return TokenSelection(indices, cu_seqlens_kept, max_kept, inverse, total)
