@@ -11,7 +11,8 @@ from closeness import assert_close
 from ragged import BATCHES, RaggedBatch
 from torch import Tensor
 
-from stamp_kernels.ops.attention.packed_attention import AttentionOutput, bias_arguments
+from stamp_kernels.ops.attention._inputs import bias_arguments
+from stamp_kernels.ops.attention.packed_attention import AttentionOutput
 from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
 
 # Small enough that the sequences below reach the logarithmic buckets and the shared last one.

@@ -55,7 +55,14 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> Non
         raise ValueError(f"{name} must have batch + 1 >= 1 entries, got shape {list(cu_seqlens.shape)}")
 
 
-def check_count(name: str, value: int, minimum: int = 0) -> None:
+def checked_count(name: str, value: int | None, minimum: int = 0) -> int:
+    """The value, which must be an int of at least `minimum`."""
+    check_count(name, value, minimum)
+    assert value is not None
+    return value
+
+
+def check_count(name: str, value: int | None, minimum: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
     check_range(name, value, minimum)

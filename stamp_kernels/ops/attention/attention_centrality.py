@@ -11,7 +11,13 @@ from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
-from stamp_kernels.ops.attention.packed_attention import bias_arguments, check_attention_inputs, num_query_key_pairs
+from stamp_kernels.ops.attention._inputs import (
+    check_q_and_k,
+    check_query_mask,
+    checked_bias,
+    checked_sequences,
+    num_query_key_pairs,
+)
 from stamp_kernels.reference import attention as reference
 from stamp_kernels.relative_position import RelativePositionBias
 
@@ -40,7 +46,7 @@ def _triton(*args: Any) -> Tensor:
     return attention_centrality(*args)
 
 
-# cu_seqlens_k None stands for self-attention: keys have the offsets and positions of the queries.
+# cu_seqlens_k None means self-attention: keys have the offsets and positions of the queries.
 _attention_centrality = define_op(
     "attention_centrality(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, Tensor? bias_table, "
@@ -71,56 +77,44 @@ def attention_centrality(
     positions_k: Tensor | None = None,  # [Tk] int32
     query_mask: Tensor | None = None,  # [Tq] bool
 ) -> Tensor:
-    """The attention each key receives: the column sums of the softmax, `sum_heads sum_queries exp(s - lse)`.
+    """The attention that each key receives: the column sums of the softmax, `sum_heads sum_queries exp(s - lse)`.
 
-    For whoever has the lse of an attention that computed no column sums: one from another library, or one whose
-    centrality_query_mask is known only afterwards. FastV, PyramidDrop and H2O rank tokens by it too. Where the
-    attention is ours, `packed_attention(return_centrality=True)` gives the same for less. Two runs give the same bits: keys own their
-    sums, without atomics.
+    For an attention that returned its lse but no centrality: one of another library, or one whose
+    centrality_query_mask is known only afterwards. FastV, PyramidDrop and H2O rank tokens by these sums too.
+    `packed_attention(return_centrality=True)` gives the same and costs less. Two runs give the same bits: each key
+    adds up its own sum, without atomics.
 
-    lse must come from attention with the same q, k and keyword arguments; nothing checks that. Dropout does not
-    matter: lse is taken before it. Not differentiable: no gradient flows through the scores (arXiv 2604.05329).
-    Under autocast q and k are cast to the autocast dtype.
+    lse must come from attention with the same q, k and keyword arguments; nothing checks that. Dropout makes no
+    difference, since lse is taken before it. Not differentiable: the paper lets no gradient through the importance
+    (arXiv 2604.05329). Under autocast q and k are cast to the autocast dtype.
 
     Args:
         q: `[Tq, Hq, D]` in fp32, fp16, bf16, or fp64 on the CPU; D a multiple of 8 up to 256. Strided views are fine.
         k: `[Tk, Hkv, D]` of the same dtype, Hq a multiple of Hkv.
         lse: `[Hq, Tq]` in fp32 (fp64 for fp64 inputs), log of the sum of exponentiated scores. A query with lse -inf
-            (it sees no key) votes nothing.
+            (it sees no key) adds nothing.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, relative_bias, positions_q, positions_k:
             as in `packed_attention`.
-        query_mask: which queries vote. None: all.
+        query_mask: which queries count. None: all.
 
     Returns:
-        `[Tk]` in the dtype of lse; 0 on tail rows (those from `cu_seqlens_k[-1]` on) and where no query votes.
+        `[Tk]` in the dtype of lse; 0 on tail rows (those from `cu_seqlens_k[-1]` on) and where no query counts.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
-        RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T, or a sequence is longer than its
-            max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1).
+        RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than its max_seqlen (on the
+            CPU, or under STAMP_KERNELS_CHECK=1).
     """
     q, k = cast_for_autocast(q=q, k=k)
-    check_attention_inputs(
-        q,
-        k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        relative_bias,
-        positions_q,
-        positions_k,
-        query_mask,
-        "query_mask",
-    )
+    check_q_and_k(q, k, is_self_attention=cu_seqlens_k is None)
+    sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.device)
+    bias = checked_bias(relative_bias, positions_q, positions_k, q, k)
+    check_query_mask("query_mask", query_mask, q)
     total_q, num_heads, head_dim = q.shape
     check_tensor("lse", lse, shape=[num_heads, total_q], dtypes=[compute_dtype(q.dtype)], device=q.device)
-    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    bias = bias_arguments(relative_bias, positions_q, positions_k)
     scale = head_dim**-0.5 if scale is None else float(scale)
     with torch.no_grad():
         if not reference_is_forced():
             return _attention_centrality(q, k, lse, *sequences, causal, scale, *bias, query_mask)
-        with torch.autocast(q.device.type, enabled=False):  # the inputs have been cast; products inside stay in fp32
+        with torch.autocast(q.device.type, enabled=False):  # the inputs are cast; products of the reference stay fp32
             return reference.attention_centrality(q, k, lse, sequences, causal, scale, bias, query_mask)

@@ -1,6 +1,6 @@
-"""Packed attention: softmax attention over sequences laid end to end, with T5's bias, dropout and centrality."""
+"""Packed attention: softmax attention over packed sequences, with T5's bias, dropout and centrality."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -10,14 +10,19 @@ from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, Dropou
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._autograd import without_repeats
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops._checks import check_range, check_tensor
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.attention._inputs import (
+    check_q_and_k,
+    check_query_mask,
+    checked_bias,
+    checked_sequences,
+    num_query_key_pairs,
+)
 from stamp_kernels.reference import attention as reference
 from stamp_kernels.relative_position import RelativePositionBias
 
-MAX_HEAD_DIM = 256
-
-# In both, cu_seqlens_k None stands for self-attention: keys have the offsets and positions of the queries.
+# In both, cu_seqlens_k None means self-attention: keys have the offsets and positions of the queries.
 _FORWARD_SCHEMA = (
     "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
     "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, "
@@ -35,26 +40,18 @@ _BACKWARD_SCHEMA = (
 
 
 class AttentionOutput(NamedTuple):
-    """What `packed_attention` returns as soon as one `return_` flag is set; None where not asked for.
+    """What `packed_attention` returns if a `return_` flag is set; a part that was not asked for is None.
 
     Attributes:
         out: `[Tq, Hq, D]`, dtype of q.
-        lse: `[Hq, Tq]`, fp32 (fp64 for fp64 inputs): log of the sum of exponentiated scores; -inf where no key is seen.
-        centrality: `[Tk]`, fp32 (fp64): the attention each key receives, over heads and voting queries, before dropout.
+        lse: `[Hq, Tq]`, fp32 (fp64 for fp64 inputs): log of the sum of exponentiated scores; -inf for a query that
+            sees no key.
+        centrality: `[Tk]`, fp32 (fp64): the attention that each key receives, over heads and queries, before dropout.
     """
 
     out: Tensor
     lse: Tensor | None
     centrality: Tensor | None
-
-
-def num_query_key_pairs(sequences: Sequences) -> int:
-    """Pairs that meet in a score; an upper bound where the lengths are not at hand (fake tensors)."""
-    cu_seqlens_q = sequences.cu_seqlens_q
-    cu_seqlens_k = cu_seqlens_q if sequences.cu_seqlens_k is None else sequences.cu_seqlens_k
-    if isinstance(cu_seqlens_q, torch._subclasses.FakeTensor) or cu_seqlens_q.is_meta:
-        return sequences.num_sequences * sequences.max_seqlen_q * sequences.max_seqlen_k
-    return int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff().long()).sum())
 
 
 def _forward_fake(
@@ -164,7 +161,7 @@ class _PackedAttention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        bias_table: Tensor | None,  # once more beside `bias`, since it has a gradient
+        bias_table: Tensor | None,  # beside `bias`, since autograd tracks only tensors that are arguments
         sequences: Sequences,
         causal: bool,
         scale: float,
@@ -205,67 +202,38 @@ class _PackedAttention(torch.autograd.Function):
         return *grads, *[None] * 7
 
 
-def check_attention_inputs(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    relative_bias: RelativePositionBias | None,
-    positions_q: Tensor | None,
-    positions_k: Tensor | None,
-    query_mask: Tensor | None,
-    query_mask_name: str,
-) -> None:
-    """The checks that packed_attention and attention_centrality share."""
-    check_tensor("q", q, shape=["total_q", "num_heads_q", "head_dim"], dtypes=FLOATING_DTYPES)
-    device = q.device
-    total_q, num_heads, head_dim = q.shape
-    total_k = total_q if cu_seqlens_k is None else "total_k"
-    check_tensor("k", k, shape=[total_k, "num_heads_kv", head_dim], dtypes=[q.dtype], device=device)
-    num_heads_kv = k.shape[1]
-    if q.dtype == torch.float64 and device.type != "cpu" and not reference_is_forced():
-        raise ValueError("q must have dtype float32, float16 or bfloat16 on this device, got torch.float64")
-    if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q: head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
-    if num_heads_kv == 0 or num_heads % num_heads_kv != 0:
-        raise ValueError(f"k: num_heads_kv must divide the {num_heads} heads of q, got {num_heads_kv}")
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
-    check_count("max_seqlen_q", max_seqlen_q)
-    if (cu_seqlens_k is None) != (max_seqlen_k is None):
-        raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
-    if cu_seqlens_k is not None:
-        check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=[torch.int32], device=device)
-        check_count("max_seqlen_k", max_seqlen_k)
-    if relative_bias is not None:
-        if not isinstance(relative_bias, RelativePositionBias):
-            raise ValueError(f"relative_bias must be a RelativePositionBias, got {type(relative_bias).__name__}")
-        check_tensor(
-            "relative_bias.table",
-            relative_bias.table,
-            shape=["num_buckets", num_heads],
-            dtypes=FLOATING_DTYPES,
-            device=device,
-        )
-    for name, positions, total in (("positions_q", positions_q, total_q), ("positions_k", positions_k, k.shape[0])):
-        if positions is not None:
-            check_tensor(name, positions, shape=[total], dtypes=[torch.int32], device=device)
-    if query_mask is not None:
-        check_tensor(query_mask_name, query_mask, shape=[total_q], dtypes=[torch.bool], device=device)
-
-
-def bias_arguments(
-    relative_bias: RelativePositionBias | None, positions_q: Tensor | None, positions_k: Tensor | None
-) -> BiasArguments:
-    """The bias as the ops take it. Nothing else reads positions."""
-    if relative_bias is None:
-        return BiasArguments(None, True, 0, None, None)
-    return BiasArguments(
-        relative_bias.table, relative_bias.bidirectional, relative_bias.max_distance, positions_q, positions_k
-    )
-
-
+@overload
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *, causal: bool = ..., scale: float | None = ...,
+    relative_bias: RelativePositionBias | None = ..., positions_q: Tensor | None = ...,
+    positions_k: Tensor | None = ..., centrality_query_mask: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: Tensor | None = ..., return_lse: Literal[False] = ..., return_centrality: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *, causal: bool = ..., scale: float | None = ...,
+    relative_bias: RelativePositionBias | None = ..., positions_q: Tensor | None = ...,
+    positions_k: Tensor | None = ..., centrality_query_mask: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: Tensor | None = ..., return_lse: Literal[True], return_centrality: bool = ...,
+) -> AttentionOutput: ...  # fmt: skip
+@overload
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *, causal: bool = ..., scale: float | None = ...,
+    relative_bias: RelativePositionBias | None = ..., positions_q: Tensor | None = ...,
+    positions_k: Tensor | None = ..., centrality_query_mask: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: Tensor | None = ..., return_lse: bool = ..., return_centrality: Literal[True],
+) -> AttentionOutput: ...  # fmt: skip
+@overload
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *, causal: bool = ..., scale: float | None = ...,
+    relative_bias: RelativePositionBias | None = ..., positions_q: Tensor | None = ...,
+    positions_k: Tensor | None = ..., centrality_query_mask: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: Tensor | None = ..., return_lse: bool = ..., return_centrality: bool = ...,
+) -> Tensor | AttentionOutput: ...  # fmt: skip
 def packed_attention(
     q: Tensor,  # [Tq, Hq, D]
     k: Tensor,  # [Tk, Hkv, D]
@@ -288,52 +256,44 @@ def packed_attention(
 ) -> Tensor | AttentionOutput:
     """Attention within each sequence of a packed batch: `softmax(scale * q k^T + bias) v`.
 
-    No attention map reaches memory. Rows from `cu_seqlens[-1]` on (tail rows) are never read; their outputs and
-    gradients are 0. A query that sees no key gives 0 and lse = -inf. Differentiable in q, k, v and the bias table,
-    once. Under autocast q, k and v are cast to the autocast dtype.
+    The positional arguments are those of flash-attention's `flash_attn_varlen_func` and torch's `varlen_attn`. No
+    attention map is written to memory. Rows from `cu_seqlens[-1]` on (tail rows) are never read; their outputs and
+    gradients are 0. A query that sees no key gives 0 and lse = -inf. Differentiable in q, k, v and the bias table, to
+    first order. Under autocast q, k and v are cast to the autocast dtype.
 
     Args:
         q: `[Tq, Hq, D]` in fp32, fp16, bf16, or fp64 on the CPU; D a multiple of 8 up to 256. Strided views are fine.
         k, v: `[Tk, Hkv, D]` of the same dtype, Hq a multiple of Hkv (grouped query heads share a key head).
         cu_seqlens_q: int32 `[B + 1]`, offsets of the query sequences, on the same device.
-        cu_seqlens_k: those of the keys, for cross attention. None: self-attention.
-        max_seqlen_q: the longest query sequence, or an upper bound of it. Must be given.
-        max_seqlen_k: the same of the keys. Goes with cu_seqlens_k.
-        causal: key j is visible to query i iff j <= i + (n_k - n_q), by index in the packed sequence.
+        cu_seqlens_k: those of the key sequences, for cross attention. None: self-attention.
+        max_seqlen_q: the length of the longest query sequence, or an upper bound. Must be given.
+        max_seqlen_k: the same for the key sequences; given if and only if cu_seqlens_k is.
+        causal: query i sees key j iff j <= i + (n_k - n_q), by index in the packed sequence.
         scale: factor on q k^T. None: 1/sqrt(D). T5 uses 1.0.
         relative_bias: T5's bias by the bucket of `positions_k - positions_q`.
-        positions_q, positions_k: int32 original positions, read by the bias alone. None: 0..n-1 in each sequence;
+        positions_q, positions_k: int32 original positions; only the bias reads them. None: 0..n-1 in each sequence;
             positions_k None in self-attention: positions_q.
-        centrality_query_mask: which queries vote in the centrality; it hides no query from the attention. None: all.
-        dropout_p: probability with which an attention weight is dropped, in [0, 1).
-        dropout_seed: int64 `[1]` on the device; the mask is Philox4x32-10 of it, the same from every backend. None:
+        centrality_query_mask: which queries count in the centrality; the attention itself ignores it. None: all.
+        dropout_p: probability of dropping an attention weight, in [0, 1).
+        dropout_seed: int64 `[1]` on the device, from which Philox4x32-10 draws the same mask in every backend. None:
             drawn with torch.randint.
-        return_lse, return_centrality: return an AttentionOutput with these parts besides `out`.
+        return_lse, return_centrality: return an AttentionOutput that has these parts beside `out`.
 
     Returns:
-        `out` `[Tq, Hq, D]` in q's dtype, or AttentionOutput(out, lse `[Hq, Tq]`, centrality `[Tk]`) as soon as one
-        flag is set. lse and centrality are fp32 (fp64 for fp64 inputs) and not differentiable; centrality is the sum
-        over heads and voting queries of the weights before dropout (arXiv 2604.05329, S_attn).
+        `out` `[Tq, Hq, D]` in q's dtype, or AttentionOutput(out, lse `[Hq, Tq]`, centrality `[Tk]`) if a flag is set.
+        lse and centrality are fp32 (fp64 for fp64 inputs) and not differentiable. The centrality of a key is the sum
+        of its weights before dropout, over heads and the queries of the mask (arXiv 2604.05329, S_attn).
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
-        RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T, or a sequence is longer than its
-            max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1); positions lie 2^30 or more apart (on the CPU).
+        RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than its max_seqlen (on the
+            CPU, or under STAMP_KERNELS_CHECK=1); positions are 2^30 or more apart (on the CPU).
     """
     q, k, v = cast_for_autocast(q=q, k=k, v=v)
-    check_attention_inputs(
-        q,
-        k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        relative_bias,
-        positions_q,
-        positions_k,
-        centrality_query_mask,
-        "centrality_query_mask",
-    )
+    check_q_and_k(q, k, is_self_attention=cu_seqlens_k is None)
+    sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.device)
+    bias = checked_bias(relative_bias, positions_q, positions_k, q, k)
+    check_query_mask("centrality_query_mask", centrality_query_mask, q)
     check_tensor("v", v, shape=k.shape, dtypes=[q.dtype], device=q.device)
     check_range("dropout_p", dropout_p, 0.0, 1.0, below_high=True)
     if dropout_p == 0.0:
@@ -342,18 +302,20 @@ def packed_attention(
         dropout_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     else:
         check_tensor("dropout_seed", dropout_seed, shape=[1], dtypes=[torch.int64], device=q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    bias = bias_arguments(relative_bias, positions_q, positions_k)
     q, k, v, cu_seqlens_q, cu_seqlens_k, positions_q, positions_k = without_repeats(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, bias.positions_q, bias.positions_k
+        q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias.positions_q, bias.positions_k
     )
-    bias = bias._replace(positions_q=positions_q, positions_k=positions_k)
-    max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    dropout = DropoutArguments(dropout_p, dropout_seed)
-    arguments = (sequences, causal, scale, bias, centrality_query_mask, dropout, return_centrality)
+    arguments = (
+        sequences._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k),
+        causal,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        bias._replace(positions_q=positions_q, positions_k=positions_k),
+        centrality_query_mask,
+        DropoutArguments(dropout_p, dropout_seed),
+        return_centrality,
+    )
     if reference_is_forced():
-        with torch.autocast(q.device.type, enabled=False):  # the inputs have been cast; products inside stay in fp32
+        with torch.autocast(q.device.type, enabled=False):  # the inputs are cast; products of the reference stay fp32
             out, lse, centrality = reference.packed_attention_forward(q, k, v, *arguments)
     else:
         out, lse, centrality = _PackedAttention.apply(q, k, v, bias.bias_table, *arguments)

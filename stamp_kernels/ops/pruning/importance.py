@@ -1,5 +1,7 @@
 """Token importance: the norm of a hidden state times the attention that its token receives."""
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,19 @@ from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_cu_se
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.reference import pruning as reference
 
+Norm = Literal["l1", "l2"]
+Normalize = Literal["none", "visible_queries"]
+
 NORM_ORDERS = {"l1": 1, "l2": 2}
 
 
-def _token_importance_fake(hidden, centrality, cu_seqlens, norm_order, per_visible_query):
+def _fake(
+    hidden: Tensor, centrality: Tensor, cu_seqlens: Tensor | None, norm_order: int, per_visible_query: bool
+) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
 
 
-def _token_importance_triton(*args):
+def _triton(*args: Any) -> Tensor:
     from stamp_kernels.triton_kernels.pruning.importance import token_importance  # imports Triton
 
     return token_importance(*args)
@@ -27,8 +34,8 @@ _token_importance = define_op(
     "-> Tensor",
     public_name="token_importance",
     reference=reference.token_importance,
-    triton=_token_importance_triton,
-    fake=_token_importance_fake,
+    triton=_triton,
+    fake=_fake,
 )
 
 
@@ -37,43 +44,44 @@ def token_importance(
     centrality: Tensor,  # [T] fp32 or fp64
     cu_seqlens: Tensor | None = None,  # [B + 1] int32
     *,
-    norm: str = "l1",
-    normalize: str = "none",
+    norm: Norm = "l1",
+    normalize: Normalize = "none",
 ) -> Tensor:
-    """Score every token by the norm of its hidden state times the attention it receives, in one pass over `hidden`.
+    """The importance of every token: the norm of its hidden state times the attention it receives.
 
-    `importance[i] = ||hidden[i]|| * centrality[i]` (arXiv 2604.05329, section SAP). The norm is computed in fp32 (fp64
-    for fp64) whatever the dtype of hidden, under autocast too. Not differentiable: no gradient flows through the
-    scores.
+    `importance[i] = ||hidden[i]|| * centrality[i]` (arXiv 2604.05329, section SAP), in one pass over `hidden`. The norm
+    is computed in fp32 (fp64 for fp64) for every dtype of hidden, under autocast too. Not differentiable.
 
     Args:
         hidden: `[T, D]`, the output of the block after which tokens are pruned.
         centrality: `[T]` in fp32 or fp64, the attention that each token receives in that block, summed over heads and
             queries: from `packed_attention(return_centrality=True)` or `attention_centrality`.
-        cu_seqlens: int32 `[B + 1]` on the same device. Rows from `cu_seqlens[-1]` on are tail rows and score 0. None:
-            every row is a token.
+        cu_seqlens: int32 `[B + 1]` on the same device. Rows from `cu_seqlens[-1]` on are tail rows of importance 0.
+            None: every row is a token.
         norm: `"l1"` or `"l2"`.
-        normalize: `"none"` for the sum as the paper has it. `"visible_queries"` divides it by the number of queries
-            that see the token in causal attention, n - i for token i of the n in its packed sequence: in the plain
-            sum early tokens collect more because more queries see them. Needs cu_seqlens.
+        normalize: `"none"` for the paper's sum. `"visible_queries"` divides it by the number of queries that see the
+            token in causal attention, n - i for token i of the n in its packed sequence: in the plain sum early tokens
+            collect more because more queries see them. Needs cu_seqlens.
 
     Returns:
-        `[T]` in fp32, fp64 where hidden is fp64.
+        `[T]` in fp32; in fp64 if hidden is fp64.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
-        RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T (on the CPU, or under
-            STAMP_KERNELS_CHECK=1).
+        RuntimeError: cu_seqlens does not rise from 0 to at most T (on the CPU, or under STAMP_KERNELS_CHECK=1).
     """
-    check_scoring(hidden, centrality, cu_seqlens, norm, normalize)
-    score = reference.token_importance if reference_is_forced() else _token_importance
-    return score(hidden.detach(), centrality.detach(), cu_seqlens, NORM_ORDERS[norm], normalize == "visible_queries")
+    check_importance_arguments(hidden, centrality, cu_seqlens, norm, normalize)
+    compute = reference.token_importance if reference_is_forced() else _token_importance
+    result: Tensor = compute(
+        hidden.detach(), centrality.detach(), cu_seqlens, NORM_ORDERS[norm], normalize == "visible_queries"
+    )
+    return result
 
 
-def check_scoring(
+def check_importance_arguments(
     hidden: Tensor, centrality: Tensor, cu_seqlens: Tensor | None, norm: str, normalize: str, name: str = "hidden"
 ) -> int:
-    """The arguments of `token_importance`; T. `name` is that of the hidden states."""
+    """The arguments of `token_importance`; returns T. Error messages call the hidden states `name`."""
     check_tensor(name, hidden, shape=["total", "width"], dtypes=FLOATING_DTYPES)
     total, device = hidden.shape[0], hidden.device
     check_tensor("centrality", centrality, shape=[total], dtypes=[torch.float32, torch.float64], device=device)

@@ -1,6 +1,6 @@
-"""Pruning: the whole way from a block's hidden states and centrality to the kept rows, in the fewest launches."""
+"""Prune: importance, selection and gather in one op, with the fewest launches."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -10,32 +10,43 @@ from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.ops._autograd import without_repeats
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
-from stamp_kernels.ops.pruning.budget import resolve_budget
+from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
 from stamp_kernels.ops.pruning.gather import (
     check_rows,
     gradients_of_gathered,
     list_of_tensors,
     mark_outputs_without_grad,
 )
-from stamp_kernels.ops.pruning.importance import NORM_ORDERS, check_scoring
+from stamp_kernels.ops.pruning.importance import NORM_ORDERS, Norm, Normalize, check_importance_arguments
 from stamp_kernels.ops.pruning.selection import TokenSelection, rows_of_result
 from stamp_kernels.reference import pruning as reference
 
+if TYPE_CHECKING:  # NamedTuples are generic from Python 3.11 on
+    from typing import Generic, TypeVar
 
-class PrunedTokens(NamedTuple):
-    """What `prune` returns.
+    Rows = TypeVar("Rows", Tensor, list[Tensor])
 
-    Attributes:
-        x: the kept rows, a tensor or a list as they were given; tail rows are 0.
-        positions: int32 `[T']`, original position of each kept token; 0 on tail rows.
-        selection: which tokens they are.
-        lengths_cpu: int64 `[B]`, the kept lengths, where they are known on the host.
-    """
+    class PrunedTokens(NamedTuple, Generic[Rows]):
+        x: Rows
+        positions: Tensor
+        selection: TokenSelection
+        lengths_cpu: Tensor | None
+else:
 
-    x: Tensor | list[Tensor]
-    positions: Tensor
-    selection: TokenSelection
-    lengths_cpu: Tensor | None
+    class PrunedTokens(NamedTuple):
+        """What `prune` returns.
+
+        Attributes:
+            x: the kept rows, a tensor or a list as they were given; tail rows are 0.
+            positions: int32 `[T']`, original position of each kept token; 0 on tail rows.
+            selection: which tokens they are.
+            lengths_cpu: int64 `[B]`, the kept lengths, if the CPU knows them.
+        """
+
+        x: Tensor | list[Tensor]
+        positions: Tensor
+        selection: TokenSelection
+        lengths_cpu: Tensor | None
 
 
 def _fake(
@@ -94,6 +105,20 @@ class _Prune(torch.autograd.Function):
         return None, *gradients_of_gathered(needs_grad, grads[: len(needs_grad)], inverse)
 
 
+@overload
+def prune(
+    x: Tensor, centrality: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, positions: Tensor | None = ...,
+    norm: Norm = ..., normalize: Normalize = ..., keep_ratio: float | None = ..., keep_count: int | Tensor | None = ...,
+    min_keep: int = ..., protect: Tensor | None = ..., total_kept: int | None = ..., lengths_cpu: Tensor | None = ...,
+    num_protected: int | Tensor | None = ..., budget: BudgetOf = ..., codes_per_item: int | None = ...,
+) -> "PrunedTokens[Tensor]": ...  # fmt: skip
+@overload
+def prune(
+    x: list[Tensor], centrality: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, positions: Tensor | None = ...,
+    norm: Norm = ..., normalize: Normalize = ..., keep_ratio: float | None = ..., keep_count: int | Tensor | None = ...,
+    min_keep: int = ..., protect: Tensor | None = ..., total_kept: int | None = ..., lengths_cpu: Tensor | None = ...,
+    num_protected: int | Tensor | None = ..., budget: BudgetOf = ..., codes_per_item: int | None = ...,
+) -> "PrunedTokens[list[Tensor]]": ...  # fmt: skip
 def prune(
     x: Tensor | list[Tensor],  # [T, D] floating, and what else goes along
     centrality: Tensor,  # [T] fp32 or fp64
@@ -101,8 +126,8 @@ def prune(
     max_seqlen: int,
     *,
     positions: Tensor | None = None,  # [T] int32
-    norm: str = "l1",
-    normalize: str = "none",
+    norm: Norm = "l1",
+    normalize: Normalize = "none",
     keep_ratio: float | None = None,
     keep_count: int | Tensor | None = None,
     min_keep: int = 1,
@@ -110,26 +135,26 @@ def prune(
     total_kept: int | None = None,
     lengths_cpu: Tensor | None = None,  # [B] integers on the CPU
     num_protected: int | Tensor | None = None,
-    budget: str = "sequence",
-    codes_per_item: int = 1,
-) -> PrunedTokens:
-    """Keep the most important tokens of every sequence: scoring, selection and gather in one.
+    budget: BudgetOf = "sequence",
+    codes_per_item: int | None = None,
+) -> Any:
+    """Keep the most important tokens of every sequence: importance, selection and gather in one.
 
-    What `token_importance`, `select_tokens` and `gather_tokens` give one after the other, in fewer launches (arXiv
-    2604.05329, section SAP). Gradients reach the kept rows of x through the inverse map; the scores get none.
+    Gives what `token_importance`, `select_tokens` and `gather_tokens` give one after the other, in fewer launches
+    (arXiv 2604.05329, section SAP). Gradients reach the kept rows of x; the importance gets none.
 
     Args:
         x: the hidden states `[T, D]` after which tokens are pruned, in any floating dtype; or a list of tensors
             `[T, ...]` of any dtypes that starts with them, all of which are gathered.
         centrality, norm, normalize: as in `token_importance`.
         cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
-        max_seqlen: the longest length, or an upper bound of it.
+        max_seqlen: the longest length, or an upper bound.
         positions: each token's index in its original sequence. None: its index in this one.
         keep_ratio, keep_count, min_keep, protect, total_kept, lengths_cpu, num_protected, budget, codes_per_item: as in
             `select_tokens`.
 
     Returns:
-        PrunedTokens, of T' rows: see `select_tokens`.
+        PrunedTokens with T' rows: see `select_tokens`.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
@@ -137,40 +162,22 @@ def prune(
     """
     tensors = list_of_tensors(x)
     hidden = tensors[0]
-    total = check_scoring(hidden, centrality, cu_seqlens, norm, normalize, "x" if hidden is x else "x[0]")
+    total = check_importance_arguments(hidden, centrality, cu_seqlens, norm, normalize, "x" if hidden is x else "x[0]")
     check_rows(tensors, total, "as many as x[0]", hidden.device)
     if positions is not None:
         check_tensor("positions", positions, shape=[total], dtypes=[torch.int32], device=hidden.device)
-    resolved = resolve_budget(
-        hidden.device,
-        total,
-        cu_seqlens,
-        max_seqlen,
-        keep_ratio=keep_ratio,
-        keep_count=keep_count,
-        min_keep=min_keep,
-        protect=protect,
-        codes_per_item=codes_per_item,
-        total_kept=total_kept,
-        lengths_cpu=lengths_cpu,
-        num_protected=num_protected,
-        budget=budget,
+    options = KeepOptions(
+        keep_ratio, keep_count, min_keep, protect, total_kept, lengths_cpu, num_protected, budget, codes_per_item
     )
-    arguments = (
-        centrality.detach(),
-        positions,
-        cu_seqlens,
-        max_seqlen,
-        NORM_ORDERS[norm],
-        normalize == "visible_queries",
-    )
+    resolved = resolve_budget(total, cu_seqlens, max_seqlen, options, hidden.device)
+    per_visible_query = normalize == "visible_queries"
+    arguments = (centrality.detach(), positions, cu_seqlens, max_seqlen, NORM_ORDERS[norm], per_visible_query)
     if reference_is_forced():
         rows, *selected = reference.prune(tensors, *arguments, resolved.arguments)
     else:
         outputs = _Prune.apply((*arguments, *resolved.arguments), *without_repeats(*tensors))
-        rows, selected = outputs[: len(tensors)], outputs[len(tensors) :]
+        rows, selected = list(outputs[: len(tensors)]), outputs[len(tensors) :]
     kept_positions, indices, cu_seqlens_kept, inverse = selected
     max_kept, kept_lengths = resolved.kept_lengths(cu_seqlens_kept)
     selection = TokenSelection(indices, cu_seqlens_kept, max_kept, inverse, total)
-    kept = rows[0] if isinstance(x, Tensor) else list(rows)
-    return PrunedTokens(kept, kept_positions, selection, kept_lengths)
+    return PrunedTokens(rows[0] if isinstance(x, Tensor) else rows, kept_positions, selection, kept_lengths)

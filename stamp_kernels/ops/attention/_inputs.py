@@ -1,0 +1,85 @@
+"""The arguments that `packed_attention` and `attention_centrality` share: their checks, and how the ops take them."""
+
+import torch
+from torch import Tensor
+
+from stamp_kernels._backend import reference_is_forced
+from stamp_kernels.common.arguments import BiasArguments, Sequences
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_cu_seqlens, check_tensor, checked_count
+from stamp_kernels.relative_position import RelativePositionBias
+
+MAX_HEAD_DIM = 256
+
+
+def num_query_key_pairs(sequences: Sequences) -> int:
+    """Query-key pairs of the batch; an upper bound under fake tensors, which have no contents."""
+    cu_seqlens_q = sequences.cu_seqlens_q
+    cu_seqlens_k = cu_seqlens_q if sequences.cu_seqlens_k is None else sequences.cu_seqlens_k
+    if isinstance(cu_seqlens_q, torch._subclasses.FakeTensor) or cu_seqlens_q.is_meta:
+        return sequences.num_sequences * sequences.max_seqlen_q * sequences.max_seqlen_k
+    return int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff().long()).sum())
+
+
+def check_q_and_k(q: Tensor, k: Tensor, *, is_self_attention: bool) -> None:
+    check_tensor("q", q, shape=["total_q", "num_heads_q", "head_dim"], dtypes=FLOATING_DTYPES)
+    total_q, num_heads, head_dim = q.shape
+    total_k = total_q if is_self_attention else "total_k"
+    check_tensor("k", k, shape=[total_k, "num_heads_kv", head_dim], dtypes=[q.dtype], device=q.device)
+    num_heads_kv = k.shape[1]
+    if q.dtype == torch.float64 and q.device.type != "cpu" and not reference_is_forced():
+        raise ValueError("q must have dtype float32, float16 or bfloat16 on this device, got torch.float64")
+    if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
+    if num_heads_kv == 0 or num_heads % num_heads_kv != 0:
+        raise ValueError(f"k: num_heads_kv must divide the {num_heads} heads of q, got {num_heads_kv}")
+
+
+def checked_sequences(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    device: torch.device,
+) -> Sequences:
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
+    max_seqlen_q = checked_count("max_seqlen_q", max_seqlen_q)
+    if (cu_seqlens_k is None) != (max_seqlen_k is None):
+        raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
+    if cu_seqlens_k is None:
+        return Sequences(cu_seqlens_q, None, max_seqlen_q, max_seqlen_q)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=[torch.int32], device=device)
+    return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, checked_count("max_seqlen_k", max_seqlen_k))
+
+
+def checked_bias(
+    relative_bias: RelativePositionBias | None,
+    positions_q: Tensor | None,
+    positions_k: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+) -> BiasArguments:
+    if relative_bias is not None:
+        if not isinstance(relative_bias, RelativePositionBias):
+            raise ValueError(f"relative_bias must be a RelativePositionBias, got {type(relative_bias).__name__}")
+        shape = ["num_buckets", q.shape[1]]
+        check_tensor("relative_bias.table", relative_bias.table, shape=shape, dtypes=FLOATING_DTYPES, device=q.device)
+    for name, positions, rows in (("positions_q", positions_q, q), ("positions_k", positions_k, k)):
+        if positions is not None:
+            check_tensor(name, positions, shape=[rows.shape[0]], dtypes=[torch.int32], device=q.device)
+    return bias_arguments(relative_bias, positions_q, positions_k)
+
+
+def bias_arguments(
+    relative_bias: RelativePositionBias | None, positions_q: Tensor | None, positions_k: Tensor | None
+) -> BiasArguments:
+    """The bias as the ops take it. Only the bias reads positions."""
+    if relative_bias is None:
+        return BiasArguments(None, True, 0, None, None)
+    return BiasArguments(
+        relative_bias.table, relative_bias.bidirectional, relative_bias.max_distance, positions_q, positions_k
+    )
+
+
+def check_query_mask(name: str, mask: Tensor | None, q: Tensor) -> None:
+    if mask is not None:
+        check_tensor(name, mask, shape=[q.shape[0]], dtypes=[torch.bool], device=q.device)
