@@ -1,11 +1,11 @@
-# The commands of README.md and CONTRIBUTING.md. Everything is installed into $(VENV).
+# The commands of README.md and CONTRIBUTING.md; `make help` lists them. Everything is installed into $(VENV).
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 DATA ?=
 OUTPUT ?=
-# Of the machine that `make gpu-bundle` is for: Triton's cache depends on it.
+# The Python version of the machine that `make gpu-bundle` is for: Triton's cache depends on it.
 GPU_PYTHON ?= python3.12
 STAGE ?= 1
 # A model and a training that one CPU core finishes in half an hour on 82,000 short histories (Amazon Instruments).
@@ -15,12 +15,18 @@ QUALITY ?= --min-items 3 --max-items 10 --batch-size 32 --epochs 2 --learning-ra
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+# Every test process uses as many threads as there are cores; waiting threads must not take the cores of the others.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: install test lint profile profile-long quality benchmark aot wheel gpu-bundle gpu-check clean
+.PHONY: help install check test lint format sanitize profile profile-long quality benchmark aot wheel gpu-bundle \
+	gpu-check clean
 
-install: $(INSTALLED)
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
 
-# torch first, so that no other build of it is chosen; recbole alone, for the MovieLens-100K file that it ships.
+install: $(INSTALLED) ## .venv with everything, both compiled libraries built in place
+
+# torch first, so that pip chooses no other build of it. recbole without its dependencies, for its MovieLens-100K file.
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH) "setuptools>=77" wheel ninja
@@ -28,50 +34,53 @@ $(INSTALLED): $(SOURCES)
 	$(BIN)/pip install --quiet --no-deps recbole
 	touch $@
 
-# Each process has as many threads as there are cores; those that wait must not take the others' cores.
-test: install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+check: lint ## lint, types and the core of the tests, in under 90 seconds
+	$(PYTEST) -m core
 
-lint: install
+test: install ## all tests
+	$(PYTEST)
+
+lint: install ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/mypy
 
-# The main job: what each configuration costs, on MovieLens-100K or on DATA=<file>.
-profile: install
+format: install ## rewrite the sources in the committed style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+profile: install ## the main job: what each configuration costs, on MovieLens-100K or on DATA=<file>
 	$(BIN)/stamp-profile train $(if $(DATA),--data $(DATA)) --output $(or $(OUTPUT),build/profile)
 
-# The same on histories of 100 to 250 items. 16 a step: padded models take 0.4 GB each, and the process 12 GB on a CPU.
-profile-long: install
+# 16 sequences a step: a padded model takes 0.4 GB for each, and the process 12 GB on a CPU.
+profile-long: install ## the same on histories of 100 to 250 items
 	$(BIN)/stamp-profile train $(if $(DATA),--data $(DATA)) --min-items 100 --max-items 250 --batch-size 16 \
 		--output $(or $(OUTPUT),build/profile-long)
 
-# Recall and NDCG after the same training from three seeds. A run that was ended goes on where it was.
-quality: install
+# A run that was interrupted continues where it stopped.
+quality: install ## Recall and NDCG after the same training, over three seeds
 	$(BIN)/stamp-profile quality $(if $(DATA),--data $(DATA)) $(QUALITY) --output $(or $(OUTPUT),build/quality)
 
-# Every op family against what a user would run instead; the table comes last.
-benchmark: install
+benchmark: install ## every op family against what a user would otherwise run; ends with a table
 	mkdir -p build
 	$(BIN)/python -m pytest -q benchmarks/micro --benchmark-only --benchmark-quiet --benchmark-json=build/micro.json
 	$(BIN)/python benchmarks/table.py build/micro.json
 
-# Every kernel that T5, Qwen and the benchmarks launch, compiled for five GPU architectures without a GPU, and compared
-# with benchmarks/gpu/machine_code.csv (WRITE=1 brings that up to date).
-aot: install
+aot: install ## compile every kernel for five GPU architectures, compare with the committed table (WRITE=1: update it)
 	$(BIN)/python benchmarks/gpu/machine_code.py $(if $(WRITE),--write)
 
-wheel: install
+wheel: install ## dist/stamp_kernels-*.whl
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
-# What the next target needs on a machine with a GPU and no network, made here: build/gpu-bundle.tar.gz.
-gpu-bundle: wheel
+gpu-bundle: wheel ## build/gpu-bundle.tar.gz: what gpu-check needs on a machine without a network
 	$(BIN)/python benchmarks/gpu/bundle.py build --python $(GPU_PYTHON) --wheel $(wildcard dist/stamp_kernels-*.whl) \
 		$(if $(DATA),--data $(DATA))
 
-# On the machine with a GPU, whose $(PYTHON) has torch, triton and transformers: STAGE=1 or STAGE=2.
-gpu-check:
+gpu-check: ## on the machine with a GPU, whose $(PYTHON) has torch, triton and transformers: STAGE=1 or STAGE=2
 	$(PYTHON) benchmarks/gpu/bundle.py run -- $(PYTHON) benchmarks/gpu/check.py --stage $(STAGE) \
 		--output $(or $(OUT),build/gpu-check) $(if $(ONLY),--only $(ONLY))
 
-clean:
-	rm -rf build dist stamp_kernels/*.so *.egg-info
+clean: ## remove what the builds made
+	rm -rf build dist stamp_kernels/*.so *.egg-info compile_commands.json

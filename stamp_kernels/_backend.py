@@ -1,8 +1,9 @@
-"""Which implementation serves the public functions: the kernels, or the plain PyTorch reference."""
+"""Which backend serves the public functions: the kernels, or the plain PyTorch reference."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 _BACKENDS = ("auto", "reference")
 
@@ -18,7 +19,7 @@ _backend = _checked(os.environ.get("STAMP_KERNELS_BACKEND", "auto"), "the enviro
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: Literal["auto", "reference"]) -> Iterator[None]:
     """Choose what serves the public functions inside a `with` block.
 
     Args:

@@ -29,6 +29,11 @@ class Sequences(NamedTuple):
     def num_sequences(self) -> int:
         return self.cu_seqlens_q.shape[0] - 1
 
+    @property
+    def offsets_of_keys(self) -> Tensor:
+        """int32 `[B + 1]`: cu_seqlens_k, or cu_seqlens_q in self-attention."""
+        return self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
+
 
 class BiasArguments(NamedTuple):
     """T5's relative-position bias.

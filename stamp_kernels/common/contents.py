@@ -1,4 +1,4 @@
-"""Checks of tensor contents: always on the CPU, under STAMP_KERNELS_CHECK=1 elsewhere (they cost a sync there).
+"""Checks of tensor contents: always on the CPU, under STAMP_KERNELS_CHECK=1 on other devices, where they cost a sync.
 
 Each raises a RuntimeError that names the argument, what it holds and what is allowed.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def contents_are_checked(device: torch.device) -> bool:
-    if torch.compiler.is_compiling():  # contents are unknown while tracing; an op checks them when it runs
+    if torch.compiler.is_compiling():  # contents are unknown during tracing; an op checks them when it runs
         return False
     return device.type == "cpu" or os.environ.get("STAMP_KERNELS_CHECK") == "1"
 

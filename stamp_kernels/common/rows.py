@@ -1,4 +1,4 @@
-"""Rows of a packed batch."""
+"""Which sequence a row of a packed batch belongs to."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
-"""The prediction steps of a cross-entropy: how their losses are reduced, and over which classes."""
+"""The prediction steps of a cross-entropy: the reductions of their losses, and the classes of each."""
 
 from collections.abc import Sequence
 
-# The reductions as at::Reduction numbers them.
+# By the numbers of at::Reduction.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 

@@ -1,4 +1,4 @@
-"""Autocast for the public functions: what torch's own matrix products do to their inputs."""
+"""Autocast for the public functions: they cast their inputs as torch's own matrix products do."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ from stamp_kernels.ops._checks import check_tensor
 
 
 def cast_for_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the autocast dtype of their device where autocast is on; fp64 stays fp64, as in torch.
+    """The tensors in the autocast dtype of their device, if autocast is on; fp64 stays fp64, as in torch.
 
     Raises:
-        ValueError: one is no tensor; the keywords are the names in the message.
+        ValueError: an argument is not a tensor; the message calls it by its keyword.
     """
     for name, x in tensors.items():
         check_tensor(name, x)
     device_type = next(iter(tensors.values())).device.type
-    if device_type == "meta":  # stands for a GPU, as in ahead-of-time compilation
+    if device_type == "meta":  # a GPU's tensors in ahead-of-time compilation
         device_type = "cuda"
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return tuple(tensors.values())

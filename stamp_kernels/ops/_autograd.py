@@ -1,18 +1,20 @@
 """What the thin autograd.Functions of the ops share."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 
-def without_repeats(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors, under torch.compile with a view in place of one that stands there twice.
+def without_repeats(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors (or None). Under torch.compile a second occurrence of a tensor is replaced by a view.
 
-    torch.compile refuses an autograd.Function that gets one tensor twice (keys that are the queries, say).
+    torch.compile rejects an autograd.Function that gets the same tensor twice (such as keys that are the queries).
     """
     if not torch.compiler.is_compiling():
         return tensors
-    distinct: list[Tensor | None] = []
+    distinct: list[Any] = []
     for x in tensors:
-        is_repeat = x is not None and any(x is y for y in distinct)
-        distinct.append(x.view_as(x) if is_repeat else x)
+        if x is not None and any(x is y for y in distinct):
+            x = x.view_as(x)
+        distinct.append(x)
     return tuple(distinct)

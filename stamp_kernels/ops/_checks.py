@@ -1,6 +1,6 @@
-"""Argument checks of the public functions: shapes, dtypes, devices and plain values, never a tensor's contents.
+"""Argument checks of the public functions: shapes, dtypes, devices and plain values, but not the contents of tensors.
 
-Each raises a ValueError that names the argument, what it was and what is allowed, and costs no sync.
+Each raises a ValueError that names the argument, what it was and what is allowed. None needs a sync.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """A tensor of the given rank and sizes; a size given as a word (for the message) or None may be any."""
+    """A tensor of the given rank and sizes. A word (for the message) or None in `shape` allows any size."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if shape is not None:

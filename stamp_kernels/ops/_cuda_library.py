@@ -1,4 +1,4 @@
-"""Whether the compiled CUDA library serves this process: the facts, the choice, and the loading.
+"""Whether the compiled CUDA library serves this process: the facts, the choice, the loading.
 
 The library's file name carries the major version of the CUDA runtime that is linked into it: `_cuda13.so`.
 """
@@ -19,8 +19,8 @@ class CudaFacts(NamedTuple):
     """What the choice depends on.
 
     Attributes:
-        torch_cuda: `torch.version.cuda`, None where torch was built without CUDA.
-        built_for: major versions of CUDA that a library was built for and installed.
+        torch_cuda: `torch.version.cuda`, None if torch was built without CUDA.
+        built_for: major versions of CUDA for which a library is installed.
         driver: the newest CUDA version that the driver supports, 13020 for 13.2. None: there is no driver.
         capabilities: the compute capability of each visible GPU.
     """
@@ -35,8 +35,8 @@ class CudaChoice(NamedTuple):
     """Who serves CUDA.
 
     Attributes:
-        major: the CUDA version of the library that serves. None: none does, Triton serves every op.
-        reason: why an installed library does not serve, and what to do about it. None: it does, or there is none.
+        major: the CUDA version of the library that serves. None: no library serves, Triton serves every op.
+        reason: why an installed library does not serve, and what to do. None: it serves, or none is installed.
     """
 
     major: int | None
@@ -48,7 +48,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def choose_cuda_library(facts: CudaFacts) -> CudaChoice:
-    """The library that serves, by the facts alone."""
+    """The library that serves; depends only on the facts."""
     if facts.torch_cuda is None or not facts.built_for:
         return CudaChoice(None)
     wanted = int(facts.torch_cuda.partition(".")[0])
@@ -95,13 +95,13 @@ def _driver_version() -> int | None:
 
 
 def cuda_facts() -> CudaFacts:
-    """Those of this process. Initialises CUDA where there is a GPU."""
+    """The facts of this process. Initialises CUDA if there is a GPU."""
     capabilities = tuple(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
     return CudaFacts(torch.version.cuda, _built_for(), _driver_version(), capabilities)
 
 
 def load_cuda_library(choice: CudaChoice) -> CudaChoice:
-    """Load the chosen library, which registers its kernels. Where that fails, the choice is Triton."""
+    """Load the chosen library, which registers its kernels. If that fails, the choice is Triton."""
     if choice.major is None:
         return choice
     file = _library_file(choice.major)

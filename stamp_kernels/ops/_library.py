@@ -1,10 +1,10 @@
-"""The `stamp` namespace of the dispatcher, and the only code that registers anything in it.
+"""The `stamp` namespace of the dispatcher. Only this file registers anything in it.
 
 An op gets its schema, its fake (shapes for torch.compile) and its kernels here. The compiled libraries bring kernels
-for the device they are named after, Triton serves CUDA otherwise, and the reference what is left.
+for the device in their name. Where they have none, Triton serves CUDA; the reference serves the rest.
 
-On the CPU that is settled at import. On CUDA it is settled at the first call with CUDA tensors, so that importing the
-package loads no CUDA library, asks no device anything and never fails because of either.
+For the CPU this is decided at import. For CUDA it is decided at the first call with CUDA tensors: importing the package
+loads no CUDA library, queries no device and cannot fail because of either.
 """
 
 import functools
@@ -19,7 +19,7 @@ import torch
 
 from stamp_kernels.ops._cuda_library import CudaChoice, choose_cuda_library, cuda_facts, load_cuda_library
 
-# Held for the life of the process: a collected Library takes its ops with it.
+# Kept for the life of the process: a Library that is garbage-collected removes its ops.
 _LIBRARY = torch.library.Library("stamp", "DEF")
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -28,17 +28,17 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 FLOP_FORMULAS: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
 
-# The plain PyTorch kernels and the launchers, called with the arguments of the op's schema: without the device guard
-# and the autocast guard that the dispatcher's kernels have.
+# The plain PyTorch kernels and the launchers, which take the arguments of the op's schema. They lack the device guard
+# and the autocast guard of the dispatcher's kernels.
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 TRITON_LAUNCHERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 Server = Literal["compiled", "triton", "reference"]
 
-_SERVED: dict[str, dict[str, Server]] = {"CPU": {}, "CUDA": {}}  # as far as it is settled
-_CUDA_LOCK = threading.Lock()  # for the two that follow, and _SERVED["CUDA"]
-_cuda_choice: CudaChoice | None = None  # None: not settled
-_UNSETTLED_ON_CUDA: dict[str, Callable[..., Any]] = {}  # by op: the kernel if the compiled library has none
+_SERVED: dict[str, dict[str, Server]] = {"CPU": {}, "CUDA": {}}  # what is decided so far
+_CUDA_LOCK = threading.Lock()  # protects the next two variables and _SERVED["CUDA"]
+_cuda_choice: CudaChoice | None = None  # None: not decided
+_UNSETTLED_ON_CUDA: dict[str, Callable[..., Any]] = {}  # by op: the kernel to use if the compiled library has none
 
 
 def _load_cpu_library() -> None:
@@ -57,7 +57,7 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def _guard_raw_call(op: torch._ops.OpOverload, public_name: str) -> Callable[..., Any]:
-    """An Autograd kernel that refuses what would lose a gradient, and otherwise goes on to the device's kernel."""
+    """An Autograd kernel that raises where a gradient would be lost, and otherwise calls the device's kernel."""
 
     def refuse_grad(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if torch.is_grad_enabled():
@@ -74,7 +74,7 @@ def _guard_raw_call(op: torch._ops.OpOverload, public_name: str) -> Callable[...
 
 
 def _outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The public functions have cast the inputs; autocast must not reach torch's products inside a kernel."""
+    """Keeps autocast from torch's matrix products inside a kernel: the public functions have cast the inputs."""
 
     def run(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
@@ -84,7 +84,7 @@ def _outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _on_device_of_first_tensor(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Makes the tensors' device the current one, on which Triton launches."""
 
     def run(*args: Any) -> Any:
         first = args[0][0] if isinstance(args[0], list) else args[0]
@@ -95,7 +95,7 @@ def _on_device_of_first_tensor(launcher: Callable[..., Any]) -> Callable[..., An
 
 
 def _naming_triton(op: torch._ops.OpOverload, launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Says what to install where the launcher cannot import Triton."""
+    """Says what to install if the launcher cannot import Triton."""
 
     def run(*args: Any) -> Any:
         try:
@@ -119,22 +119,22 @@ def _without_triton(op: torch._ops.OpOverload, error: ImportError) -> str:
 
 
 def _settle_cuda() -> None:
-    """Decide who serves CUDA, unless that is done, and register the kernels.
+    """Decide who serves CUDA, unless that is decided, and register the kernels.
 
-    This may happen while a CUDA graph is captured: loading a library and reading a device's properties is work on the
-    host, which a capture does not forbid. Several threads may call it at once: one settles, the others wait.
+    This may happen while a CUDA graph is captured: a capture allows loading a library and reading a device's
+    properties, since that is work on the CPU. If several threads call at once, one decides and the others wait.
     """
     global _cuda_choice
     with _CUDA_LOCK:
         first = _cuda_choice is None
-        choice = load_cuda_library(choose_cuda_library(cuda_facts())) if first else _cuda_choice
+        choice = _cuda_choice or load_cuda_library(choose_cuda_library(cuda_facts()))
         for name, kernel in list(_UNSETTLED_ON_CUDA.items()):
             _SERVED["CUDA"][name] = _server_on_cuda(name)
             if not _has_kernel(name, "CUDA"):
                 _LIBRARY.impl(name, kernel, "CUDA")
             del _UNSETTLED_ON_CUDA[name]
         _cuda_choice = choice
-    if first and choice.reason is not None:  # after all is done: a warning may be an exception
+    if first and choice.reason is not None:  # last, since a warning may be raised as an exception
         warnings.warn(
             f"stamp_kernels runs on Triton, not in its compiled CUDA library: {choice.reason}.",
             RuntimeWarning,
@@ -143,19 +143,19 @@ def _settle_cuda() -> None:
 
 
 def _server_on_cuda(name: str) -> Server:
-    """Who serves an op as long as Triton's kernels are not registered."""
+    """Who serves an op, while Triton's kernels are not registered."""
     if _has_kernel(name, "CUDA"):
         return "compiled"
     return "triton" if getattr(torch.ops.stamp, name).default in TRITON_LAUNCHERS else "reference"
 
 
 def _settle_and_repeat(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """The kernel of the first call with CUDA tensors, which settles who serves them and calls that.
+    """The kernel of the first call with CUDA tensors: it decides who serves them and calls that kernel.
 
-    It is registered for CompositeExplicitAutograd, which is every device without a kernel of its own, and it stays
-    registered. The dispatcher prefers a kernel for CUDA as soon as there is one, so later calls do not come here.
-    A kernel registered for CUDA would have to be removed before the final one is registered, and a call from another
-    thread in between would find no kernel.
+    It is registered for CompositeExplicitAutograd, which means every device without a kernel of its own, and stays
+    registered. As soon as there is a kernel for CUDA the dispatcher prefers it, so later calls do not come here. If
+    this one were registered for CUDA, it would have to be removed before the final one is registered, and a call from
+    another thread in between would find no kernel.
     """
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
@@ -171,8 +171,8 @@ def _settle_and_repeat(op: torch._ops.OpOverload) -> Callable[..., Any]:
 def served_by(key: Literal["CPU", "CUDA"]) -> dict[str, Server]:
     """Who serves each op on a device: its compiled library, Triton, or the reference.
 
-    For CUDA before the first call: who will, by what is known now. That loads the compiled library if it will serve,
-    initialises CUDA where there is a GPU, and does not warn.
+    For CUDA before the first call: who will serve it. To find out, this loads the compiled library if it can serve and
+    initialises CUDA if there is a GPU. It does not warn.
     """
     if key == "CUDA":
         with _CUDA_LOCK:
@@ -186,7 +186,7 @@ def served_by(key: Literal["CPU", "CUDA"]) -> dict[str, Server]:
 def _with_groups(
     op: torch._ops.OpOverload, groups: Sequence[type[tuple[Any, ...]]], function: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """`function` as the dispatcher calls it: with every argument of the schema, of which it takes some in groups."""
+    """`function`, which takes some arguments in groups, as the dispatcher calls it: with one argument after another."""
     if not groups:
         return function
     names = [argument.name for argument in op._schema.arguments]

@@ -1,4 +1,4 @@
-"""The Triton launchers under the public functions, whatever device the tensors are on."""
+"""The public functions on the Triton launchers, for tensors of any device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,8 @@ from stamp_kernels.ops._library import TRITON_LAUNCHERS
 class ServedByTriton(TorchDispatchMode):
     """Within the block, `torch.ops.stamp.*` run their Triton launcher instead of the kernel of the tensors' device.
 
-    For tensors on the CPU where Triton interprets its kernels, and for `meta` tensors where it compiles them and
-    launches nothing: the public functions, their autograd and whole models then reach the launchers as on a GPU.
+    This is for tensors on the CPU, if Triton interprets its kernels, and for `meta` tensors, if it compiles them and
+    launches nothing. The public functions, their autograd and whole models then reach the launchers as on a GPU.
     """
 
     def __torch_dispatch__(

@@ -1,4 +1,4 @@
-"""What kernels read on a device besides the tensors of a call, put there before the call."""
+"""Copies the constants that kernels read on a device there before the first call."""
 
 from collections.abc import Sequence
 
@@ -13,21 +13,20 @@ def prepare(
     relative_bias: RelativePositionBias | None = None,
     vocab_ranges: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """Put the constants of some calls onto a GPU, so that no such call has to wait for it.
+    """Copy the constants of later calls to a GPU, so that these calls can be captured in a CUDA graph.
 
     Kernels look up the bucket of a distance and the range of a step in small tensors on the device. The first call
-    that needs one copies it there, waits for the copy and keeps it for the life of the process. While a CUDA graph is
-    captured that is impossible and raises a RuntimeError: before a capture, either run the step once or call this. It
-    is not needed elsewhere. On a CPU it does nothing.
+    that needs one copies it there, waits for the copy and keeps it for the life of the process. During the capture of a
+    CUDA graph that is impossible and raises a RuntimeError: before a capture, either run the step once or call this
+    function. Nothing else needs it. On a CPU it does nothing.
 
-    Weights of steps are no constants: as floats they are written by kernels, which a graph replays with the values of
-    its capture.
+    Step weights are not constants: kernels write those given as floats, and a graph replays the values of its capture.
 
     Args:
-        device: of the calls' tensors; `"cuda"` is the current GPU.
-        relative_bias: what `packed_attention` and `attention_centrality` will be given. Of its table only the number of
-            buckets matters: tables of one shape share their constants.
-        vocab_ranges: what `multi_token_cross_entropy` or `MultiStepPrediction` will be given.
+        device: of the tensors of the later calls; `"cuda"` is the current GPU.
+        relative_bias: the bias of the later calls of `packed_attention` and `attention_centrality`. Tables with equal
+            numbers of buckets share their constants.
+        vocab_ranges: the ranges of the later calls of `multi_token_cross_entropy` or `MultiStepPrediction`.
 
     Raises:
         ValueError: an argument has a wrong value.
@@ -46,7 +45,7 @@ def prepare(
     for start, end in ranges:
         if not 0 <= start < end:
             raise ValueError(f"vocab_ranges must satisfy 0 <= start < end, got {(start, end)}")
-    device = torch.empty(0, device=device).device  # with its index
+    device = torch.empty(0, device=device).device  # now it has its index
     if device.type == "cpu":
         return
     # These import Triton.
@@ -58,5 +57,5 @@ def prepare(
         of_bias = relative_bias.table.shape[0], relative_bias.max_distance, relative_bias.bidirectional
         distance_buckets(*of_bias, device)
         distance_ranges(*of_bias, device)
-    if len(set(ranges)) > 1:  # a range that all steps have is an argument of the kernels
+    if len(set(ranges)) > 1:  # a range that all steps share is an argument of the kernels
         ranges_on_device(ranges, device)

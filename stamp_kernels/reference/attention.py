@@ -4,7 +4,7 @@ For query i and key j of one sequence and one head, D_ij being the dropout mask 
 
     S_ij = scale * q_i . k_j + bias[bucket(pos_k[j] - pos_q[i])]     (-inf where causal order hides j)
     lse_i = log sum_j exp(S_ij)          P_ij = exp(S_ij - lse_i)    O_i = sum_j P_ij D_ij v_j
-    centrality_j = sum over heads and voting queries i of P_ij       (arXiv 2604.05329: the column sum S_attn)
+    centrality_j = sum over heads and queries i of P_ij              (arXiv 2604.05329: the column sum S_attn)
 
 and backward, dO being the gradient of O:
 
@@ -12,10 +12,10 @@ and backward, dO being the gradient of O:
     dV_j = sum_i P_ij D_ij dO_i          dQ_i = scale sum_j dS_ij k_j   dK_j = scale sum_i dS_ij q_i
     dbias[b] = sum of dS_ij over bucket(i, j) = b
 
-Sequences of equal lengths are computed together, so that the code shows the mathematics of one sequence and yet a
-batch of thousands takes few steps. fp16 and bf16 inputs are computed in fp32. The matrix products are BLAS's, whose
-last bits may depend on how many sequences share a step: of the contract's promises on bits the reference keeps that of
-two equal runs, not that of a sequence alone and in a batch.
+Sequences of equal lengths are computed together, so the code shows the maths of one sequence and a batch of thousands
+takes few steps. fp16 and bf16 inputs are computed in fp32. The last bits of a BLAS product may depend on how many
+sequences share a step. So two equal runs give the same bits, as the contract promises, but a sequence may get other
+bits alone than in a batch.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.reference.dropout import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 
-# Scores computed at once, so that thousands of equally long sequences neither fill the memory nor leave the cache.
+# Scores computed at once: few enough that thousands of equally long sequences stay in the cache.
 _MAX_SCORES = 2**22
 
 
@@ -43,8 +43,8 @@ class EqualLengthGroup(NamedTuple):
 
 
 def equal_length_groups(sequences: Sequences, num_heads: int) -> Iterator[EqualLengthGroup]:
-    """The batch's sequences that have queries, grouped by their lengths. Reads the lengths on the host."""
-    cu_seqlens_q, cu_seqlens_k = sequences.cu_seqlens_q, sequences.cu_seqlens_k
+    """The sequences that have queries, grouped by their lengths. Copies the lengths to the CPU."""
+    cu_seqlens_q, cu_seqlens_k = sequences.cu_seqlens_q, sequences.offsets_of_keys
     device = cu_seqlens_q.device
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     sequences_by_length: dict[tuple[int, int], list[int]] = {}
@@ -52,19 +52,19 @@ def equal_length_groups(sequences: Sequences, num_heads: int) -> Iterator[EqualL
         lengths = (starts_q[i + 1] - starts_q[i], starts_k[i + 1] - starts_k[i])
         if lengths[0] > 0:
             sequences_by_length.setdefault(lengths, []).append(i)
-    for (num_queries, num_keys), sequences in sequences_by_length.items():
+    for (num_queries, num_keys), same_length in sequences_by_length.items():
         at_once = max(1, _MAX_SCORES // max(1, num_heads * num_queries * num_keys))
-        for chunk in torch.tensor(sequences, device=device).split(at_once):
-            first_q, first_k = cu_seqlens_q.long()[chunk], cu_seqlens_k.long()[chunk]
+        for indices in torch.tensor(same_length, device=device).split(at_once):
+            first_q, first_k = cu_seqlens_q.long()[indices], cu_seqlens_k.long()[indices]
             yield EqualLengthGroup(
-                chunk,
+                indices,
                 first_q[:, None] + torch.arange(num_queries, device=device),
                 first_k[:, None] + torch.arange(num_keys, device=device),
             )
 
 
 def _per_head(x: Tensor, rows: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
-    """Rows `[G, n]` of x `[T, H, D]` as `[G, num_heads, n, D]`, key heads repeated for their group of query heads."""
+    """Rows `[G, n]` of x `[T, H, D]` as `[G, num_heads, n, D]`; key heads are repeated for the heads of their group."""
     gathered = x[rows].to(dtype).transpose(1, 2)
     return gathered.repeat_interleave(num_heads // x.shape[1], dim=1) if x.shape[1] != num_heads else gathered
 
@@ -107,7 +107,7 @@ def attention_scores(
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """P and lse; a row that sees no key gives P = 0 (without a NaN in its gradient) and lse = -inf."""
+    """P and lse. A row that sees no key gives P = 0 (without a NaN in its gradient) and lse = -inf."""
     lse = torch.logsumexp(scores.detach(), dim=-1)
     sees_no_key = (lse == -torch.inf)[..., None]
     weights = torch.softmax(scores.masked_fill(sees_no_key, 0.0), dim=-1)
@@ -132,7 +132,7 @@ def _dropout_factors(weights: Tensor, group: EqualLengthGroup, dropout: DropoutA
 def _sum_by_bucket(d_scores: Tensor, buckets: Tensor, num_buckets: int) -> Tensor:
     """`[num_buckets, H]`: dS `[G, H, n_q, n_k]` added up by the buckets `[G or 1, n_q, n_k]` of its entries.
 
-    A product with the one-hot buckets, some pairs at a time: index_add would use float atomics on a GPU.
+    A product with one-hot buckets, in blocks of pairs, because index_add uses float atomics on a GPU.
     """
     if buckets.shape[0] == 1:
         d_scores = d_scores.sum(0, keepdim=True)
@@ -146,9 +146,9 @@ def _sum_by_bucket(d_scores: Tensor, buckets: Tensor, num_buckets: int) -> Tenso
 
 
 def scatter_rows(total: int, rows: list[Tensor], values: list[Tensor], like: Tensor) -> Tensor:
-    """`[total, ...]` with the groups' values in their rows and 0 elsewhere (tail rows, sequences without queries)."""
+    """`[total, ...]`: the groups' values in their rows, and 0 in tail rows and sequences without queries."""
     index = torch.cat([like.new_empty(0, dtype=torch.int64), *(r.flatten() for r in rows)])
-    # like[:0] ties even an empty batch's result to its input, so that a backward pass finds it.
+    # like[:0] keeps the result of an empty batch in the autograd graph of its input.
     source = torch.cat([like[:0], *(v.flatten(0, 1) for v in values)])
     return like.new_zeros(total, *like.shape[1:]).index_copy(0, index, source)
 
@@ -221,7 +221,7 @@ def packed_attention_backward(
     dtype = compute_dtype(q.dtype)
     num_heads, num_heads_kv = q.shape[1], k.shape[1]
     rows_q, rows_k, dqs, dks, dvs = [], [], [], [], []
-    table = bias.bias_table
+    table = q.new_empty(0) if bias.bias_table is None else bias.bias_table
     dbias = table.new_zeros(table.shape, dtype=dtype) if need_dbias else q.new_empty(0)
 
     def sum_over_group_heads(x: Tensor) -> Tensor:  # [G, Hq, n, D] -> [G, n, Hkv, D]
@@ -279,7 +279,7 @@ def attention_centrality(
     for group in equal_length_groups(sequences, q.shape[1]):
         scores = attention_scores(group, q, k, causal, scale, bias)
         lse_g = lse.t()[group.rows_q].transpose(1, 2)[..., None]
-        # A query that sees no key has lse = -inf and votes nothing.
+        # A query that sees no key has lse = -inf and adds nothing.
         weights = torch.exp(scores - lse_g).masked_fill(lse_g == -torch.inf, 0.0)
         rows_k.append(group.rows_k)
         centralities.append(column_sums(weights, group, query_mask))

@@ -1,4 +1,4 @@
-"""Multi-token cross-entropy in plain PyTorch: the oracle, and the kernels of the ops on devices without a fused one.
+"""Multi-token cross-entropy in plain PyTorch: the oracle, and the kernels of devices without fused ones.
 
 The auxiliary loss of arXiv 2604.05329 (section MAP), after Gloeckle et al. 2024: sum over steps k of w_k CE(step k).
 With the logits z = W x + b (soft-capped: c tanh(z / c)) over the V classes of the step's range, the loss of one row is
@@ -23,8 +23,9 @@ from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.common.steps import REDUCTIONS, step_ranges
 
-# One tile of logits, and its widest. Measured on two AVX-512 cores: forward and backward in 130 ms where N = V = 4,096
-# and D = 128 (F.cross_entropy: 157 to 185), and within 25 % of the best of 20 settings for V from 256 to 65,536.
+# Size of a tile of logits, and its largest width. Measured on two AVX-512 cores: forward and backward in 130 ms for
+# N = V = 4,096 and D = 128 (F.cross_entropy: 157 to 185), and within 25 % of the best of 20 settings for V from 256 to
+# 65,536.
 TILE_BYTES = 2 * 2**20
 TILE_CLASSES = 2048
 
@@ -35,12 +36,12 @@ class _Step(NamedTuple):
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D], V the width of the range
     bias: Tensor | None  # [V]
-    labels: Tensor  # [N, 1] int64, classes counted from the range's start, 0 where ignored
+    targets: Tensor  # [N, 1] int64, counted from the start of the range, 0 where ignored
     valid: Tensor  # [N, 1] bool, False where ignored
 
 
 def _of_step(x: Tensor, k: int, shared_dims: int) -> Tensor:
-    """Step k's part of a tensor that all steps share, or that has one part for each."""
+    """The tensor of step k: `x` if all steps share it, else `x[k]`."""
     return x if x.dim() == shared_dims else x[k]
 
 
@@ -54,19 +55,19 @@ def _steps(
 ) -> Iterator[_Step]:
     dtype = compute_dtype(hidden.dtype)
     for k, (start, end) in enumerate(ranges):
-        labels = targets[:, k, None]
-        valid = labels != ignore_index
+        column = targets[:, k, None]
+        valid = column != ignore_index
         yield _Step(
             hidden=_of_step(hidden, k, shared_dims=2),
             weight=_of_step(weight, k, shared_dims=2)[start:end].to(dtype),
             bias=None if bias is None else _of_step(bias, k, shared_dims=1)[start:end].to(dtype),
-            labels=torch.where(valid, labels - start, 0),
+            targets=torch.where(valid, column - start, 0),
             valid=valid,
         )
 
 
 def _read_rows(step: _Step, rows: slice) -> Tensor:
-    """Hidden rows in the accumulation dtype; ignored ones are 0, so that a NaN in them reaches no sum."""
+    """Hidden rows in the accumulation dtype. Ignored rows are 0, so that a NaN in them reaches no sum."""
     return step.hidden[rows].to(step.weight.dtype).masked_fill(~step.valid[rows], 0)
 
 
@@ -76,10 +77,10 @@ def _logits(x: Tensor, step: _Step, classes: slice, softcap: float | None) -> Te
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _row_losses(lse: Tensor, label_logit: Tensor, mean_logit: Tensor, valid: Tensor, options: LossOptions) -> Tensor:
+def _row_losses(lse: Tensor, target_logit: Tensor, mean_logit: Tensor, valid: Tensor, options: LossOptions) -> Tensor:
     """Every row's loss, 0 where ignored."""
-    loss = lse - (1 - options.label_smoothing) * label_logit + options.z_loss * lse.square()
-    if options.label_smoothing > 0:  # else a class that a bias of -inf rules out would give 0 * inf
+    loss = lse - (1 - options.label_smoothing) * target_logit + options.z_loss * lse.square()
+    if options.label_smoothing > 0:  # otherwise a class with a bias of -inf would give 0 * inf
         loss = loss - options.label_smoothing * mean_logit
     return loss.masked_fill(~valid, 0)
 
@@ -87,9 +88,9 @@ def _row_losses(lse: Tensor, label_logit: Tensor, mean_logit: Tensor, valid: Ten
 def _reduce(
     losses: Tensor, targets: Tensor, step_weights: StepWeights, ignore_index: int, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From losses [K, N] to the loss, the steps' losses [K], and [K] by how much a row's loss of a step counts.
+    """From losses [K, N]: the loss, the losses of the steps [K], and the weight [K] of a row's loss in each step.
 
-    Without reduction: losses [N, K], and the other two are empty.
+    Without reduction: the losses [N, K], and two empty tensors.
     """
     if reduction == REDUCTIONS["none"]:
         return losses.T.contiguous(), losses.new_empty(0), losses.new_empty(0)
@@ -102,7 +103,7 @@ def _reduce(
         step_weights.step_weights if step_weights.step_weights_tensor is None else step_weights.step_weights_tensor
     )
     if weights is not None:
-        # One multiplication a step: a tensor made from floats would be a copy to the device, which syncs.
+        # One multiplication per step: copying a tensor of the floats to the device would sync.
         weighted_scale = torch.stack([scale[k] * w for k, w in enumerate(weights)]).to(scale.dtype)
     return (step_sums * weighted_scale).sum(), step_sums * scale, weighted_scale
 
@@ -110,8 +111,8 @@ def _reduce(
 def multi_token_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
     bias: Tensor | None,
+    targets: Tensor,
     step_weights: StepWeights,
     options: LossOptions,
     reduction: int,
@@ -129,18 +130,18 @@ def multi_token_cross_entropy(
     for step in _steps(hidden, weight, targets, bias, ranges, options.ignore_index):
         logits = _logits(_read_rows(step, slice(None)), step, slice(None), options.softcap)
         lse = torch.logsumexp(logits, dim=1, keepdim=True)
-        label_logit, mean_logit = logits.gather(1, step.labels), logits.mean(dim=1, keepdim=True)
-        losses.append(_row_losses(lse, label_logit, mean_logit, step.valid, options)[:, 0])
+        target_logit, mean_logit = logits.gather(1, step.targets), logits.mean(dim=1, keepdim=True)
+        losses.append(_row_losses(lse, target_logit, mean_logit, step.valid, options)[:, 0])
     loss, step_losses, _ = _reduce(torch.stack(losses), targets, step_weights, options.ignore_index, reduction)
     return loss, step_losses.detach()
 
 
 def _tiles(step: _Step) -> Iterator[tuple[slice, slice]]:
-    """(rows, classes) of a step's tiles of logits, all rows of some classes before the next ones.
+    """(rows, classes) of a step's tiles of logits: all rows for one chunk of classes before the next chunk.
 
-    In that order the classes' weight and its gradient, the larger ones, are what stays in cache.
+    In that order the weight of the classes and its gradient, the larger tensors, stay in cache.
     """
-    num_rows, num_classes = step.labels.shape[0], step.weight.shape[0]
+    num_rows, num_classes = step.targets.shape[0], step.weight.shape[0]
     tile_classes = min(num_classes, TILE_CLASSES)
     tile_rows = TILE_BYTES // (tile_classes * step.weight.itemsize)
     for first_class in range(0, num_classes, tile_classes):
@@ -148,11 +149,11 @@ def _tiles(step: _Step) -> Iterator[tuple[slice, slice]]:
             yield slice(first_row, first_row + tile_rows), slice(first_class, first_class + tile_classes)
 
 
-def _labels_in_tile(step: _Step, rows: slice, classes: slice, tile_classes: int) -> tuple[Tensor, Tensor]:
-    """Each row's label counted from the tile's first class, and whether it is in the tile (if not: any in it)."""
-    labels = step.labels[rows] - classes.start
-    in_tile = (labels >= 0) & (labels < tile_classes)
-    return labels.clamp(0, tile_classes - 1), in_tile
+def _targets_in_tile(step: _Step, rows: slice, classes: slice, tile_classes: int) -> tuple[Tensor, Tensor]:
+    """Each row's target counted from the tile's first class, clamped into the tile, and whether it is in the tile."""
+    targets = step.targets[rows] - classes.start
+    in_tile = (targets >= 0) & (targets < tile_classes)
+    return targets.clamp(0, tile_classes - 1), in_tile
 
 
 def multi_token_cross_entropy_forward(
@@ -169,7 +170,7 @@ def multi_token_cross_entropy_forward(
     Returns:
         loss: scalar, or `[N, K]` without reduction.
         step_losses: `[K]` unweighted means or sums; empty without reduction.
-        step_scale: `[K]`, by how much a row's loss counts in the loss; empty without reduction.
+        step_scale: `[K]`, the weight of a row's loss in the loss; empty without reduction.
         lse: `[K, N]`, 0 where ignored.
     """
     num_rows, num_steps = targets.shape
@@ -179,16 +180,16 @@ def multi_token_cross_entropy_forward(
     lse = torch.empty_like(losses)
     for k, step in enumerate(_steps(hidden, weight, targets, bias, ranges, options.ignore_index)):
         lse_k = losses.new_full((num_rows, 1), -torch.inf)
-        label_logit, sum_logits = losses.new_zeros((num_rows, 1)), losses.new_zeros((num_rows, 1))
+        target_logit, sum_logits = losses.new_zeros((num_rows, 1)), losses.new_zeros((num_rows, 1))
         for rows, classes in _tiles(step):
             logits = _logits(_read_rows(step, rows), step, classes, options.softcap)
             lse_k[rows] = torch.logaddexp(lse_k[rows], torch.logsumexp(logits, dim=1, keepdim=True))
-            labels, in_tile = _labels_in_tile(step, rows, classes, logits.shape[1])
-            label_logit[rows] += torch.where(in_tile, logits.gather(1, labels), 0)
+            in_chunk, in_tile = _targets_in_tile(step, rows, classes, logits.shape[1])
+            target_logit[rows] += torch.where(in_tile, logits.gather(1, in_chunk), 0)
             if options.label_smoothing > 0:
                 sum_logits[rows] += logits.sum(dim=1, keepdim=True)
         mean_logit = sum_logits / step.weight.shape[0]
-        losses[k] = _row_losses(lse_k, label_logit, mean_logit, step.valid, options)[:, 0]
+        losses[k] = _row_losses(lse_k, target_logit, mean_logit, step.valid, options)[:, 0]
         lse[k] = lse_k.masked_fill(~step.valid, 0)[:, 0]
     return *_reduce(losses, targets, step_weights, options.ignore_index, reduction), lse
 
@@ -214,11 +215,12 @@ def multi_token_cross_entropy_backward(
     dtype = compute_dtype(hidden.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if needs.need_hidden else 0, dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape if needs.need_weight else 0, dtype=dtype)
-    grad_bias = weight.new_zeros(bias.shape if needs.need_bias else 0, dtype=dtype)
+    like_bias = weight.new_empty(0) if bias is None else bias
+    grad_bias = weight.new_zeros(like_bias.shape if needs.need_bias else 0, dtype=dtype)
     for k, step in enumerate(_steps(hidden, weight, targets, bias, ranges, options.ignore_index)):
         grad_rows = grad_loss[:, k] if step_scale.shape[0] == 0 else (grad_loss * step_scale[k]).expand(num_rows)
         grad_rows = torch.where(step.valid, grad_rows[:, None], 0)
-        # Against an infinite lse the probabilities of an ignored row are 0; against its 0 they could overflow.
+        # With an infinite lse the probabilities of an ignored row are 0; with its stored 0 they could overflow.
         lse_rows = torch.where(step.valid, lse[k][:, None], torch.inf)
         z_loss_factor = 1 + 2 * options.z_loss * lse[k][:, None]
         for rows, classes in _tiles(step):
@@ -229,8 +231,8 @@ def multi_token_cross_entropy_backward(
                 grad *= z_loss_factor[rows]
             if options.label_smoothing > 0:
                 grad -= options.label_smoothing / step.weight.shape[0]
-            labels, in_tile = _labels_in_tile(step, rows, classes, logits.shape[1])
-            grad.scatter_(1, labels, grad.gather(1, labels) - (1 - options.label_smoothing) * in_tile.to(dtype))
+            in_chunk, in_tile = _targets_in_tile(step, rows, classes, logits.shape[1])
+            grad.scatter_(1, in_chunk, grad.gather(1, in_chunk) - (1 - options.label_smoothing) * in_tile.to(dtype))
             grad *= grad_rows[rows]
             if options.softcap is not None:
                 grad *= 1 - (logits / options.softcap).square()
@@ -243,7 +245,7 @@ def multi_token_cross_entropy_backward(
     return (
         grad_hidden.to(hidden.dtype),
         grad_weight.to(weight.dtype),
-        grad_bias.to(weight.dtype if bias is None else bias.dtype),
+        grad_bias.to(like_bias.dtype),
     )
 
 
@@ -268,13 +270,13 @@ def multi_token_cross_entropy_with_gradients(
 
 
 def shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, ignore_index: int) -> Tensor:
-    """The op `stamp::shift_targets`: int64 `[T, steps]`, column k - 1 the label k * stride ahead in its sequence."""
+    """The op `stamp::shift_targets`: int64 `[T, steps]`; column k - 1 is the label k * stride ahead in its sequence."""
     total = labels.shape[0]
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total)
     if total == 0:
         return labels.new_empty((0, steps), dtype=torch.int64)
-    stride = min(stride, total)  # past every end already; a longer one could overflow
-    # Tail rows count as the sequence after the last; it ends at 0, so they have no label ahead.
+    stride = min(stride, total)  # `total` is past every end already, and a longer stride could overflow
+    # Tail rows are treated as one more sequence that ends at 0, so they have no label ahead.
     ends = torch.cat([cu_seqlens[1:], cu_seqlens.new_zeros(1)])[sequence_of_row(cu_seqlens, total)]
     rows = torch.arange(total, device=labels.device)
     ahead = rows[:, None] + stride * torch.arange(1, steps + 1, device=labels.device)

@@ -41,7 +41,7 @@ def token_importance(
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total)
     rows = torch.arange(total, device=hidden.device)
     if per_visible_query:
-        # Queries i, i + 1, ..., n - 1 see key i: as many as rows are left in its sequence.
+        # Queries i, i + 1, ..., n - 1 see key i: as many as there are rows left in its sequence.
         ends = torch.cat([cu_seqlens[1:], cu_seqlens.new_full((1,), total)])
         importance = importance / (ends[sequence_of_row(cu_seqlens, total)] - rows)
     return torch.where(rows < cu_seqlens[-1], importance, 0.0)
@@ -55,10 +55,10 @@ def select_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens.
 
-    total_kept None, for the CPU alone: as many as the sequences keep.
+    total_kept None (CPU only): as many as the sequences keep.
 
-    An item, `codes_per_item` tokens from the start of its sequence on, scores the sum of its tokens, added up from the
-    first to the last in the compute type, and is protected where one of them is.
+    An item is codes_per_item tokens, counted from the start of its sequence. Its importance is the sum of its tokens'
+    importance, added up from the first to the last in the compute type. It is protected if one of its tokens is.
     """
     *_, protect, codes_per_item, total_kept = budget
     total = importance.shape[0]
@@ -74,14 +74,14 @@ def select_tokens(
     item_rows = first_row + (torch.arange(total, device=device) - first_row) // codes_per_item * codes_per_item
     item_rows = (item_rows[:, None] + torch.arange(codes_per_item, device=device)).clamp(max=total - 1)  # [T, length]
 
-    score = importance.new_zeros(total, dtype=compute_dtype(importance.dtype))
+    of_item = importance.new_zeros(total, dtype=compute_dtype(importance.dtype))
     protected = torch.zeros(total, dtype=torch.bool, device=device)
-    for row in item_rows.unbind(1):  # one by one: the order of a sum decides its bits
-        score = score + importance[row]
+    for row in item_rows.unbind(1):  # one by one, since the order of a sum decides its bits
+        of_item = of_item + importance[row]
         if protect is not None:
             protected = protected | protect[row]
     num_items = cu_seqlens.diff().to(torch.int64) // codes_per_item
-    # Tokens after the last whole item (there are none where contents are checked) and tail rows never stay.
+    # Tokens after the last whole item (none where contents are checked) and tail rows never stay.
     is_in_item = item_rows[:, 0] - first_row < torch.cat([codes_per_item * num_items, num_items.new_zeros(1)])[sequence]
     protected = protected & is_in_item
     begins_item = item_rows[:, 0] == torch.arange(total, device=device)
@@ -93,18 +93,18 @@ def select_tokens(
     elif contents_are_checked(device) and int(kept.sum()) > total_kept:
         raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
 
-    # Within a sequence: protected tokens, then the others by falling importance, then NaN; ties by rising index, so
-    # that the tokens of an item, which score alike, stay together.
-    is_nan = score.isnan()
-    by_score = torch.sort(score.masked_fill(is_nan, -torch.inf) + 0.0, descending=True, stable=True).indices
+    # Order within a sequence: protected tokens, then the others by falling importance, then NaN; ties by rising index,
+    # so that the tokens of an item, which are equally important, stay together.
+    is_nan = of_item.isnan()
+    by_importance = torch.sort(of_item.masked_fill(is_nan, -torch.inf) + 0.0, descending=True, stable=True).indices
     group = sequence * 4 + torch.where(protected, 0, torch.where(~is_in_item, 3, torch.where(is_nan, 2, 1)))
-    order = by_score[torch.sort(group[by_score], stable=True).indices]
+    order = by_importance[torch.sort(group[by_importance], stable=True).indices]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(total, device=device)
     stays = rank - first_row < torch.cat([kept, kept.new_zeros(1)])[sequence]
 
     kept_row = stays.cumsum(0) - 1
-    # Where contents are not checked a total_kept that is too small cuts the last tokens off, rather than memory.
+    # If contents are not checked, a total_kept that is too small drops the last tokens instead of writing past the end.
     stays = stays & (kept_row < total_kept)
     inverse = torch.where(stays, kept_row, -1).to(torch.int32)
     indices = torch.full((total_kept + 1,), -1, dtype=torch.int64, device=device)
@@ -127,7 +127,7 @@ def gather_rows(x: Tensor, row_map: Tensor) -> Tensor:
             raise RuntimeError(f"row indices must be -1 (none) to {x.shape[0] - 1}, got {low} to {high}")
     none = row_map < 0
     if x.shape[0] == 0:
-        # Nothing to select; cat keeps the result in the autograd graph of x.
+        # There is nothing to select; cat keeps the result in the autograd graph of x.
         return torch.cat([x, x.new_zeros((row_map.shape[0], *x.shape[1:]))])
     rows = x.index_select(0, row_map.clamp(min=0))
     return rows.masked_fill(none.view(-1, *[1] * (x.dim() - 1)), 0)
@@ -146,7 +146,7 @@ def prune(
     """The op `stamp::prune`: (rows of x, their positions, indices, cu_seqlens, inverse). Differentiable in x.
 
     Args:
-        x: tensors `[T, ...]`, of which the first, the hidden states `[T, D]`, is scored.
+        x: tensors `[T, ...]`; the first one, the hidden states `[T, D]`, gives the importance.
         positions: int32 `[T]`; None: the index in the sequence.
         centrality, norm_order, per_visible_query: as in `token_importance`; what follows as in `select_tokens`.
     """

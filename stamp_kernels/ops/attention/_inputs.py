@@ -14,10 +14,9 @@ MAX_HEAD_DIM = 256
 def num_query_key_pairs(sequences: Sequences) -> int:
     """Query-key pairs of the batch; an upper bound under fake tensors, which have no contents."""
     cu_seqlens_q = sequences.cu_seqlens_q
-    cu_seqlens_k = cu_seqlens_q if sequences.cu_seqlens_k is None else sequences.cu_seqlens_k
     if isinstance(cu_seqlens_q, torch._subclasses.FakeTensor) or cu_seqlens_q.is_meta:
         return sequences.num_sequences * sequences.max_seqlen_q * sequences.max_seqlen_k
-    return int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff().long()).sum())
+    return int((cu_seqlens_q.diff().long() * sequences.offsets_of_keys.diff().long()).sum())
 
 
 def check_q_and_k(q: Tensor, k: Tensor, *, is_self_attention: bool) -> None:
@@ -61,7 +60,7 @@ def checked_bias(
     if relative_bias is not None:
         if not isinstance(relative_bias, RelativePositionBias):
             raise ValueError(f"relative_bias must be a RelativePositionBias, got {type(relative_bias).__name__}")
-        shape = ["num_buckets", q.shape[1]]
+        shape: list[int | str | None] = ["num_buckets", q.shape[1]]
         check_tensor("relative_bias.table", relative_bias.table, shape=shape, dtypes=FLOATING_DTYPES, device=q.device)
     for name, positions, rows in (("positions_q", positions_q, q), ("positions_k", positions_k, k)):
         if positions is not None:

@@ -156,7 +156,7 @@ _backward = define_op(
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,

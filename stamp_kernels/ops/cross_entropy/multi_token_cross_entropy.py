@@ -1,7 +1,7 @@
-"""Cross-entropy of several future tokens or items at once, from hidden states, without the logits in memory."""
+"""Cross-entropy of several future tokens or items at once, from hidden states, without logits in memory."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_range, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.reference import cross_entropy as reference
+
+Reduction = Literal["none", "mean", "sum"]
+Memory = Literal["auto", "minimal"]
 
 
 class MultiTokenLoss(NamedTuple):
@@ -142,7 +145,7 @@ def _with_gradients_flops(
 
 
 def _is_for_the_reference(hidden: Tensor) -> bool:
-    """Whether Triton's kernels leave it out: fp64, which is there for gradcheck, and states of no features."""
+    """Whether Triton has no kernel for it: fp64, which exists for gradcheck, and states without features."""
     return hidden.dtype == torch.float64 or hidden.shape[-1] == 0
 
 
@@ -209,10 +212,10 @@ _with_gradients = define_op(
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """The gradients are made with the loss, while its logits are at hand, and scaled by what arrives for it."""
+    """The forward makes the gradients with the loss, from the same logits; the backward scales them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -236,7 +239,7 @@ class _GradientsInForward(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 3
         if grad_loss is not None:
             needs = ctx.needs_input_grad[:3]
-            # Out of place: a second backward pass through the same graph finds them as they were.
+            # Not in place: a second backward pass through the same graph needs them unscaled.
             grads = [
                 x * grad_loss.to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
             ]
@@ -247,7 +250,7 @@ class _MultiTokenCrossEntropy(torch.autograd.Function):
     """The backward computes the logits again, from the lse that the forward keeps."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -275,19 +278,22 @@ class _MultiTokenCrossEntropy(torch.autograd.Function):
         return *grads, *[None] * 4
 
 
-# A gradient of wider rows does not fit the registers of a GPU's program: logits are then computed for each part of it.
-_WIDEST_RECOMPUTED = 256
+# On a GPU the gradient of a wider row does not fit the registers of a program, and the logits are computed once for
+# each block of features.
+_MAX_RECOMPUTED_WIDTH = 256
 
 
 def gradients_come_with_the_loss(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether gradients made with the loss, 6 N V D FLOPs and logits in memory chunk by chunk, are faster than logits
-    computed three times over, 10 N V D FLOPs (14 and more past _WIDEST_RECOMPUTED) and none in memory.
+    """Whether it is faster to make the gradients with the loss than to compute the logits again in the backward.
 
-    On a CPU always: chunks stay in its caches. On a GPU a logit's way to memory and back costs 18 bytes beside 4 D
-    FLOPs saved, about the same at D = 400 on an H100, by counting: it has not been measured. fp32 is exact, without
-    matrix units, and so too dear to be computed again.
+    With the loss: 6 N V D FLOPs, and the logits go through memory chunk by chunk. Again: 10 N V D FLOPs (14 and more
+    above _MAX_RECOMPUTED_WIDTH), and no logits in memory.
+
+    On a CPU with the loss is always faster, since chunks stay in its caches. On a GPU a logit's way to memory and back
+    costs 18 bytes against 4 D FLOPs saved: about the same at D = 400 on an H100, by counting; this has not been
+    measured. fp32 products are exact, without matrix units, and so too slow to compute again.
     """
-    return device.type == "cpu" or width > _WIDEST_RECOMPUTED or dtype == torch.float32
+    return device.type == "cpu" or width > _MAX_RECOMPUTED_WIDTH or dtype == torch.float32
 
 
 def _check_shared_or_per_step(
@@ -318,6 +324,40 @@ def _check_vocab_ranges(vocab_ranges: Sequence[tuple[int, int]], num_steps: int,
             )
 
 
+def _checked_step_weights(
+    step_weights: Sequence[float] | Tensor | None, num_steps: int, device: torch.device
+) -> StepWeights:
+    if isinstance(step_weights, Tensor):
+        check_tensor("step_weights", step_weights, shape=[num_steps], dtypes=FLOATING_DTYPES, device=device)
+        if step_weights.requires_grad:
+            raise ValueError("step_weights must not require grad: the loss is not differentiable in them")
+        return StepWeights(None, step_weights)
+    if step_weights is not None and len(step_weights) != num_steps:
+        raise ValueError(f"step_weights must have one weight for each of the {num_steps} steps, got {step_weights}")
+    return StepWeights(step_weights, None)
+
+
+@overload
+def multi_token_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
+    step_weights: Sequence[float] | Tensor | None = ..., vocab_ranges: Sequence[tuple[int, int]] | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ..., softcap: float | None = ...,
+    reduction: Reduction = ..., return_step_losses: Literal[False] = ..., memory: Memory = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def multi_token_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
+    step_weights: Sequence[float] | Tensor | None = ..., vocab_ranges: Sequence[tuple[int, int]] | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ..., softcap: float | None = ...,
+    reduction: Reduction = ..., return_step_losses: Literal[True], memory: Memory = ...,
+) -> MultiTokenLoss: ...  # fmt: skip
+@overload
+def multi_token_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
+    step_weights: Sequence[float] | Tensor | None = ..., vocab_ranges: Sequence[tuple[int, int]] | None = ...,
+    ignore_index: int = ..., label_smoothing: float = ..., z_loss: float = ..., softcap: float | None = ...,
+    reduction: Reduction = ..., return_step_losses: bool = ..., memory: Memory = ...,
+) -> Tensor | MultiTokenLoss: ...  # fmt: skip
 def multi_token_cross_entropy(
     hidden: Tensor,  # [N, D] or [K, N, D]
     weight: Tensor,  # [V, D] or [K, V, D]
@@ -330,41 +370,41 @@ def multi_token_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_step_losses: bool = False,
-    memory: str = "auto",
+    memory: Memory = "auto",
 ) -> Tensor | MultiTokenLoss:
     """`sum_k step_weights[k] * CE(softmax(hidden_k weight_k^T + bias_k), targets[:, k])` over K prediction steps.
 
-    The loss of multi-step prediction (arXiv 2604.05329, section MAP, after Gloeckle et al. 2024). The logits never
-    exist in memory as a whole, in either direction. Differentiable in hidden, weight and bias, once. Logits, lse
+    The loss of multi-step prediction (arXiv 2604.05329, section MAP, after Gloeckle et al. 2024). The logits are never
+    in memory as a whole, forward or backward. Differentiable in hidden, weight and bias, to first order. Logits, lse
     and losses are fp32 (fp64 for fp64 inputs); gradients are summed in that dtype and cast once, at the end. Under
     autocast hidden and weight are cast to the autocast dtype.
 
     Args:
         hidden: `[N, D]`, shared by the steps, or `[K, N, D]`, one per step, in fp32, fp16, bf16 or fp64. Strided views
-            are fine. A row with no valid target is not read: it may hold NaN, and its gradient is 0.
+            are fine. A row without a valid target is not read: it may hold NaN, and its gradient is 0.
         weight: the unembedding, `[V, D]` shared or `[K, V, D]`, in hidden's dtype.
         targets: int64 `[N, K]`, absolute ids (rows of weight), or ignore_index.
         bias: added to the logits, `[V]` shared or `[K, V]`, in fp32 or weight's dtype.
-        step_weights: K floats, or a floating tensor `[K]` on the same device. A tensor keeps torch.compile from
-            specializing on values that change, and a captured CUDA graph reads it at every replay; floats are part of
-            the graph. Not differentiable. None: all 1. They are not renormalised.
-        vocab_ranges: K pairs (start, end): step k's softmax runs over rows start to end - 1 of weight alone (one
-            semantic-ID level's codebook), which its targets must lie in. The other logits are not computed. None: all.
-            On a GPU, `prepare` before the first call that is captured in a CUDA graph.
+        step_weights: K floats, or a floating tensor `[K]` on the same device. With a tensor torch.compile does not
+            specialise on the values, and a captured CUDA graph reads it at every replay; floats become part of the
+            graph. Not differentiable. None: all 1. They are not normalised.
+        vocab_ranges: K pairs (start, end): the softmax of step k covers only rows start to end - 1 of weight (one
+            semantic-ID level's codebook), which must contain its targets. Other logits are not computed. None: all.
+            On a GPU, call `prepare` before the first call that a CUDA graph captures.
         ignore_index: targets of this value have no loss.
         label_smoothing: share of the target spread evenly over the classes of the step's range, as in
             `torch.nn.functional.cross_entropy`, in [0, 1].
         z_loss: adds `z_loss * lse^2` to every valid row's loss (PaLM, arXiv 2204.02311).
-        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118). None: they stay.
-        reduction: of each step over its valid rows: `"mean"` (0 where there are none), or `"sum"`. `"none"` gives
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118). None: no cap.
+        reduction: of each step over its valid rows: `"mean"` (0 if there are none), or `"sum"`. `"none"` gives
             every row's loss, unweighted, 0 where ignored.
         return_step_losses: return a MultiTokenLoss with every step's loss beside the total.
-        memory: `"minimal"` keeps nothing but the lse and computes the logits again in the backward. `"auto"` makes the
+        memory: `"minimal"` keeps only the lse and computes the logits again in the backward. `"auto"` makes the
             gradients with the loss where that is faster (on a CPU, and on a GPU for states wider than 256 and in fp32;
-            never with reduction "none") and keeps them until the backward. On a GPU rows without a valid target cost
-            nothing where the logits are computed again: with few valid rows of wide states `"minimal"` is faster too.
+            never with reduction "none") and keeps them until the backward. On a GPU the recomputing way skips rows
+            without a valid target: with few valid rows of wide states `"minimal"` is faster too.
 
     Returns:
         A scalar, `[N, K]` with reduction="none", or MultiTokenLoss(loss, step_losses `[K]`, unweighted and detached).
@@ -387,8 +427,7 @@ def multi_token_cross_entropy(
         raise ValueError(f"targets must have at least one step (column), got shape {list(targets.shape)}")
     check_tensor("hidden", hidden, dtypes=FLOATING_DTYPES)
     check_tensor("weight", weight, dtypes=FLOATING_DTYPES)
-    # Their dtypes need only agree once autocast has had its say.
-    hidden, weight = cast_for_autocast(hidden=hidden, weight=weight)
+    hidden, weight = cast_for_autocast(hidden=hidden, weight=weight)  # only then must their dtypes agree
     _check_shared_or_per_step("hidden", hidden, [num_rows, "D"], num_steps, FLOATING_DTYPES, device)
     _check_shared_or_per_step("weight", weight, ["V", hidden.shape[-1]], num_steps, [hidden.dtype], device)
     vocab_size = weight.shape[-2]
@@ -396,12 +435,7 @@ def multi_token_cross_entropy(
         raise ValueError(f"weight must have at least one row, got shape {list(weight.shape)}")
     if bias is not None:
         _check_shared_or_per_step("bias", bias, [vocab_size], num_steps, [torch.float32, weight.dtype], device)
-    if isinstance(step_weights, Tensor):
-        check_tensor("step_weights", step_weights, shape=[num_steps], dtypes=FLOATING_DTYPES, device=device)
-        if step_weights.requires_grad:
-            raise ValueError("step_weights must not require grad: the loss is not differentiable in them")
-    elif step_weights is not None and len(step_weights) != num_steps:
-        raise ValueError(f"step_weights must have one weight for each of the {num_steps} steps, got {step_weights}")
+    weights = _checked_step_weights(step_weights, num_steps, device)
     if vocab_ranges is not None:
         _check_vocab_ranges(vocab_ranges, num_steps, vocab_size)
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -413,27 +447,20 @@ def multi_token_cross_entropy(
     if return_step_losses and reduction == "none":
         raise ValueError('return_step_losses goes with reduction "mean" or "sum", got "none"')
 
-    options = LossOptions(
-        None if vocab_ranges is None else [bound for span in vocab_ranges for bound in span],
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-    )
-    weights = StepWeights(None, step_weights) if isinstance(step_weights, Tensor) else StepWeights(step_weights, None)
+    flat_ranges = None if vocab_ranges is None else [bound for span in vocab_ranges for bound in span]
+    options = LossOptions(flat_ranges, ignore_index, label_smoothing, z_loss, softcap)
+    arguments = (targets, weights, options, REDUCTIONS[reduction])
     if reference_is_forced():
         with torch.autocast(device.type, enabled=False):
-            loss, step_losses = reference.multi_token_cross_entropy(
-                hidden, weight, targets, bias, weights, options, REDUCTIONS[reduction]
-            )
-        return MultiTokenLoss(loss, step_losses) if return_step_losses else loss
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    in_forward = (
-        needs_grad
-        and reduction != "none"
-        and memory == "auto"
-        and gradients_come_with_the_loss(device, hidden.dtype, hidden.shape[-1])
-    )
-    function = _GradientsInForward if in_forward else _MultiTokenCrossEntropy
-    loss, step_losses = function.apply(hidden, weight, bias, targets, weights, options, REDUCTIONS[reduction])
+            loss, step_losses = reference.multi_token_cross_entropy(hidden, weight, bias, *arguments)
+    else:
+        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        in_forward = (
+            needs_grad
+            and reduction != "none"
+            and memory == "auto"
+            and gradients_come_with_the_loss(device, hidden.dtype, hidden.shape[-1])
+        )
+        function = _GradientsInForward if in_forward else _MultiTokenCrossEntropy
+        loss, step_losses = function.apply(hidden, weight, bias, *arguments)
     return MultiTokenLoss(loss, step_losses) if return_step_losses else loss

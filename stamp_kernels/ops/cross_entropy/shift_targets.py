@@ -1,5 +1,7 @@
 """The targets of multi-step prediction."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,11 @@ from stamp_kernels.reference import cross_entropy as reference
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _shift_targets_fake(labels, cu_seqlens, steps, stride, ignore_index):
+def _fake(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, ignore_index: int) -> Tensor:
     return labels.new_empty((labels.shape[0], steps), dtype=torch.int64)
 
 
-def _shift_targets_triton(*args):
+def _triton(*args: Any) -> Tensor:
     from stamp_kernels.triton_kernels.cross_entropy.targets import shift_targets  # imports Triton
 
     return shift_targets(*args)
@@ -25,8 +27,8 @@ _shift_targets = define_op(
     "shift_targets(Tensor labels, Tensor cu_seqlens, int steps, int stride, int ignore_index) -> Tensor",
     public_name="shift_targets",
     reference=reference.shift_targets,
-    triton=_shift_targets_triton,
-    fake=_shift_targets_fake,
+    triton=_triton,
+    fake=_fake,
 )
 
 
@@ -40,25 +42,24 @@ def shift_targets(
 ) -> Tensor:
     """The targets of multi-step prediction: for every row the labels `stride, 2 stride, ..., steps * stride` ahead.
 
-    They never cross into the next sequence. With semantic IDs of L codes, stride 1 predicts the next tokens and
+    Targets never cross into the next sequence. With semantic IDs of L codes, stride 1 predicts the next tokens and
     stride L the same level of the next items. Shift before pruning and gather the targets with the selection, so that
     a kept token keeps its true targets: `gather_tokens(shift_targets(labels, cu_seqlens, steps=2), selection)`.
 
     Args:
-        labels: `[T]`, any integer dtype, one label per row (unshifted: row t's own token). A label that is
-            ignore_index already stays so.
+        labels: `[T]`, any integer dtype, one label per row (not shifted: row t's own token). A label equal to
+            ignore_index stays ignored.
         cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
         steps: K, how many labels ahead.
         stride: rows from one step to the next.
-        ignore_index: what stands where a sequence has ended, and on tail rows.
+        ignore_index: the target past the end of a sequence and on tail rows.
 
     Returns:
         int64 `[T, steps]`; column k - 1 is step k.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
-        RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T (on the CPU, or under
-            STAMP_KERNELS_CHECK=1).
+        RuntimeError: cu_seqlens does not rise from 0 to at most T (on the CPU, or under STAMP_KERNELS_CHECK=1).
 
     Example:
         >>> shift_targets(torch.tensor([1, 2, 3, 7, 8]), torch.tensor([0, 3, 5], dtype=torch.int32), steps=2)
@@ -73,4 +74,5 @@ def shift_targets(
     check_count("steps", steps, 1)
     check_count("stride", stride, 1)
     shift = reference.shift_targets if reference_is_forced() else _shift_targets
-    return shift(labels, cu_seqlens, steps, stride, ignore_index)
+    targets: Tensor = shift(labels, cu_seqlens, steps, stride, ignore_index)
+    return targets

@@ -80,12 +80,12 @@ def resolve_budget(
         (keep_ratio,) = {keep_ratio: None}
     keep_counts = options.keep_count if isinstance(options.keep_count, Tensor) else None
     keep_count = None if isinstance(options.keep_count, Tensor) else options.keep_count
-    ratio_q32 = None if keep_ratio is None else keep_ratio_to_q32(keep_ratio)
+    ratio_q32: int | None = None if keep_ratio is None else keep_ratio_to_q32(keep_ratio)
     codes_per_item = 1 if options.codes_per_item is None else options.codes_per_item
     max_items = max_seqlen // codes_per_item
     if options.budget == "max_seqlen":
         assert ratio_q32 is not None
-        ratio_q32, keep_count = None, ceil_of_ratio(ratio_q32, max_items)
+        keep_count, ratio_q32 = ceil_of_ratio(ratio_q32, max_items), None
     arguments = BudgetArguments(
         ratio_q32, keep_count, keep_counts, options.min_keep, options.protect, codes_per_item, options.total_kept
     )
@@ -208,10 +208,10 @@ def _capacity(
         return num_items
     if budget.keep_count is not None:
         most = num_sequences * torch.sym_max(budget.min_keep, budget.keep_count) + num_protected
-        return torch.sym_min(num_items, most)  # type: ignore[no-any-return]
+        return torch.sym_min(num_items, most)
     if keep_ratio is not None:
         most = math.floor(keep_ratio * num_items) + num_sequences * max(1, budget.min_keep) + num_protected
-        return torch.sym_min(num_items, most)  # type: ignore[no-any-return]
+        return torch.sym_min(num_items, most)
     return num_items
 
 
@@ -220,4 +220,4 @@ def _max_kept_items(budget: BudgetArguments, max_items: int, num_protected: int 
     if num_protected is None or budget.keep_counts is not None:
         return max_items
     most = budget.keep_count if budget.ratio_q32 is None else ceil_of_ratio(budget.ratio_q32, max_items)
-    return torch.sym_min(max_items, torch.sym_max(budget.min_keep, most) + num_protected)  # type: ignore[no-any-return]
+    return torch.sym_min(max_items, torch.sym_max(budget.min_keep, most) + num_protected)

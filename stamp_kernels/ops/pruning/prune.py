@@ -89,7 +89,7 @@ _prune = define_op(
 
 class _Prune(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, arguments: tuple[Any, ...], *x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, arguments: tuple[Any, ...], *x: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         rows, *selected = _prune(list(x), *arguments)
         ctx.save_for_backward(selected[-1])  # inverse
