@@ -1,5 +1,5 @@
-// What cross_entropy.cpp plans, and the kernels of one instruction set carry out: plain data and function pointers, so
-// that code compiled for AVX-512 shares nothing else with the portable code.
+// What the worker fills in and the kernels of one instruction set carry out: plain data and function pointers, so that
+// code compiled for AVX-512 shares nothing else with the portable code.
 
 #pragma once
 
@@ -9,73 +9,79 @@
 
 namespace stamp::cpu {
 
-// Rows of a matrix in memory, strides in elements; the columns are contiguous.
+// The kernels take rows in multiples of this: the panels of the widest vectors (matrix_product.h) have 32 columns, and
+// panels of hidden transposed have a column for each row.
+constexpr int64_t kRowMultiple = 32;
+
+// Rows of a matrix in memory. The columns are contiguous.
 struct MatrixRows {
   const void* data;
   DType dtype;
-  int64_t row_stride;
+  int64_t row_stride;  // in elements
 };
 
-// Some rows of hidden states, a group, against the classes of one softmax. Classes are cut into slices, which are what
-// threads share, and slices into chunks; rows into blocks. A block of rows against a chunk of classes is a tile of
-// logits, which stays in the second cache with all that is computed from it. Logits are kept transposed, classes by
-// rows: the sums of the softmax then run along vectors, and all products read their factors as they lie in memory.
-// `scalar` is the compute type: float, double where dtype is kFloat64.
+// A row chunk of hidden states against all classes of one softmax. plan.h says how rows and classes are divided.
 //
-// "Panels" are the layout of the right factor of a product, see RightMatrix.
-struct CrossEntropyGroup {
-  int64_t num_rows;    // a multiple of kRowsPerVector; what is past the last row is 0
-  int64_t block_rows;  // a multiple of kRowsPerVector
-  int64_t width;       // of hidden
-  int64_t row;         // scalars from a row of a gradient to the next: the width in whole vectors
+// Logits are stored transposed, [classes, rows]: the sums of the softmax then run along vectors, and every product
+// reads its factors in the order in which they are in memory. "In panels" is the layout of the right factor of a
+// product, see RightMatrix. `scalar` is the compute type: float, or double where dtype is kFloat64.
+struct CrossEntropyRowChunk {
+  // Sizes
+  int64_t num_rows;           // a multiple of kRowMultiple; rows past the last one that is given are 0
+  int64_t rows_per_block;     // a multiple of kRowMultiple
+  int64_t width;              // of hidden
+  int64_t padded_width;       // the width in whole vectors, in which gradients are stored
   int64_t num_classes;
-  int64_t slice_classes;  // a multiple of chunk_classes
-  int64_t chunk_classes;
-  void* x;             // scalar [num_rows, width] in panels of columns, zeros past the width
-  void* x_transposed;  // scalar [width, num_rows] in panels of rows
-  MatrixRows weight;   // [num_classes, width]
-  const void* bias;    // scalar [num_classes]; null: none
-  double softcap;      // 0: none
-  bool sum_logits;     // wanted for label smoothing
-  void* logits;        // scalar [num_blocks, num_classes, block_rows]; null: not kept. What is kept without a softcap is
-                       // exp(logit - chunk_max): an exponential less for the gradients
-  void* chunk_max;     // scalar [num_chunks, num_rows], where logits are kept
-  int64_t num_labels;     // per row
-  const int64_t* labels;  // [num_labels, num_rows], from the first class; -1: none
-  void* label_logits;     // scalar [num_labels, num_rows]
+  int64_t classes_per_split;  // a multiple of classes_per_chunk
+  int64_t classes_per_chunk;
+  int64_t num_targets;        // per row: one for each step that shares the softmax
 
-  // Of each slice and row: [num_slices, num_rows]
-  void* slice_max;
-  void* slice_sum;         // of exp(logit - slice_max)
-  void* slice_sum_logits;
+  // Inputs
+  void* hidden;             // scalar [num_rows, width] in panels of columns, zeros past the width
+  void* hidden_transposed;  // scalar [width, num_rows] in panels of rows
+  MatrixRows weight;        // [num_classes, width]
+  const void* bias;         // scalar [num_classes]; null: none
+  double softcap;           // 0: none
+  const int64_t* targets;   // [num_targets, num_rows], counted from the first class; -1: none
 
-  // Gradient of the logits: probability_scale * p - offset, less label_weights at the labels.
+  // What the sums leave for the gradients; null: the gradients compute the logits again.
+  void* logits;           // scalar [num_row_blocks, num_classes, rows_per_block]; without a softcap exp(logit -
+                          // class_chunk_max) takes their place, which saves the gradients an exponential
+  void* class_chunk_max;  // scalar [num_class_chunks, num_rows]
+
+  // Results of the sums
+  void* target_logits;          // scalar [num_targets, num_rows]
+  void* class_split_max;        // scalar [num_class_splits, num_rows]
+  void* class_split_sum;        // scalar [num_class_splits, num_rows], of exp(logit - class_split_max)
+  void* class_split_sum_logits; // scalar [num_class_splits, num_rows]
+  bool needs_sum_logits;        // for label smoothing
+
+  // The gradient of the logits is probability_scale * p - offset, minus target_weights at the targets.
   const void* lse;                // scalar [num_rows]; +inf where a row does not count
   const void* probability_scale;  // scalar [num_rows]
   const void* offset;             // scalar [num_rows]
-  const void* label_weights;      // scalar [num_labels, num_rows]
+  const void* target_weights;     // scalar [num_targets, num_rows]
 
-  void* grad_weight;  // scalar [num_classes, row], added to; null: not needed
-  void* grad_bias;    // scalar [num_classes], added to; null: not needed
-  void* grad_x;       // scalar [num_slices, num_rows, row], each slice's part; null: not needed
+  // Results of the gradients; null: not needed.
+  void* grad_weight;         // scalar [num_classes, padded_width], added to
+  void* grad_bias;           // scalar [num_classes], added to
+  void* grad_hidden_splits;  // scalar [num_class_splits, num_rows, padded_width]: what each class split contributes
 };
-
-constexpr int64_t kRowsPerVector = 32;
 
 struct CrossEntropyKernels {
   int64_t vector_width;
   int64_t panel_width;
-  // Of one thread.
-  int64_t (*scratch_bytes)(const CrossEntropyGroup&);
-  // The rows [begin, begin + kRowsPerVector) of x and x_transposed: those of hidden that `rows` names, 0 from
-  // `num_given` on.
-  void (*load_x)(
-      const CrossEntropyGroup&, const MatrixRows& hidden, const int64_t* rows, int64_t num_given, int64_t begin,
+  // Scratch memory of one thread.
+  int64_t (*scratch_bytes)(const CrossEntropyRowChunk&);
+  // Fills the rows [start, start + kRowMultiple) of hidden and hidden_transposed: row i is row rows[i] of `from`, or 0
+  // from i = num_given on.
+  void (*load_hidden)(
+      const CrossEntropyRowChunk&, const MatrixRows& from, const int64_t* rows, int64_t num_given, int64_t start,
       char* scratch);
-  // What the softmax needs of the logits of one slice, and the logits of the labels in it.
-  void (*sums)(const CrossEntropyGroup&, int64_t slice, char* scratch);
-  // From the logits of one slice their gradients, to grad_weight and grad_bias of its classes and to its grad_x.
-  void (*gradients)(const CrossEntropyGroup&, int64_t slice, char* scratch);
+  // The results of the sums, for the classes of one class split.
+  void (*sums)(const CrossEntropyRowChunk&, int64_t class_split, char* scratch);
+  // The results of the gradients, for the classes of one class split.
+  void (*gradients)(const CrossEntropyRowChunk&, int64_t class_split, char* scratch);
 };
 
 // The kernels for a dtype on this machine.

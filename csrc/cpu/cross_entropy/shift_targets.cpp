@@ -1,7 +1,7 @@
-// Targets of multi-step prediction: for every row the labels stride, 2 stride, ... ahead in its own sequence.
+// The op shift_targets: the targets of multi-step prediction are the labels stride, 2 stride, ... rows ahead.
 //
-//   targets[t, k] = labels[t + (k + 1) stride] where that row is in t's sequence, ignore_index past its end and on tail
-//   rows
+//   targets[t, k] = labels[t + (k + 1) stride] where that row is in the sequence of t;
+//                   ignore_index past the end of the sequence, and on tail rows
 
 #include <algorithm>
 #include <cstdint>
@@ -18,14 +18,14 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Threads that write less than this are not worth starting.
+// For fewer targets than this, a thread is not worth starting.
 constexpr int64_t kTargetsPerTask = 16 * 1024;
 
 struct Shift {
-  const int32_t* cu_seqlens;  // [batch + 1]
-  int64_t batch;
+  const int32_t* cu_seqlens;  // [num_sequences + 1]
+  int64_t num_sequences;
   int64_t total;
-  int64_t label_stride;  // from one row's label to the next row's
+  int64_t stride_label;  // from a row's label to the next row's, in elements
   int64_t steps;
   int64_t stride;
   int64_t ignore_index;
@@ -35,18 +35,18 @@ template <typename label_t>
 void shift_all(const Shift& shift, const void* label_data, int64_t* targets) {
   const label_t* labels = static_cast<const label_t*>(label_data);
   const int32_t* ends = shift.cu_seqlens + 1;
-  const int64_t num_rows = shift.cu_seqlens[shift.batch];
+  const int64_t num_rows = shift.cu_seqlens[shift.num_sequences];
   const int64_t rows_per_task = std::max<int64_t>(1, kTargetsPerTask / shift.steps);
   torch::stable::parallel_for(0, num_rows, rows_per_task, [&](int64_t begin, int64_t end) {
     int64_t* to = targets + begin * shift.steps;
-    const int32_t* sequence_end = std::upper_bound(ends, ends + shift.batch, begin);
+    const int32_t* sequence_end = std::upper_bound(ends, ends + shift.num_sequences, begin);
     for (int64_t row = begin; row < end; ++row) {
       while (*sequence_end <= row) {
         ++sequence_end;
       }
       int64_t* const end_of_row = to + shift.steps;
       for (int64_t ahead = row + shift.stride; to < end_of_row && ahead < *sequence_end; ahead += shift.stride) {
-        *to++ = labels[ahead * shift.label_stride];
+        *to++ = labels[ahead * shift.stride_label];
       }
       while (to < end_of_row) {
         *to++ = shift.ignore_index;
@@ -65,7 +65,7 @@ Tensor shift_targets(
   const int64_t total = labels.size(0);
   check_cu_seqlens("cu_seqlens", offsets, total, INT32_MAX);
   const Tensor targets = torch::stable::new_empty(labels, {total, steps}, ScalarType::Long);
-  // A stride of all rows is past every end; a longer one could overflow.
+  // A stride of `total` rows leaves every sequence already; a longer one could overflow.
   const Shift shift = {
       offsets.const_data_ptr<int32_t>(), offsets.size(0) - 1, total, labels.stride(0), steps, std::min(stride, total),
       ignore_index};
