@@ -6,7 +6,7 @@ linear cross-entropy. Importing this package loads no Triton, no model library, 
 
 from stamp_kernels._backend import use_backend
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
-from stamp_kernels.modules.pruning import PrunedSequence, SemanticAdaptivePruning
+from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
 from stamp_kernels.ops.attention.attention_centrality import attention_centrality
 from stamp_kernels.ops.attention.packed_attention import AttentionOutput, packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
@@ -27,7 +27,7 @@ __all__ = [
     "MultiStepPrediction",
     "MultiTokenLoss",
     "PackedBatch",
-    "PrunedSequence",
+    "PrunedBatch",
     "PrunedTokens",
     "RelativePositionBias",
     "SemanticAdaptivePruning",

@@ -7,7 +7,7 @@ from closeness import relative_error
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from stamp_kernels.integrations.transformers.t5 import (
+from stamp_kernels.integrations.transformers import (
     PredictionConfig,
     PruningConfig,
     StampT5ForConditionalGeneration,

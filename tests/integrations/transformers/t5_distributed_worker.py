@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stamp_kernels.data import PackingCollator, TokenBudgetBatchSampler
-from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig
-from stamp_kernels.integrations.transformers.t5 import apply_stamp, global_target_counts
+from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, apply_stamp, global_target_counts
 from stamp_kernels.modules.prediction import LinearDecay
 
 TIMEOUT = timedelta(seconds=60)

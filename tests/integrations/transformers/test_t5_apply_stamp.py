@@ -25,8 +25,7 @@ from t5_cases import (
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5ForConditionalGeneration
 
-from stamp_kernels.integrations.transformers.multi_step_targets import multi_step_targets
-from stamp_kernels.integrations.transformers.t5 import (
+from stamp_kernels.integrations.transformers import (
     PredictionConfig,
     PruningConfig,
     StampT5EncoderModel,
@@ -34,6 +33,7 @@ from stamp_kernels.integrations.transformers.t5 import (
     apply_stamp,
     remove_stamp,
 )
+from stamp_kernels.integrations.transformers.multi_step_targets import multi_step_targets
 from stamp_kernels.modules.prediction import LinearDecay
 
 LORA = LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, target_modules=["q"])

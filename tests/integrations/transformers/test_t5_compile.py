@@ -13,7 +13,7 @@ from t5_cases import VOCAB_SIZE, gradients, padded_batch, tiny_t5
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from stamp_kernels.integrations.transformers.t5 import PredictionConfig, PruningConfig, apply_stamp
+from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, apply_stamp
 from stamp_kernels.packed import PackedBatch
 
 NUM_STEPS, LEVELS = 2, 4

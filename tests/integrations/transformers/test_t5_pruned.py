@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from transformers import T5EncoderModel, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig
-from stamp_kernels.integrations.transformers.t5 import apply_stamp, global_target_counts
+from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, apply_stamp, global_target_counts
 from stamp_kernels.modules.prediction import LinearDecay
 from stamp_kernels.packed import PackedBatch
 

@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from stamp_kernels.data import PackingCollator
-from stamp_kernels.integrations.transformers.multi_step_targets import multi_step_targets
-from stamp_kernels.integrations.transformers.t5 import (
+from stamp_kernels.integrations.transformers import (
     PredictionConfig,
     PruningConfig,
     StampT5ForConditionalGeneration,
     apply_stamp,
 )
+from stamp_kernels.integrations.transformers.multi_step_targets import multi_step_targets
 from stamp_kernels.profiling.data.batches import TrainingRows, Vocabulary
 from stamp_kernels.profiling.data.interactions import load_interactions
 from stamp_kernels.profiling.data.semantic_ids import assign_semantic_ids

@@ -41,7 +41,7 @@ from transformers.models.t5.modeling_t5 import (
     T5Stack,
 )
 
-from stamp_kernels.integrations.transformers.t5 import StampT5ForConditionalGeneration, apply_stamp, remove_stamp
+from stamp_kernels.integrations.transformers import StampT5ForConditionalGeneration, apply_stamp, remove_stamp
 from stamp_kernels.modules.prediction import LinearDecay
 
 

@@ -9,7 +9,7 @@ from t5_cases import LENGTHS, LEVELS, VOCAB_SIZE, assert_same_training_step, gra
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from stamp_kernels.integrations.transformers.t5 import PruningConfig, apply_stamp, remove_stamp
+from stamp_kernels.integrations.transformers import PruningConfig, apply_stamp, remove_stamp
 from stamp_kernels.packed import PackedBatch
 
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
