@@ -145,9 +145,7 @@ class StampT5ForConditionalGeneration(StampedModel, T5ForConditionalGeneration):
         decoder_inputs = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         if decoder_inputs is None:
             decoder_inputs = self._shift_right(labels) if labels.shape[1] > 0 else labels
-        packed_decoder_inputs, decoder_layout = pack_padded(decoder_inputs, decoder_attention_mask)
-        states: PackedBatch = self.decoder(packed_inputs=packed_decoder_inputs, packed_source=source).packed
-        states = replace(states, values=head_inputs(self, states.values))
+        states, decoder_layout = self._decode_packed(decoder_inputs, decoder_attention_mask, source)
 
         packed_labels = decoder_layout.pack(labels)
         num_labels = (packed_labels != IGNORE_INDEX).sum()
@@ -180,6 +178,14 @@ class StampT5ForConditionalGeneration(StampedModel, T5ForConditionalGeneration):
             next_token_loss=loss.detach(),
             prediction_loss=None if prediction_loss is None else prediction_loss.detach(),
         )
+
+    def _decode_packed(
+        self, decoder_inputs: Tensor, decoder_attention_mask: Tensor | None, source: PackedBatch
+    ) -> tuple[PackedBatch, PaddedLayout]:
+        """The inputs of the language-model head, and the padded layout of the decoder's inputs."""
+        packed_inputs, layout = pack_padded(decoder_inputs, decoder_attention_mask)
+        states: PackedBatch = self.decoder(packed_inputs=packed_inputs, packed_source=source).packed
+        return replace(states, values=head_inputs(self, states.values)), layout
 
     def _decode_padded(
         self, encoder_outputs: BaseModelOutput | tuple[Tensor, ...], attention_mask: Tensor | None, **kwargs: Any
