@@ -41,7 +41,7 @@ NUM_STEPS = 2
 FUTURE_LENGTH = NUM_STEPS * LEVELS
 PRUNING = PruningConfig(schedule=[(1, 0.5)])
 PREDICTION = PredictionConfig(NUM_STEPS, LEVELS, vocab_ranges=[VOCABULARY.level_range(i) for i in range(LEVELS)])
-MAX_STEPS = 30
+MAX_STEPS = 40
 
 Features = list[dict[str, list[int]]]
 
