@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import T5Config, T5ForConditionalGeneration
 
 from stamp_kernels.data import PackingCollator, TokenBudgetBatchSampler
-from stamp_kernels.integrations.transformers.t5 import (
+from stamp_kernels.integrations.transformers import (
     PredictionConfig,
     PruningConfig,
     apply_stamp,

@@ -1,12 +1,13 @@
 """Fused ops that make STAMP (arXiv 2604.05329) cheap for generative recommenders, on packed sequences.
 
-SAP scores tokens and keeps the best of each sequence; MAP predicts several future tokens or items through a fused
-linear cross-entropy. Importing this package loads no Triton, no model library, and asks no device anything.
+SAP (Semantic Adaptive Pruning) keeps the most important tokens of each sequence. MAP (Multi-step Auxiliary Prediction)
+predicts several future tokens or items with a fused linear cross-entropy. Importing this package loads neither Triton
+nor a model library, and does not query any device.
 """
 
 from stamp_kernels._backend import use_backend
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
-from stamp_kernels.modules.pruning import PrunedSequence, SemanticAdaptivePruning
+from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
 from stamp_kernels.ops.attention.attention_centrality import attention_centrality
 from stamp_kernels.ops.attention.packed_attention import AttentionOutput, packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
@@ -27,7 +28,7 @@ __all__ = [
     "MultiStepPrediction",
     "MultiTokenLoss",
     "PackedBatch",
-    "PrunedSequence",
+    "PrunedBatch",
     "PrunedTokens",
     "RelativePositionBias",
     "SemanticAdaptivePruning",

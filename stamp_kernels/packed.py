@@ -1,7 +1,7 @@
-"""A batch of sequences of different lengths, one after another without padding."""
+"""PackedBatch: sequences of different lengths one after another, without padding."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,26 +15,28 @@ from stamp_kernels.ops.pruning.selection import TokenSelection
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import JaggedTensor
 
-_HOST = torch.device("cpu")
+__all__ = ["PackedBatch"]
+
+_CPU = torch.device("cpu")
 _INTEGERS = (torch.int32, torch.int64)
 
 
-# eq=False: comparing tensors for equality gives tensors, so packed batches compare by identity.
+# eq=False: comparing tensors gives tensors, so packed batches compare by identity.
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedBatch:
     """Sequences packed one after another, in the layout of variable-length attention kernels.
 
-    Differentiable through `values`. `dataclasses.replace(packed, values=...)` gives other values in the same layout.
-    An object may be made, read, passed into and returned from functions under torch.compile, and is a pytree.
+    Differentiable through `values`. `dataclasses.replace(packed, values=...)` puts other values into the same layout.
+    A PackedBatch is a pytree, and functions under torch.compile may create, read, take and return one.
 
     Attributes:
-        values: `[T, ...]`, the rows of all sequences. T may exceed `cu_seqlens[-1]`: the rows past it are tail rows,
-            which belong to no sequence and are never read.
-        cu_seqlens: int32 `[B + 1]` on the device of values; sequence b is `values[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+        values: `[T, ...]`, the rows of all sequences. T may exceed `cu_seqlens[-1]`. The rows past it are tail rows:
+            they belong to no sequence and are never read.
+        cu_seqlens: int32 `[B + 1]` on the device of values. Sequence b is `values[cu_seqlens[b]:cu_seqlens[b + 1]]`.
         max_seqlen: the longest length, or an upper bound of it.
         positions: int32 `[T]`, each token's index in its original sequence. It survives pruning. None: 0, 1, ..., n - 1
             in every sequence.
-        lengths_cpu: int32 or int64 `[B]`, the lengths on the host where they are known there. Sizes that depend on them
+        lengths_cpu: int32 or int64 `[B]`, the lengths on the CPU, if they are known there. Sizes that depend on them
             are then exact without a sync.
 
     Raises:
@@ -63,25 +65,25 @@ class PackedBatch:
             )
         if self.lengths_cpu is not None:
             batch = self.cu_seqlens.shape[0] - 1
-            check_tensor("lengths_cpu", self.lengths_cpu, shape=[batch], dtypes=_INTEGERS, device=_HOST)
+            check_tensor("lengths_cpu", self.lengths_cpu, shape=[batch], dtypes=_INTEGERS, device=_CPU)
 
     @classmethod
     def from_padded(cls, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> "PackedBatch":
         """Drop the padding of `x`.
 
-        Packs every row's valid tokens in their order, wherever the padding is: right, left or scattered. The host
-        has to learn the lengths to size the result: one sync, and none where the mask or the lengths are on the CPU
-        (from where they may be given even if x is on a GPU).
+        Packs the valid tokens of every row in their order. The padding may be on the right, on the left or scattered.
+        The CPU needs the lengths to size the result. That costs one sync, and none if the mask or the lengths are on
+        the CPU, which is allowed even if x is on a GPU.
 
         Args:
             x: `[B, S, ...]`, any dtype.
             mask: bool or integer `[B, S]`, nonzero where a token is valid.
-            lengths: int32 or int64 `[B]`, 0 to S; the padding is on the right. Exactly one of mask and lengths must
-                be given.
+            lengths: int32 or int64 `[B]`, 0 to S, for padding on the right. Exactly one of mask and lengths must be
+                given.
 
         Returns:
-            Without positions: valid tokens count as 0, 1, ..., n - 1. With lengths_cpu, and so with an exact
-            max_seqlen.
+            A batch with lengths_cpu and an exact max_seqlen, and without positions: the valid tokens of a row count
+            as 0, 1, ..., n - 1.
 
         Raises:
             ValueError: an argument has a wrong shape or dtype.
@@ -90,32 +92,32 @@ class PackedBatch:
         check_tensor("x", x)
         if x.dim() < 2:
             raise ValueError(f"x must have shape [batch, padded length, ...], got {list(x.shape)}")
-        if (mask is None) == (lengths is None):
-            given = "neither" if mask is None else "both"
-            raise ValueError(f"exactly one of mask and lengths must be given, got {given}")
         batch, padded_length = x.shape[:2]
-        if mask is not None:
+        if mask is not None and lengths is None:
             check_tensor("mask", mask, shape=[batch, padded_length])
             if mask.is_floating_point() or mask.is_complex():
                 raise ValueError(f"mask must have dtype bool or an integer dtype, got {mask.dtype}")
             mask = mask.bool()
             lengths_cpu = mask.sum(1, dtype=torch.int32).cpu()
             mask = mask.to(x.device, non_blocking=True)
-        else:
+        elif lengths is not None and mask is None:
             check_tensor("lengths", lengths, shape=[batch], dtypes=_INTEGERS)
-            lengths_cpu = lengths.to(_HOST, torch.int32)
+            lengths_cpu = lengths.to(_CPU, torch.int32)
             if batch > 0:
                 low, high = int(lengths_cpu.min()), int(lengths_cpu.max())
                 if low < 0 or high > padded_length:
                     raise RuntimeError(f"lengths must be in [0, {padded_length}], got {low} to {high}")
             column = torch.arange(padded_length, device=x.device)
             mask = column < lengths.to(x.device, non_blocking=True).unsqueeze(1)
+        else:
+            given = "neither" if mask is None else "both"
+            raise ValueError(f"exactly one of mask and lengths must be given, got {given}")
 
         total = int(lengths_cpu.sum())
         max_seqlen = int(lengths_cpu.max()) if batch > 0 else 0
         valid = mask.flatten()
         valid_up_to = valid.cumsum(0)
-        # Packed row j is the padded row at which the count of valid ones reaches j + 1.
+        # Packed row j is the padded row where the number of valid rows reaches j + 1.
         padded_row = torch.searchsorted(valid_up_to, torch.arange(1, total + 1, device=x.device))
         packed_row = torch.where(valid, valid_up_to - 1, -1).to(torch.int32)
         cu_seqlens = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
@@ -125,23 +127,23 @@ class PackedBatch:
     def to_padded(
         self,
         total_length: int | None = None,
-        padding_side: str = "right",
+        padding_side: Literal["right", "left"] = "right",
         padding_value: float = 0,
     ) -> Tensor:
-        """Every sequence in a row of its own, filled up with `padding_value`. Never syncs; tail rows are left out.
+        """One row for each sequence, padded with `padding_value`. Never syncs; tail rows are left out.
 
         Args:
             total_length: S, at least max_seqlen. None: max_seqlen.
-            padding_side: `"right"`, or `"left"` for rows that end together.
-            padding_value: what the padding holds.
+            padding_side: with `"left"` all rows end in the last column.
+            padding_value: the value on padding.
 
         Returns:
             `[B, S, ...]` in the dtype of values.
 
         Raises:
-            ValueError: another padding_side, or a total_length below max_seqlen.
-            RuntimeError: cu_seqlens is not a rising sequence from 0 to at most T, or a sequence is longer than
-                max_seqlen (on the CPU, or under STAMP_KERNELS_CHECK=1).
+            ValueError: padding_side is not allowed, or total_length is below max_seqlen.
+            RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than max_seqlen
+                (checked on the CPU, or under STAMP_KERNELS_CHECK=1).
         """
         check_choice("padding_side", padding_side, ("right", "left"))
         if total_length is None:
@@ -152,7 +154,7 @@ class PackedBatch:
         batch = self.cu_seqlens.shape[0] - 1
         starts, ends = self.cu_seqlens[:-1].unsqueeze(1), self.cu_seqlens[1:].unsqueeze(1)
         column = torch.arange(total_length, device=device)
-        # Padded row b starts where its sequence does, or, on the left, where it would have to start to end with it.
+        # Column 0 of padded row b is this packed row. With padding on the left it is before the sequence's first row.
         first = starts if padding_side == "right" else ends - total_length
         packed_row = first + column  # [B, S]
         packed_row = torch.where((packed_row >= starts) & (packed_row < ends), packed_row, -1).flatten()
@@ -163,7 +165,7 @@ class PackedBatch:
         first_of_row = torch.cat([first.flatten(), first.new_zeros(1)])[sequence]
         padded_row = torch.where(is_tail, -1, sequence * total_length + row - first_of_row).to(torch.int32)
 
-        # gather_tokens reads the two row maps of a selection alone.
+        # gather_tokens reads only the two row maps of a selection.
         selection = TokenSelection(packed_row, self.cu_seqlens, self.max_seqlen, padded_row, total)
         padded = gather_tokens(self.values, selection)
         if padding_value != 0:
@@ -173,12 +175,13 @@ class PackedBatch:
 
     @classmethod
     def from_nested(cls, nested: Tensor) -> "PackedBatch":
-        """The values and offsets of a nested tensor of the jagged layout, without a copy of the values.
+        """The values and offsets of a nested tensor with the jagged layout, without a copy of the values.
 
-        One sync for the lengths where the tensor is not on the CPU.
+        One sync for the lengths if the tensor is not on the CPU.
 
         Raises:
-            ValueError: not of the layout torch.jagged, or not contiguous with the ragged dimension second.
+            ValueError: the layout is not torch.jagged, or the tensor is not contiguous with the ragged dimension
+                second.
         """
         if not (isinstance(nested, Tensor) and nested.is_nested and nested.layout == torch.jagged):
             raise ValueError("nested must be a nested tensor with layout=torch.jagged")
@@ -189,9 +192,9 @@ class PackedBatch:
         return cls._from_offsets(nested.values(), nested.offsets())
 
     def to_nested(self) -> Tensor:
-        """A nested tensor `[B, ragged, ...]` of the layout torch.jagged over the same values, without a copy.
+        """A nested tensor `[B, ragged, ...]` with the layout torch.jagged over the same values, without a copy.
 
-        A nested tensor has no tail rows, so they are cut off: without lengths_cpu that costs one sync.
+        A nested tensor has no tail rows, so they are cut off. Without lengths_cpu that costs one sync.
         """
         return torch.nested.nested_tensor_from_jagged(
             self._values_without_tail(), self.cu_seqlens, max_seqlen=self.max_seqlen
@@ -199,9 +202,9 @@ class PackedBatch:
 
     @classmethod
     def from_jagged(cls, jagged: "JaggedTensor") -> "PackedBatch":
-        """The values and offsets of a TorchRec JaggedTensor, without a copy of the values; weights are left out.
+        """The values and offsets of a TorchRec JaggedTensor, without a copy of the values. Weights are left out.
 
-        One sync for the lengths where the tensor is not on the CPU. One feature of a KeyedJaggedTensor is
+        One sync for the lengths if the tensor is not on the CPU. For one feature of a KeyedJaggedTensor give
         `keyed[key]`.
         """
         return cls._from_offsets(jagged.values(), jagged.offsets())
@@ -209,7 +212,7 @@ class PackedBatch:
     def to_jagged(self) -> "JaggedTensor":
         """A TorchRec JaggedTensor over the same values, without a copy.
 
-        A JaggedTensor has no tail rows, so they are cut off: without lengths_cpu that costs one sync.
+        A JaggedTensor has no tail rows, so they are cut off. Without lengths_cpu that costs one sync.
 
         Raises:
             ImportError: torchrec is not installed.
@@ -221,7 +224,7 @@ class PackedBatch:
         return JaggedTensor(values=self._values_without_tail(), lengths=self.cu_seqlens.diff(), offsets=self.cu_seqlens)
 
     def materialized_positions(self) -> Tensor:
-        """int32 `[T]`: `positions`, or 0, 1, ..., n - 1 in every sequence where that is None; 0 on tail rows then."""
+        """int32 `[T]`: `positions`; if that is None, 0, 1, ..., n - 1 in every sequence and 0 on tail rows."""
         if self.positions is not None:
             return self.positions
         total = self.values.shape[0]
@@ -231,7 +234,7 @@ class PackedBatch:
         return torch.where(row < self.cu_seqlens[-1], position, 0)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
-        """The same batch on another device; lengths_cpu stays on the host."""
+        """The same batch on another device. lengths_cpu stays on the CPU."""
         positions = self.positions
         return dataclasses.replace(
             self,
@@ -241,9 +244,9 @@ class PackedBatch:
         )
 
     def pin_memory(self) -> "PackedBatch":
-        """The same batch in page-locked host memory, from where `to(device, non_blocking=True)` does not wait.
+        """The same batch in page-locked CPU memory, from where `to(device, non_blocking=True)` does not wait.
 
-        A DataLoader with pin_memory=True calls it. lengths_cpu, which never leaves the host, stays as it is.
+        A DataLoader with pin_memory=True calls it. lengths_cpu never leaves the CPU and is not pinned.
         """
         positions = self.positions
         return dataclasses.replace(
@@ -255,7 +258,7 @@ class PackedBatch:
 
     @classmethod
     def _from_offsets(cls, values: Tensor, offsets: Tensor) -> "PackedBatch":
-        lengths_cpu = offsets.diff().to(_HOST, torch.int32)
+        lengths_cpu = offsets.diff().to(_CPU, torch.int32)
         max_seqlen = int(lengths_cpu.max()) if lengths_cpu.numel() > 0 else 0
         return cls(values, offsets.to(torch.int32), max_seqlen, lengths_cpu=lengths_cpu)
 
@@ -264,5 +267,5 @@ class PackedBatch:
         return self.values[: int(num_tokens)]
 
 
-# FSDP2 and torch.export find the tensors of arguments and results through the pytree.
+# FSDP2 and torch.export find the tensors inside arguments and results through the pytree.
 torch.export.register_dataclass(PackedBatch, serialized_type_name="stamp_kernels.PackedBatch")

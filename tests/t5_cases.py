@@ -1,4 +1,4 @@
-"""Tiny T5s with random weights, ragged batches for them, and what it means that two of them train alike."""
+"""Tiny T5s with random weights, ragged batches for them, and a comparison of training steps."""
 
 import copy
 
@@ -7,7 +7,7 @@ from closeness import relative_error
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from stamp_kernels.integrations.transformers.t5 import (
+from stamp_kernels.integrations.transformers import (
     PredictionConfig,
     PruningConfig,
     StampT5ForConditionalGeneration,
@@ -30,7 +30,7 @@ HEADS = {
 
 
 def tiny_t5(dtype: torch.dtype = torch.float32, *, attention: str = "eager", **config) -> T5ForConditionalGeneration:
-    """The untouched host, both stacks on this attention, in training mode without dropout."""
+    """A base model in training mode without dropout. Both stacks use this attention."""
     torch.manual_seed(0)
     settings = dict(vocab_size=VOCAB_SIZE, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=3, dropout_rate=0.0)
     settings |= dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=None)
@@ -52,8 +52,8 @@ def padded_batch(lengths: tuple[int, ...] = LENGTHS, *, padding_side: str = "rig
     return dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
-def stamped(host: T5ForConditionalGeneration, **configs) -> StampT5ForConditionalGeneration:
-    return apply_stamp(copy.deepcopy(host), **configs)
+def stamped(base: T5ForConditionalGeneration, **configs) -> StampT5ForConditionalGeneration:
+    return apply_stamp(copy.deepcopy(base), **configs)
 
 
 def future_batch() -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ def packed_batch() -> PackedBatch:
 
 
 def trained_heads(model: StampT5ForConditionalGeneration) -> StampT5ForConditionalGeneration:
-    """Heads that are no longer the identity."""
+    """Heads that are not the identity."""
     with torch.no_grad():
         for p in model.stamp_prediction.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -80,15 +80,15 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_training_step(host, host_loss: Tensor, model, loss: Tensor) -> None:
-    """float64: loss and each gradient to 1e-9; fp32: loss and the whole gradient vector to 1e-5.
+def assert_same_training_step(base, base_loss: Tensor, model, loss: Tensor) -> None:
+    """float64: loss and each gradient to 1e-9. fp32: loss and the whole gradient vector to 1e-5.
 
-    In fp32 single gradients differ more between any two orders of summation: a ReLU flips.
+    In fp32 single gradients differ more between two orders of summation, because a ReLU flips.
     """
-    expected, got = gradients(host, host_loss), gradients(model, loss)
+    expected, got = gradients(base, base_loss), gradients(model, loss)
     assert expected.keys() == got.keys()
     bound = 1e-9 if loss.dtype == torch.float64 else 1e-5
-    assert relative_error(loss, host_loss) < bound
+    assert relative_error(loss, base_loss) < bound
     if loss.dtype == torch.float64:
         for name in expected:
             assert relative_error(got[name], expected[name]) < bound, name

@@ -25,7 +25,7 @@ from stamp_kernels import (
     token_importance,
     use_backend,
 )
-from stamp_kernels.integrations.transformers.t5 import (
+from stamp_kernels.integrations.transformers import (
     PredictionConfig,
     PruningConfig,
     StampT5ForConditionalGeneration,

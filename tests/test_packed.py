@@ -1,4 +1,4 @@
-"""PackedBatch: into the packed layout and back, from padded, nested and TorchRec tensors."""
+"""PackedBatch: to and from padded, nested and TorchRec tensors."""
 
 import dataclasses
 import re
@@ -48,7 +48,7 @@ def padded_mask(lengths: tuple[int, ...], padded_length: int, padding: str) -> T
 
 
 @given(batch=ragged_batches(), room=st.integers(0, 3), padding=st.sampled_from(["right", "left", "scattered"]))
-def test_from_padded_takes_the_valid_tokens_of_each_row(batch, room, padding):
+def test_from_padded_packs_the_valid_tokens(batch, room, padding):
     mask = padded_mask(batch.lengths, batch.max_seqlen + room, padding)
     x = torch.randn(*mask.shape, 3)
     packed = PackedBatch.from_padded(x, mask)
@@ -91,14 +91,14 @@ def test_to_padded_puts_each_sequence_in_a_row(batch, room, side):
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_to_padded_is_as_wide_as_the_longest_sequence(name):
+def test_to_padded_has_the_longest_sequences_width(name):
     batch = BATCHES[name]
     assert packed_of(batch, 2).to_padded().shape == (batch.batch, batch.max_seqlen, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
-def test_padded_there_and_back(dtype, shape):
+def test_padded_round_trip(dtype, shape):
     batch = BATCHES["ragged"]
     values = torch.randint(0, 2, (batch.total, *shape)).to(dtype)
     packed = PackedBatch(values, batch.cu_seqlens, batch.max_seqlen)
@@ -111,7 +111,7 @@ def test_padded_there_and_back(dtype, shape):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradients_reach_valid_tokens_alone(device):
+def test_gradients_reach_only_valid_tokens(device):
     batch = BATCHES["ragged"]
     packed = packed_of(batch, 2, device=device)
     packed.values[batch.valid :] = torch.nan
@@ -140,7 +140,7 @@ def test_gradcheck():
 
 
 @pytest.mark.gpu
-def test_host_masks_and_lengths_cost_no_sync():
+def test_cpu_masks_and_lengths_cost_no_sync():
     x = torch.randn(3, 4, 2, device="cuda")
     mask = padded_mask((4, 0, 2), 4, "left")
     lengths = torch.tensor([4, 0, 2])
@@ -202,7 +202,7 @@ def test_to_padded_reports_bad_contents():
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("name", ["ragged", "no_tail", "long_among_short", "all_empty"])
-def test_nested_there_and_back(name, known):
+def test_nested_round_trip(name, known):
     batch = BATCHES[name]
     packed = packed_of(batch, 2, known=known)
     packed.values.requires_grad_()
@@ -247,7 +247,7 @@ def test_from_nested_names_the_bad_argument():
 
 
 class StandInJaggedTensor:
-    """The part of torchrec.sparse.jagged_tensor.JaggedTensor that is used here; offsets may be int64 there."""
+    """The part of torchrec.sparse.jagged_tensor.JaggedTensor that PackedBatch uses. Its offsets may be int64."""
 
     def __init__(self, values: Tensor, weights=None, lengths: Tensor | None = None, offsets: Tensor | None = None):
         self._values, self._lengths, self._offsets = values, lengths, offsets
@@ -273,7 +273,7 @@ def torchrec(monkeypatch):
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("name", BATCHES)
-def test_jagged_there_and_back(torchrec, name, known):
+def test_jagged_round_trip(torchrec, name, known):
     batch = BATCHES[name]
     packed = packed_of(batch, known=known)
     jagged = packed.to_jagged()
@@ -337,7 +337,7 @@ def test_pin_memory_pins_what_moves_to_the_device(monkeypatch, with_positions):
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     batch = BATCHES["ragged"]
     packed = dataclasses.replace(packed_of(batch, 2), positions=batch.positions() if with_positions else None)
-    # As the DataLoader's thread does it, for a batch that is a mapping.
+    # What the DataLoader's thread calls for a batch that is a mapping.
     result = torch_pin_memory({"packed": packed})["packed"]
     moving = [packed.values, packed.cu_seqlens, *([packed.positions] if with_positions else [])]
     assert [id(x) for x in pinned] == [id(x) for x in moving]
@@ -395,7 +395,7 @@ def test_names_the_bad_field(fields, message):
 
 
 @pytest.mark.gpu
-def test_lengths_cpu_stays_on_the_host():
+def test_lengths_cpu_stays_on_the_cpu():
     with pytest.raises(ValueError, match="lengths_cpu must be on cpu, got cuda:0"):
         dataclasses.replace(packed_of(BATCHES["ragged"]), lengths_cpu=torch.tensor(BATCHES["ragged"].lengths).cuda())
 

@@ -1,4 +1,4 @@
-"""From a dataset of token sequences to packed batches: what a torch DataLoader needs."""
+"""Packed batches from a dataset of token sequences: a collator and a batch sampler for torch's DataLoader."""
 
 from stamp_kernels.data.batch_sampler import TokenBudgetBatchSampler
 from stamp_kernels.data.collation import PackingCollator

@@ -1,4 +1,4 @@
-"""Integers from users' lists, NumPy arrays and tensors. NumPy is not imported: its arrays say what they are."""
+"""Integers from users' lists, NumPy arrays and tensors. NumPy is not imported: its arrays describe themselves."""
 
 from array import array
 from typing import Any
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def integers_of(name: str, x: Any, *, allow_bool: bool = False) -> Tensor:
-    """`x` as int64 `[n]` on the host; a tensor of that kind is returned as it is.
+    """`x` as int64 `[n]` on the CPU. An int64 tensor is returned unchanged.
 
     Args:
-        name: what to call x in an error.
-        x: a tensor, a NumPy array, or anything else that can be iterated over.
-        allow_bool: take tensors and arrays of bools too, as 0 and 1.
+        name: names x in error messages.
+        x: a tensor, a NumPy array, or any other iterable.
+        allow_bool: accept bool tensors and arrays too, as 0 and 1.
 
     Raises:
         ValueError: x is not one-dimensional, does not hold integers, or is not on the CPU.
@@ -32,15 +32,15 @@ def integers_of(name: str, x: Any, *, allow_bool: bool = False) -> Tensor:
             raise ValueError(f"{name} must be one-dimensional, got shape {list(x.shape)}")
         if x.dtype.kind not in ("biu" if allow_bool else "iu"):
             raise ValueError(f"{name} must have an integer dtype, got {x.dtype}")
-        # The copy is writable, in native byte order and without negative strides, as torch wants it.
+        # The copy is writable, in native byte order and without negative strides, as torch requires.
         return torch.from_numpy(x.astype("int64", order="C"))
     try:
-        # array() is several times faster than torch.tensor(), which also would cut floats off. The list is for bytes,
-        # which array() would take for machine integers.
+        # array() is several times faster than torch.tensor(), which would also truncate floats. list() is for bytes,
+        # which array() would read as machine integers.
         buffer = array("q", list(x))
     except (TypeError, OverflowError) as error:
         raise ValueError(f"{name} must be a one-dimensional sequence of int64 integers: {_what_is_wrong(x)}") from error
-    # frombuffer takes no empty buffer.
+    # frombuffer refuses an empty buffer.
     return torch.frombuffer(buffer, dtype=torch.int64) if buffer else torch.zeros(0, dtype=torch.int64)
 
 

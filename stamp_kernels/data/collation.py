@@ -1,4 +1,4 @@
-"""Users' histories to packed batches, in the DataLoader's workers."""
+"""PackingCollator: packs users' histories in the DataLoader's workers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,29 +11,31 @@ from stamp_kernels.data._integers import integers_of
 from stamp_kernels.ops._checks import check_count
 from stamp_kernels.packed import PackedBatch
 
+__all__ = ["PackingCollator"]
+
 _IGNORE_INDEX = -100
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingCollator:
-    """A `collate_fn` that packs histories one after another, without padding, and keeps their lengths on the host.
+    """A `collate_fn` that packs histories one after another, without padding, and keeps their lengths on the CPU.
 
-    For torch's DataLoader (it can be pickled and runs in workers; PackedBatch can be pinned) and Hugging Face's
-    Trainer. The Trainer drops dataset columns that the model's forward does not name before they get here: where it
-    names other arguments than the keys below, set `remove_unused_columns=False`.
+    For torch's DataLoader (it can be pickled and runs in workers, and its PackedBatch can be pinned) and Hugging Face's
+    Trainer. The Trainer drops dataset columns that are no arguments of the model's forward before they get here. If the
+    forward has other arguments than the keys below, set `remove_unused_columns=False`.
 
     A feature is a mapping. Its rows are lists, NumPy arrays or tensors, one-dimensional and of any integer dtype:
 
     - `"input_ids"`: a user's history as semantic-ID tokens; may be empty;
     - `"labels"`: the tokens of the target item;
-    - `"future_ids"`: the tokens of the items after the target, of any number. Not read with future_length 0;
+    - `"future_ids"`: the tokens of the items after the target, any number of items. Not read if future_length is 0;
     - `"attention_mask"`: optional, in all features or in none, as long as input_ids. Tokens where it is 0 are padding
-      and left out.
+      and are left out.
 
-    Other keys are ignored, so that a dataset may carry columns of its own (a user's id, a timestamp).
+    Other keys are ignored, so that a dataset may have columns of its own (a user's id, a timestamp).
 
     Args:
-        future_length: the number of future tokens of a feature, 0 for none: longer ones are cut, shorter ones padded.
+        future_length: the number of future tokens of each feature, 0 for none. More tokens are cut, fewer are padded.
 
     Raises:
         ValueError: future_length is not an int of at least 0.
@@ -45,15 +47,15 @@ class PackingCollator:
         check_count("future_length", self.future_length)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """A batch of B features; B may be 0, for a rank that has no sequences in a step.
+        """A batch of B features. B may be 0, for a rank that has no sequences in a step.
 
         Returns:
-            `"packed_inputs"`: a PackedBatch with values int64 `[T]`, lengths_cpu int64 `[B]`, an exact max_seqlen
-            and without positions; `"labels"`: int64 `[B, longest]`, padded with -100 on the right; and, unless
+            `"packed_inputs"`: a PackedBatch with values int64 `[T]`, lengths_cpu int64 `[B]`, an exact max_seqlen,
+            and no positions; `"labels"`: int64 `[B, longest]`, padded with -100 on the right; and, unless
             future_length is 0, `"future_ids"`: int64 `[B, future_length]`, padded with -100 on the right.
 
         Raises:
-            ValueError: a feature lacks a key, or holds something else than a row of integers under it.
+            ValueError: a key is missing from a feature, or its value is not a row of integers.
         """
         histories = _rows(features, "input_ids")
         values, lengths = _concatenated(histories), _lengths(histories)
@@ -62,17 +64,17 @@ class PackingCollator:
             _check_masks(masks, histories)
             values, lengths = _without_padding(values, lengths, _concatenated(masks) != 0)
         labels = _rows(features, "labels")
-        batch = {"packed_inputs": _packed(values, lengths), "labels": _padded(labels, _longest(labels))}
+        batch: dict[str, Any] = {"packed_inputs": _packed(values, lengths), "labels": _padded(labels, _longest(labels))}
         if self.future_length > 0:
             future = _rows(features, "future_ids")
-            # Cutting a tensor costs more than making it, and most are short enough.
+            # Slicing a tensor costs more than creating one, and most rows are short enough.
             future = [row if row.numel() <= self.future_length else row[: self.future_length] for row in future]
             batch["future_ids"] = _padded(future, self.future_length)
         return batch
 
 
 def _rows(features: Sequence[Mapping[str, Any]], key: str, *, allow_bool: bool = False) -> list[Tensor]:
-    """int64 `[n]` per feature."""
+    """One int64 `[n]` for each feature."""
     rows = []
     for index, feature in enumerate(features):
         if not isinstance(feature, Mapping):
@@ -115,7 +117,7 @@ def _packed(values: Tensor, lengths: Tensor) -> PackedBatch:
 
 
 def _padded(rows: list[Tensor], width: int) -> Tensor:
-    """int64 `[B, width]`; no row is longer than width."""
+    """int64 `[B, width]`. No row may be longer than width."""
     padded = torch.full((len(rows), width), _IGNORE_INDEX, dtype=torch.int64)
     padded[torch.arange(width) < _lengths(rows).unsqueeze(1)] = _concatenated(rows)
     return padded

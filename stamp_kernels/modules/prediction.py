@@ -1,7 +1,7 @@
 """Multi-step Auxiliary Prediction: heads on a trunk's hidden states that predict several future tokens or items."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,11 @@ from stamp_kernels.ops._checks import check_choice, check_range, check_tensor
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
 
+__all__ = ["LinearDecay", "LinearHead", "MultiStepPrediction", "ResidualHead", "TransformerHead"]
+
 
 class LinearDecay(NamedTuple):
-    """lambda going linearly from `start` to `end` over `steps` training steps, and staying there."""
+    """A lambda that goes linearly from `start` to `end` over `steps` training steps and then stays at `end`."""
 
     start: float
     end: float
@@ -25,7 +27,7 @@ class LinearDecay(NamedTuple):
 
 
 class LinearHead(nn.Linear):
-    """A linear map, the identity at first."""
+    """A linear map, initialized to the identity."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, hidden_size)
@@ -34,12 +36,12 @@ class LinearHead(nn.Linear):
         nn.init.eye_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
-        return super().forward(hidden)
+    def forward(self, input: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+        return super().forward(input)
 
 
 class ResidualHead(nn.Module):
-    """`x + SiLU(W x + b)` (Medusa, arXiv 2401.10774), the identity at first."""
+    """`x + SiLU(W x + b)` (Medusa, arXiv 2401.10774), initialized to the identity."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -50,14 +52,14 @@ class ResidualHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+    def forward(self, hidden: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         return hidden + F.silu(self.linear(hidden))
 
 
 class TransformerHead(nn.Module):
-    """A pre-norm transformer block (Gloeckle et al. 2024) within each packed sequence, the identity at first.
+    """A pre-norm transformer block (Gloeckle et al. 2024) within each packed sequence, initialized to the identity.
 
-    It adds no position encoding: the trunk's states carry the positions.
+    It adds no position encoding: the trunk's states already carry the positions.
     """
 
     def __init__(self, hidden_size: int, num_attention_heads: int, causal: bool) -> None:
@@ -86,14 +88,17 @@ class TransformerHead(nn.Module):
         return hidden + self.mlp_out(F.silu(self.mlp_in(self.mlp_norm(hidden))))
 
 
+_Head: TypeAlias = LinearHead | ResidualHead | TransformerHead
+
+
 class MultiStepPrediction(nn.Module):
     """MAP: the auxiliary loss `lambda * sum_k w_k CE(step k)` over K future tokens or items (arXiv 2604.05329).
 
-    Every step has a head of its own on the trunk's hidden states, and all share one unembedding. It is added to the
-    model's own loss, which stays the model's business. The module is for training only: in evaluation forward runs
-    no head and returns 0, and a deployed model leaves it out.
+    Every step has its own head on the trunk's hidden states, and all steps share one unembedding. The caller adds the
+    loss to the model's own next-token loss. The module is for training only: in evaluation forward runs no head and
+    returns 0, and a deployed model leaves it out.
 
-    A decoder-only model predicts tokens past the next one. Step 1 of the targets is the main loss's:
+    A decoder-only model predicts tokens past the next one. The first column of targets belongs to the main loss:
 
         >>> hidden, unembedding = torch.randn(7, 64), torch.randn(768, 64)
         >>> tokens, cu_seqlens = torch.randint(768, (7,)), torch.tensor([0, 4, 7], dtype=torch.int32)
@@ -102,14 +107,15 @@ class MultiStepPrediction(nn.Module):
         >>> loss = multi_token_cross_entropy(hidden, unembedding, targets[:, :1])
         >>> loss = loss + prediction(hidden, targets[:, 1:], unembedding=unembedding)
 
-    Or, with items of L codes, what stands in the next token's place 1, 2, ... items further on:
+    With items of L codes it can instead predict the same code as the next token's, 1, 2, ... items further on:
 
         >>> items = shift_targets(targets[:, 0], cu_seqlens, steps=2, stride=3)
         >>> loss = loss + prediction(hidden, items, unembedding=unembedding)
 
     An encoder-decoder over semantic IDs of L codes has L decoder states per user, one for each code of the next item.
-    Step k's head turns state h into a prediction of code h of the item k further on. With codes_per_item=L the rows come
-    as L consecutive ones per item, and vocab_ranges gives each (step, level) its codebook's slice of the vocabulary:
+    The head of step k turns the state of code h into a prediction of code h of the item k further on. With
+    codes_per_item=L each item is L consecutive rows, and vocab_ranges gives each (step, level) the slice of the
+    vocabulary that is its codebook:
 
         >>> codebooks = [(0, 256), (256, 512), (512, 768)]
         >>> prediction = MultiStepPrediction(64, num_steps=2, codes_per_item=3, vocab_ranges=codebooks * 2)
@@ -120,18 +126,18 @@ class MultiStepPrediction(nn.Module):
 
     Args:
         hidden_size: D, width of the hidden states.
-        num_steps: K, the auxiliary steps.
-        head: `"linear"`, `"residual"` or `"transformer"`, see LinearHead, ResidualHead and TransformerHead. At first
-            each is the identity, so that training starts from the trunk's own states.
-        vocab_size: for an unembedding of its own, of this many rows. None: forward is given the model's (tied).
+        num_steps: K, the number of auxiliary steps.
+        head: see LinearHead, ResidualHead and TransformerHead. Each is initialized to the identity, so that training
+            starts from the trunk's own states.
+        vocab_size: rows of the module's own unembedding. None: forward is given the model's (tied) unembedding.
         step_weights: w_k, K floats. None: all 1.
         lambda_: a float, or a function of the training step such as LinearDecay(0.3, 0.1, 10_000).
-        codes_per_item: L, how many consecutive rows make an item. A step's loss is the mean over its levels' losses.
-            Where sequences are pruned, whole items must stay: `SemanticAdaptivePruning(unit="item")`.
+        codes_per_item: L, how many consecutive rows make an item. The loss of a step is the mean of its levels' losses.
+            If sequences are pruned, whole items must be kept: `SemanticAdaptivePruning(codes_per_item=...)`.
         vocab_ranges: K * codes_per_item pairs (start, end), one for each (step, level), the levels of step 1 first.
             None: the whole vocabulary for all.
-        num_attention_heads: for head="transformer"; its head dimension must be a multiple of 8.
-        causal: for head="transformer", whether a row sees only those before it in its sequence, and itself.
+        num_attention_heads: for head="transformer". The head dimension must be a multiple of 8.
+        causal: for head="transformer": a row attends only to itself and to earlier rows of its sequence.
         label_smoothing, softcap, ignore_index: as in `multi_token_cross_entropy`.
 
     Raises:
@@ -143,10 +149,10 @@ class MultiStepPrediction(nn.Module):
         hidden_size: int,
         num_steps: int,
         *,
-        head: str = "residual",
+        head: Literal["linear", "residual", "transformer"] = "residual",
         vocab_size: int | None = None,
         step_weights: Sequence[float] | None = None,
-        lambda_: float | Callable[[int], float] = 0.3,
+        lambda_: float | LinearDecay | Callable[[int], float] = 0.3,
         codes_per_item: int = 1,
         vocab_ranges: Sequence[tuple[int, int]] | None = None,
         num_attention_heads: int | None = None,
@@ -169,7 +175,7 @@ class MultiStepPrediction(nn.Module):
             check_range("num_attention_heads", num_attention_heads, 1)
             if hidden_size % (8 * num_attention_heads) != 0:
                 raise ValueError(
-                    f"num_attention_heads must cut hidden_size {hidden_size} into multiples of 8, "
+                    f"num_attention_heads must divide hidden_size {hidden_size} into multiples of 8, "
                     f"got {num_attention_heads}"
                 )
         if step_weights is not None and len(step_weights) != num_steps:
@@ -190,21 +196,52 @@ class MultiStepPrediction(nn.Module):
         self.softcap = softcap
         self.ignore_index = ignore_index
 
-        if head == "linear":
-            heads = [LinearHead(hidden_size) for _ in range(num_steps)]
-        elif head == "residual":
-            heads = [ResidualHead(hidden_size) for _ in range(num_steps)]
-        else:
-            heads = [TransformerHead(hidden_size, num_attention_heads, causal) for _ in range(num_steps)]
-        self.heads = nn.ModuleList(heads)
+        self.heads = nn.ModuleList(self._new_head(head, num_attention_heads, causal) for _ in range(num_steps))
         self.unembedding = None if vocab_size is None else nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.reset_parameters()
 
+    def _new_head(self, kind: str, num_attention_heads: int | None, causal: bool) -> _Head:
+        if kind == "linear":
+            return LinearHead(self.hidden_size)
+        if num_attention_heads is None:
+            return ResidualHead(self.hidden_size)
+        return TransformerHead(self.hidden_size, num_attention_heads, causal)
+
     def reset_parameters(self) -> None:
         for head in self.heads:
-            head.reset_parameters()
+            cast(_Head, head).reset_parameters()
         if self.unembedding is not None:
             nn.init.normal_(self.unembedding, std=self.hidden_size**-0.5)
+
+    @overload
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        unembedding: Tensor | None = None,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        target_counts: Tensor | None = None,
+        training_step: int | None = None,
+        return_step_losses: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        unembedding: Tensor | None = None,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        target_counts: Tensor | None = None,
+        training_step: int | None = None,
+        return_step_losses: Literal[True],
+    ) -> MultiTokenLoss: ...
 
     def forward(
         self,
@@ -222,25 +259,25 @@ class MultiStepPrediction(nn.Module):
         """The auxiliary loss of a batch; 0 in evaluation.
 
         Args:
-            hidden: `[N, D]`, the trunk's last hidden states; N = items * codes_per_item, those of an item together.
-                Rows without a target have no influence but must be finite: their 0 gradient meets them in the heads.
-            targets: int64 `[N, K]`, what each row's step k predicts, or ignore_index. See `shift_targets`.
-            unembedding: `[V, D]`, the model's, unless the module has one of its own (vocab_size).
+            hidden: `[N, D]`, the trunk's last hidden states. N = items * codes_per_item, the rows of an item together.
+                Rows without a target have no influence but must be finite: the heads multiply them by a gradient of 0.
+            targets: int64 `[N, K]`, what step k predicts from each row, or ignore_index. See `shift_targets`.
+            unembedding: `[V, D]`, the model's. Only if the module has none of its own (vocab_size).
             bias: added to the logits, as in `multi_token_cross_entropy`.
-            cu_seqlens, max_seqlen: int32 `[B + 1]` offsets of the packed sequences and their longest length; needed,
-                and read, by head="transformer" alone.
-            target_counts: how many valid targets each (step, level) has, where this batch is a part of a larger one (of
-                several ranks, or of accumulated steps). Its losses are then sums over this part divided by these
-                counts, so that the parts' losses add up to the whole's. None: this batch is all.
-            training_step: what lambda_ is a function of, where it is one. torch.compile does not recompile for it.
-            return_step_losses: return MultiTokenLoss(loss, step_losses `[K]`, this batch's means without weights,
-                lambda and gradient).
+            cu_seqlens, max_seqlen: int32 `[B + 1]` offsets of the packed sequences and their longest length. Only
+                head="transformer" reads them, and it needs them.
+            target_counts: how many valid targets each (step, level) has in a larger batch that this one is a part of
+                (several ranks, or accumulated steps). The losses are then sums over this part divided by these counts,
+                so that the losses of all parts add up to the loss of the whole batch. None: this batch is the whole.
+            training_step: the argument of lambda_ where that is a function. torch.compile does not recompile for it.
+            return_step_losses: return MultiTokenLoss(loss, step_losses `[K]`). The step losses are means over this
+                batch, detached, without step_weights and lambda.
 
         Returns:
             A scalar, fp32 (fp64 for fp64 hidden states), or MultiTokenLoss.
 
         Raises:
-            ValueError: an argument has a wrong shape, dtype, device or value, is missing, or was not expected.
+            ValueError: an argument has a wrong shape, dtype, device or value, is missing, or is not allowed here.
             RuntimeError: contents are wrong, see `multi_token_cross_entropy` and `packed_attention`.
         """
         check_tensor("hidden", hidden, shape=["N", self.hidden_size])
@@ -250,37 +287,39 @@ class MultiStepPrediction(nn.Module):
             raise ValueError(
                 f"hidden must have rows for whole items of {self.codes_per_item} codes, got {num_rows} rows"
             )
-        if (unembedding is None) == (self.unembedding is None):
+        weight = unembedding if self.unembedding is None else self.unembedding
+        if weight is None or (unembedding is not None and self.unembedding is not None):
             raise ValueError(
-                "exactly one of the argument unembedding and the module's own (vocab_size) must be there, got "
-                + ("neither" if unembedding is None else "both")
+                "exactly one of the argument unembedding and the module's own (vocab_size) must exist, got "
+                + ("neither" if weight is None else "both")
             )
         if self.head == "transformer" and (cu_seqlens is None or max_seqlen is None):
             raise ValueError('head="transformer" needs cu_seqlens and max_seqlen')
         if callable(self.lambda_) and training_step is None:
-            raise ValueError("training_step must be given where lambda_ is a function of it, got None")
+            raise ValueError("training_step must be given if lambda_ is a function of it, got None")
         if not self.training:
             dtype = compute_dtype(hidden.dtype)
             zero = torch.zeros((), dtype=dtype, device=hidden.device)
             return MultiTokenLoss(zero, zero.new_zeros(self.num_steps)) if return_step_losses else zero
 
-        # Every (step, level) is a step of the cross-entropy, with the items as its rows.
+        # Every (step, level) is one step of the cross-entropy, whose rows are the items.
         items_and_levels = (num_rows // self.codes_per_item, self.codes_per_item)
-        states = [head(hidden, cu_seqlens, max_seqlen) for head in self.heads]
-        states = torch.cat([x.unflatten(0, items_and_levels).transpose(0, 1) for x in states])  # [K * L, items, D]
+        by_step = [head(hidden, cu_seqlens, max_seqlen) for head in self.heads]
+        states = torch.cat([x.unflatten(0, items_and_levels).transpose(0, 1) for x in by_step])  # [K * L, items, D]
         targets = targets.unflatten(0, items_and_levels).transpose(1, 2).flatten(1)  # [items, K * L]
         step_weights = (1.0,) * self.num_steps if self.step_weights is None else self.step_weights
+        weights: list[float] | Tensor  # of the K * L steps of the cross-entropy
         if target_counts is None:
             weights = [weight / self.codes_per_item for weight in step_weights for _ in range(self.codes_per_item)]
         else:
             check_tensor("target_counts", target_counts, shape=[self.num_steps, self.codes_per_item])
             counts = (targets != self.ignore_index).sum(0).to(compute_dtype(hidden.dtype))
             shares = counts.view_as(target_counts) / (self.codes_per_item * target_counts.clamp(min=1))
-            # Step by step: a tensor of the weights would have to be copied to a GPU, which waits for it.
+            # Step by step, because copying a tensor of all weights to a GPU would wait for the GPU.
             weights = torch.cat([weight * share for weight, share in zip(step_weights, shares, strict=True)])
         loss, step_losses = multi_token_cross_entropy(
             states,
-            self.unembedding if unembedding is None else unembedding,
+            weight,
             targets,
             bias=bias,
             step_weights=weights,
@@ -290,7 +329,7 @@ class MultiStepPrediction(nn.Module):
             softcap=self.softcap,
             return_step_losses=True,
         )
-        lambda_ = self.lambda_(training_step) if callable(self.lambda_) else self.lambda_
+        lambda_ = self.lambda_(cast(int, training_step)) if callable(self.lambda_) else self.lambda_
         loss = lambda_ * loss
         if not return_step_losses:
             return loss

@@ -1,7 +1,7 @@
-"""Semantic Adaptive Pruning: a trunk's block hands its hidden states in and gets the shorter sequences back."""
+"""Semantic Adaptive Pruning: a block's hidden states go in, the shorter sequences come out."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,14 +10,16 @@ from stamp_kernels.ops.pruning.prune import prune
 from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.packed import PackedBatch
 
+__all__ = ["PrunedBatch", "SemanticAdaptivePruning"]
 
-class PrunedSequence(NamedTuple):
+
+class PrunedBatch(NamedTuple):
     """What `SemanticAdaptivePruning` returns.
 
     Attributes:
         packed: the kept tokens.
-        selection: which tokens they are, for `gather_tokens` of labels and whatever else belongs to a token. None where
-            nothing was pruned (evaluation with prune_in_eval=False).
+        selection: which tokens were kept. Give it to `gather_tokens` with labels and other per-token tensors. None
+            where nothing was pruned (evaluation with prune_in_eval=False).
     """
 
     packed: PackedBatch
@@ -27,10 +29,10 @@ class PrunedSequence(NamedTuple):
 class SemanticAdaptivePruning(nn.Module):
     """SAP: keep the most important tokens of every sequence, in their original order (arXiv 2604.05329).
 
-    Scores every token by `||h_i|| * centrality_i`, keeps the best `max(min_keep, ceil(keep_ratio * n))` of each
-    sequence's n unprotected tokens and all protected ones, and gathers their hidden states. It has no parameters, the
-    scores get no gradient, and nothing syncs with the host. A model calls one after the block where it prunes; the
-    later blocks run on the shorter sequences:
+    The importance of a token is `||h_i|| * centrality_i`. Of each sequence's n unprotected tokens the best
+    `max(min_keep, ceil(keep_ratio * n))` are kept, and all protected ones. Their hidden states are gathered. The module
+    has no parameters, the importance gets no gradient, and nothing syncs with the CPU. A model calls one module after
+    the block where it prunes, and its later blocks run on the shorter sequences:
 
         out = packed_attention(q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, return_centrality=True)
         ...  # the rest of the block makes packed.values
@@ -38,18 +40,18 @@ class SemanticAdaptivePruning(nn.Module):
         targets = gather_tokens(targets, selection)
 
     Args:
-        keep_ratio: share of tokens that stays, in [0, 1].
-        norm: of the hidden states, `"l1"` or `"l2"`.
+        keep_ratio: share of the tokens to keep, in [0, 1].
+        norm: the norm of the hidden states.
         positions: `"original"` keeps every token's index in its original sequence, so that position biases and rotary
-            embeddings see the true distances; `"compact"` counts the kept tokens anew.
-        normalize: `"visible_queries"` corrects the scores of causal attention, see `token_importance`; `"none"`.
+            embeddings see the true distances. `"compact"` renumbers the kept tokens 0, 1, 2, ...
+        normalize: `"visible_queries"` corrects the importance under causal attention, see `token_importance`.
         prune_in_eval: whether to prune in evaluation too.
-        min_keep: how many unprotected tokens (items) of a sequence stay at least.
-        unit: `"token"`; or `"item"` to keep or drop the tokens of an item together. An item then scores the sum of its
-            tokens, it is protected where one of its tokens is, and keep_ratio and min_keep count items.
-        codes_per_item: tokens per item, for unit="item". Every sequence must be whole items.
-        budget: `"sequence"` takes keep_ratio of each sequence's own length; `"max_seqlen"` of the batch's max_seqlen,
-            as padded implementations do, so that published settings can be reproduced.
+        min_keep: the fewest unprotected tokens (items) to keep of a sequence.
+        codes_per_item: keep or drop all codes of an item together. The importance of an item is the sum over its
+            tokens, an item is protected if one of its tokens is, and keep_ratio and min_keep count items. Every
+            sequence must consist of whole items. None: tokens are kept or dropped one by one.
+        budget: `"sequence"` takes keep_ratio of each sequence's own length. `"max_seqlen"` takes it of the batch's
+            max_seqlen, as padded implementations do, so that published settings can be reproduced.
 
     Raises:
         ValueError: an argument has a value that is not allowed.
@@ -59,14 +61,13 @@ class SemanticAdaptivePruning(nn.Module):
         self,
         keep_ratio: float,
         *,
-        norm: str = "l1",
-        positions: str = "original",
-        normalize: str = "none",
+        norm: Literal["l1", "l2"] = "l1",
+        positions: Literal["original", "compact"] = "original",
+        normalize: Literal["none", "visible_queries"] = "none",
         prune_in_eval: bool = True,
         min_keep: int = 1,
-        unit: str = "token",
         codes_per_item: int | None = None,
-        budget: str = "sequence",
+        budget: Literal["sequence", "max_seqlen"] = "sequence",
     ) -> None:
         super().__init__()
         check_range("keep_ratio", keep_ratio, 0.0, 1.0)
@@ -74,12 +75,7 @@ class SemanticAdaptivePruning(nn.Module):
         check_choice("positions", positions, ("original", "compact"))
         check_choice("normalize", normalize, ("none", "visible_queries"))
         check_count("min_keep", min_keep)
-        check_choice("unit", unit, ("token", "item"))
         check_choice("budget", budget, ("sequence", "max_seqlen"))
-        if (unit == "item") != (codes_per_item is not None):
-            raise ValueError(
-                f'codes_per_item goes with unit="item", got unit={unit!r} and codes_per_item={codes_per_item}'
-            )
         if codes_per_item is not None:
             check_count("codes_per_item", codes_per_item, minimum=1)
         self.keep_ratio = keep_ratio
@@ -88,7 +84,6 @@ class SemanticAdaptivePruning(nn.Module):
         self.normalize = normalize
         self.prune_in_eval = prune_in_eval
         self.min_keep = min_keep
-        self.unit = unit
         self.codes_per_item = codes_per_item
         self.budget = budget
 
@@ -104,26 +99,26 @@ class SemanticAdaptivePruning(nn.Module):
         *,
         protect: Tensor | None = None,  # [T] bool
         num_protected: int | Tensor | None = None,
-    ) -> PrunedSequence:
+    ) -> PrunedBatch:
         """Prune `packed`, whose values `[T, D]` are the block's hidden states.
 
         Args:
-            packed: the batch. With lengths_cpu the result has no tail rows.
+            packed: the batch. If it has lengths_cpu, the result has no tail rows.
             centrality: `[T]`, the attention that each token receives in the block.
-            protect: bool `[T]`, tokens that always stay and stand outside the budget.
-            num_protected: what is known on the host of the protected tokens (items, for unit="item"): their total, or
-                `[B]` numbers on the CPU. On a GPU the result of a batch with protect has T rows without it.
+            protect: bool `[T]`, tokens that are always kept. They do not count towards the budget.
+            num_protected: how many tokens (items, with codes_per_item) are protected: the total, or `[B]` numbers on
+                the CPU. On a GPU a batch with protect and without num_protected gives T rows.
 
         Returns:
-            PrunedSequence. Its lengths_cpu is set where the kept lengths are known on the host.
+            PrunedBatch. Its lengths_cpu is set where the kept lengths are known on the CPU.
 
         Raises:
             ValueError: an argument has a wrong shape, dtype, device or value.
-            RuntimeError: contents are wrong, see `select_tokens`, or a sequence is not whole items (on the CPU, or
-                under STAMP_KERNELS_CHECK=1).
+            RuntimeError: contents are wrong, see `select_tokens`, or a sequence does not consist of whole items
+                (checked on the CPU, or under STAMP_KERNELS_CHECK=1).
         """
         if not self.is_active:
-            return PrunedSequence(packed, None)
+            return PrunedBatch(packed, None)
         kept = prune(
             packed.values,
             centrality,
@@ -148,11 +143,11 @@ class SemanticAdaptivePruning(nn.Module):
             positions=kept.positions if self.positions == "original" else None,
             lengths_cpu=kept.lengths_cpu,
         )
-        return PrunedSequence(pruned, kept.selection)
+        return PrunedBatch(pruned, kept.selection)
 
     def extra_repr(self) -> str:
-        unit = self.unit if self.codes_per_item is None else f"{self.unit}, codes_per_item={self.codes_per_item}"
         return (
             f"keep_ratio={self.keep_ratio}, norm={self.norm}, positions={self.positions}, normalize={self.normalize}, "
-            f"prune_in_eval={self.prune_in_eval}, min_keep={self.min_keep}, unit={unit}, budget={self.budget}"
+            f"prune_in_eval={self.prune_in_eval}, min_keep={self.min_keep}, codes_per_item={self.codes_per_item}, "
+            f"budget={self.budget}"
         )

@@ -1,4 +1,4 @@
-"""TokenBudgetBatchSampler: every index once, the budget held, the ranks alike, the same plan everywhere."""
+"""TokenBudgetBatchSampler: every index once, within max_tokens, balanced ranks, the same plan on every rank."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ from stamp_kernels.data import PackingCollator, TokenBudgetBatchSampler
 
 @st.composite
 def settings(draw):
-    """Lengths, budgets and ranks, with chunks of one sequence and of all, and with empty sequences."""
+    """Lengths, budgets and ranks, with chunks of one sequence or of all, and with empty sequences."""
     lengths = draw(st.lists(st.integers(0, 40), max_size=60))
     max_tokens = draw(st.integers(max(lengths, default=1) or 1, 150))
     return {
@@ -49,7 +49,7 @@ def plans_of(arguments: dict, epoch: int = 0) -> list[list[list[int]]]:
 
 
 def spread(lengths: list[int], ranks: int) -> list[list[int]]:
-    """Longest first, each to the rank with the fewest tokens, by definition; the lengths on each rank."""
+    """The lengths on each rank: the longest first, each to the rank with the fewest tokens."""
     loads = [[] for _ in range(ranks)]
     for n in sorted(lengths, reverse=True):
         min(loads, key=sum).append(n)
@@ -67,13 +67,14 @@ def test_every_index_comes_once_within_the_budget(arguments, epoch):
         assert all(type(index) is int for index in batch)
         assert sum(lengths[index] for index in batch) <= arguments["max_tokens"]
         assert len(batch) <= (arguments["max_sequences"] or len(lengths))
-    # A rank goes without in the last step alone, and only where there are too few sequences.
+    # Only in the last step may a batch be empty, and only if there are fewer sequences than ranks.
     for number, step in enumerate(zip(*plans, strict=True), start=1):
         assert all(step) or (number == len(plans[0]) and sum(map(len, step)) < len(plans))
 
 
 @given(settings())
-def test_no_rank_of_a_step_is_heavier_by_more_than_its_shortest_sequence(arguments):
+def test_ranks_of_a_step_are_balanced(arguments):
+    """No rank exceeds another by more than the shortest of its own sequences."""
     plans = plans_of({**arguments, "max_sequences": None})
     for step in zip(*plans, strict=True):
         loads = [[arguments["lengths"][index] for index in batch] for batch in step]
@@ -82,7 +83,7 @@ def test_no_rank_of_a_step_is_heavier_by_more_than_its_shortest_sequence(argumen
 
 
 @given(settings())
-def test_steps_are_consecutive_pieces_of_the_order_as_long_as_fits(arguments):
+def test_steps_are_the_longest_chunks_that_fit(arguments):
     arguments = {**arguments, "shuffle": False, "max_sequences": None}
     lengths, ranks = arguments["lengths"], arguments["num_replicas"]
     first = 0
@@ -100,7 +101,7 @@ def test_steps_are_consecutive_pieces_of_the_order_as_long_as_fits(arguments):
 
 
 @given(settings())
-def test_one_rank_takes_sequences_until_the_next_does_not_fit(arguments):
+def test_one_rank_fills_its_batches_in_order(arguments):
     arguments = {**arguments, "num_replicas": 1, "shuffle": False}
     expected, tokens = [], 0
     for index, n in enumerate(arguments["lengths"]):
@@ -113,11 +114,11 @@ def test_one_rank_takes_sequences_until_the_next_does_not_fit(arguments):
     assert plans_of(arguments) == [expected]
 
 
-def test_a_chunk_that_does_not_spread_is_cut():
-    # 4 x 60 tokens are within 3 x 100, but no rank holds two.
+def test_chunk_that_does_not_spread_is_shortened():
+    # 4 x 60 tokens are less than 3 x 100, but two sequences do not fit on a rank.
     plans = plans_of({"lengths": [60] * 7, "max_tokens": 100, "num_replicas": 3, "shuffle": False})
     assert plans == [[[0], [3], [6]], [[1], [4], []], [[2], [5], []]]
-    # 28 x 35 are within 10 x 100, in which 20 fit: the search goes back beyond them, and forth again.
+    # 28 x 35 tokens are less than 10 x 100, but only 20 sequences fit. The search goes back beyond 20, then forward.
     plans = plans_of({"lengths": [35] * 45, "max_tokens": 100, "num_replicas": 10})
     assert [sum(map(len, step)) for step in zip(*plans, strict=True)] == [20, 20, 5]
 
@@ -127,10 +128,10 @@ def test_equal_lengths_make_fixed_batches():
     assert [[len(batch) for batch in plan] for plan in plans] == [[3, 3, 3, 3, 1], [3, 3, 3, 3, 1]]
 
 
-def test_empty_sequences_take_nothing_and_are_spread():
+def test_empty_sequences_use_no_budget_and_are_spread():
     arguments = {"lengths": [0] * 10 + [5], "max_tokens": 5, "num_replicas": 2, "shuffle": False}
     plans = plans_of(arguments)
-    # The one with tokens goes first; the empty ones all go to the rank without any.
+    # The sequence with tokens comes first. The empty ones all go to the other rank.
     assert plans == [[[10]], [list(range(10))]]
     plans = plans_of({**arguments, "lengths": [0] * 10})
     assert [[len(batch) for batch in plan] for plan in plans] == [[5], [5]]
@@ -139,7 +140,7 @@ def test_empty_sequences_take_nothing_and_are_spread():
 
 
 def test_a_full_rank_leaves_sequences_to_the_others():
-    # Sequences 2 to 5 would all go to rank 1 if it could hold more than three.
+    # Without max_sequences, sequences 2 to 5 would all go to rank 1.
     arguments = {"lengths": [50, 1, 1, 1, 1, 1], "max_tokens": 100, "num_replicas": 2, "shuffle": False}
     assert plans_of({**arguments, "max_sequences": 3}) == [[[0, 4, 5]], [[1, 2, 3]]]
 
@@ -175,20 +176,20 @@ def test_seed_and_epoch_choose_the_order():
             assert tuple(order_of(sampler)) == orders[seed, epoch]
         sampler.set_epoch(0)
         assert tuple(order_of(sampler)) == orders[seed, 0]
-    # Nor is seed 1 in epoch 0 the same as seed 0 in epoch 1.
+    # Seed 1 in epoch 0 differs from seed 0 in epoch 1, too.
     assert len(set(orders.values())) == len(orders)
 
 
-def test_without_shuffle_every_epoch_is_in_the_datasets_order():
+def test_no_shuffle_keeps_the_order_of_the_dataset():
     sampler = TokenBudgetBatchSampler([1] * 20, 7, shuffle=False)
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
         assert order_of(sampler) == list(range(20))
 
 
-def test_the_shuffle_knows_nothing_of_lengths():
-    # Over many epochs a long sequence is as likely in any place as a short one: the mean place of the long quarter,
-    # of 200 places each drawn from 0..79, has a standard deviation of at most 1.7 around 39.5.
+def test_shuffle_does_not_depend_on_lengths():
+    # A long sequence is as likely in any place as a short one. The mean of the 200 places of long sequences in ten
+    # epochs, each from 0 to 79, has a standard deviation of at most 1.7 around 39.5.
     lengths = [30] * 20 + [1] * 60
     sampler = TokenBudgetBatchSampler(lengths, 30)
     places = []
@@ -210,7 +211,7 @@ def test_the_plan_depends_on_no_global_state():
     assert result.stdout.strip() == str(plan)
 
 
-def test_planning_leaves_the_global_generator_alone():
+def test_planning_does_not_touch_the_global_generator():
     state = torch.get_rng_state()
     list(TokenBudgetBatchSampler([1] * 30, 4))
     assert torch.equal(torch.get_rng_state(), state)
@@ -220,7 +221,7 @@ def test_planning_leaves_the_global_generator_alone():
 
 
 @given(settings())
-def test_drop_last_drops_the_last_step_unless_it_is_full(arguments):
+def test_drop_last_drops_only_partial_steps(arguments):
     shortest = min(arguments["lengths"], default=0)
     kept = plans_of({**arguments, "drop_last": True})
     all_of_them = plans_of(arguments)
@@ -253,11 +254,11 @@ def test_drop_last_keeps_a_full_last_step():
         assert [len(plan) for plan in plans] == [batches, batches]
 
 
-# In the middle of an epoch
+# Resuming within an epoch
 
 
 @given(settings(), st.data())
-def test_goes_on_where_it_was_interrupted(arguments, data):
+def test_resumes_from_first_batch(arguments, data):
     rank = data.draw(st.integers(0, arguments["num_replicas"] - 1))
     epoch = data.draw(st.integers(0, 2))
     plan = plans_of(arguments, epoch)[rank]
@@ -270,7 +271,7 @@ def test_goes_on_where_it_was_interrupted(arguments, data):
     assert list(sampler) == plan
 
 
-def test_first_batch_holds_until_an_iteration_has_come_to_its_end():
+def test_first_batch_holds_until_an_iteration_ends():
     sampler = TokenBudgetBatchSampler([1] * 10, 2, shuffle=False)
     sampler.set_epoch(0, 3)
     assert next(iter(sampler)) == [6, 7]
@@ -285,7 +286,7 @@ def test_an_older_iteration_does_not_undo_set_epoch():
         sampler.set_epoch(0, 3)
         older = iter(sampler)
         assert next(older) == [6, 7]
-        # A loader that reads ahead may leave an iteration to end after this; even the same numbers are a new call.
+        # With a loader that reads ahead an iteration may end after this call, which holds even with the same numbers.
         sampler.set_epoch(0, first_batch)
         assert list(older) == [[8, 9]]
         assert len(sampler) == 5 - first_batch
@@ -301,7 +302,7 @@ def test_batches_may_be_changed_by_their_receiver():
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Feature i holds token i as often as its length says."""
+    """Feature i is token i, repeated lengths[i] times."""
 
     lengths = (5, 0, 13, 2, 7, 7, 1, 11, 3, 4, 9)
 
@@ -313,7 +314,7 @@ class Dataset(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("persistent_workers", [False, True])
-def test_in_a_loader_with_workers(persistent_workers):
+def test_loader_with_workers(persistent_workers):
     samplers = [TokenBudgetBatchSampler(Dataset.lengths, 14, num_replicas=4, rank=rank, seed=1) for rank in range(4)]
     loaders = [
         DataLoader(
@@ -351,7 +352,7 @@ def test_in_a_loader_with_workers(persistent_workers):
 # Ranks of torch.distributed
 
 
-def test_takes_the_ranks_of_torch_distributed(monkeypatch):
+def test_reads_ranks_from_torch_distributed(monkeypatch):
     lengths = [3, 1, 4, 1, 5, 9, 2, 6]
     alone = TokenBudgetBatchSampler(lengths, 10)
     assert (alone.num_replicas, alone.rank) == (1, 0)

@@ -1,4 +1,4 @@
-"""PackingCollator: packed batches from rows of lists, arrays and tensors, against loops over the features."""
+"""PackingCollator on lists, arrays and tensors, against loops over the features."""
 
 import pickle
 import re
@@ -88,7 +88,7 @@ def test_no_features_make_an_empty_batch():
     assert {batch["labels"].dtype, batch["future_ids"].dtype} == {torch.int64}
 
 
-def test_the_batch_does_not_share_memory_with_the_dataset():
+def test_batch_shares_no_memory_with_the_dataset():
     history = torch.tensor([1, 2, 3])
     batch = PackingCollator()([{"input_ids": history, "labels": history}])
     batch["packed_inputs"].values.fill_(0)
@@ -96,7 +96,7 @@ def test_the_batch_does_not_share_memory_with_the_dataset():
     assert history.tolist() == [1, 2, 3]
 
 
-def test_keys_of_the_datasets_own_are_ignored():
+def test_other_keys_are_ignored():
     feature = {"input_ids": [1, 2], "labels": [3], "user": "u7", "future_ids": "not read with future_length 0"}
     batch = PackingCollator()([UserDict(feature)])
     assert list(batch) == ["packed_inputs", "labels"]
@@ -115,7 +115,7 @@ MASK_KINDS = {
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @given(histories=st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), max_size=8), min_size=1, max_size=5))
-def test_tokens_that_the_mask_leaves_out_are_not_packed(kind, histories):
+def test_masked_tokens_are_not_packed(kind, histories):
     features = [
         {
             "input_ids": [token for token, _ in history],
@@ -132,7 +132,7 @@ def test_tokens_that_the_mask_leaves_out_are_not_packed(kind, histories):
 
 
 class Dataset(torch.utils.data.Dataset):
-    """Feature i has i tokens, and the numbers of its target and future tokens vary as well."""
+    """Feature i has i tokens. The numbers of its target and future tokens vary too."""
 
     def __len__(self):
         return 10

@@ -22,7 +22,7 @@ THIRD = 1 / 3
 
 
 def packed_of(batch: RaggedBatch, width: int = 6, **fields) -> PackedBatch:
-    """Hidden states with NaN in the tail rows, which must reach nothing."""
+    """Hidden states with NaN in the tail rows, which must not reach any result."""
     hidden = torch.randn(batch.total, width)
     hidden[batch.valid :] = math.nan
     return PackedBatch(hidden, batch.cu_seqlens, batch.max_seqlen, **fields)
@@ -40,7 +40,7 @@ def kept_rows(
     norm: int = 1,
     per_visible_query: bool = False,
 ) -> list[list[int]]:
-    """Rows that each sequence keeps."""
+    """The rows that each sequence keeps."""
     kept = []
     for rows in batch.slices():
         importance = hidden[rows].norm(norm, dim=1) * centrality[rows]
@@ -49,11 +49,11 @@ def kept_rows(
             importance = importance / torch.arange(n, 0, -1)
         items = range(len(importance) // codes_per_item)
         tokens = {item: list(range(item * codes_per_item, (item + 1) * codes_per_item)) for item in items}
-        score = {item: sum(importance[token].item() for token in tokens[item]) for item in items}
+        importance_of = {item: sum(importance[token].item() for token in tokens[item]) for item in items}
         always = [
             item for item in items if protect is not None and any(protect[rows.start + token] for token in tokens[item])
         ]
-        others = sorted(set(items) - set(always), key=lambda item: (-score[item], item))
+        others = sorted(set(items) - set(always), key=lambda item: (-importance_of[item], item))
         budget = max(min_keep, math.ceil(ratio * len(others)))
         kept.append([rows.start + token for item in sorted(always + others[:budget]) for token in tokens[item]])
     return kept
@@ -81,7 +81,7 @@ def assert_pruned(pruned: PackedBatch, source: PackedBatch, kept: list[list[int]
     with_lengths=st.booleans(),
     protecting=st.booleans(),
 )
-def test_prunes_as_a_loop_over_the_sequences_does(batch, ratio, min_keep, with_positions, with_lengths, protecting):
+def test_prunes_like_a_loop_over_the_sequences(batch, ratio, min_keep, with_positions, with_lengths, protecting):
     packed = packed_of(
         batch,
         positions=batch.positions() if with_positions else None,
@@ -107,12 +107,12 @@ def test_prunes_as_a_loop_over_the_sequences_does(batch, ratio, min_keep, with_p
     with_lengths=st.booleans(),
     protecting=st.booleans(),
 )
-def test_items_stay_or_go_whole(items, codes_per_item, tail, min_keep, with_lengths, protecting):
+def test_whole_items_are_kept_or_dropped(items, codes_per_item, tail, min_keep, with_lengths, protecting):
     batch = RaggedBatch(tuple(n * codes_per_item for n in items.lengths), tail)
     packed = packed_of(batch, lengths_cpu=torch.tensor(batch.lengths, dtype=torch.int64) if with_lengths else None)
     centrality = torch.rand(batch.total)
     protect = torch.rand(batch.total) < 0.1 if protecting else None
-    prune = SemanticAdaptivePruning(THIRD, unit="item", codes_per_item=codes_per_item, min_keep=min_keep)
+    prune = SemanticAdaptivePruning(THIRD, codes_per_item=codes_per_item, min_keep=min_keep)
     pruned, selection = prune(packed, centrality, protect=protect)
     kept = kept_rows(
         batch, packed.values, centrality, min_keep=min_keep, codes_per_item=codes_per_item, protect=protect
@@ -127,7 +127,7 @@ def test_items_stay_or_go_whole(items, codes_per_item, tail, min_keep, with_leng
 @pytest.mark.parametrize("normalize", ["none", "visible_queries"])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_norm_and_normalize_reach_the_score(device, norm, normalize):
+def test_norm_and_normalize_reach_the_importance(device, norm, normalize):
     batch = BATCHES["long_among_short"]
     packed, centrality = packed_of(batch), torch.rand(batch.total)
     prune = SemanticAdaptivePruning(THIRD, norm=norm, normalize=normalize)
@@ -142,8 +142,8 @@ def test_norm_and_normalize_reach_the_score(device, norm, normalize):
     assert_pruned(pruned.to("cpu"), packed, kept)
 
 
-def test_full_rows_prune_as_padded_rows_do():
-    """Where no row is padded, the padded arithmetic of earlier implementations keeps the same tokens."""
+def test_full_rows_prune_like_padded_rows():
+    """Without padding, the padded arithmetic of earlier implementations keeps the same tokens."""
     batch_size, length = 5, 12
     hidden = torch.randn(batch_size, length, 8)
     attention = torch.randn(batch_size, 3, length, length).softmax(-1)  # [B, H, query, key]
@@ -187,7 +187,7 @@ def test_evaluation_prunes_where_asked():
     assert SemanticAdaptivePruning(0.5).eval()(packed, centrality).selection is not None
 
 
-def test_gradient_reaches_kept_tokens_alone_and_no_score():
+def test_gradient_reaches_only_kept_tokens():
     batch = BATCHES["ragged"]
     packed = packed_of(batch)
     hidden = packed.values.requires_grad_()
@@ -208,7 +208,7 @@ def test_selection_gathers_what_belongs_to_the_tokens():
     assert torch.equal(packed.values[gather_tokens(labels, selection)], pruned.values)
 
 
-def test_the_whole_of_it_is_one_op():
+def test_pruning_is_one_op():
     batch = BATCHES["ragged"]
     packed, centrality = packed_of(batch), torch.rand(batch.total)
     with torch.profiler.profile() as profile:
@@ -217,21 +217,20 @@ def test_the_whole_of_it_is_one_op():
     assert ops == ["stamp::prune"]
 
 
-# Where only the device knows the lengths
+# Lengths that only the device knows
 
 
 @pytest.mark.parametrize("codes_per_item", [None, 4])
-def test_capacity_where_only_the_device_knows_the_lengths(monkeypatch, codes_per_item):
+def test_capacity_if_only_the_device_knows_the_lengths(monkeypatch, codes_per_item):
     monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
     batch = RaggedBatch((12, 0, 4, 28), tail=6)
     packed, centrality = packed_of(batch), torch.rand(batch.total)
-    unit = {} if codes_per_item is None else {"unit": "item", "codes_per_item": codes_per_item}
-    prune = SemanticAdaptivePruning(THIRD, **unit)
+    prune = SemanticAdaptivePruning(THIRD, codes_per_item=codes_per_item)
     pruned, selection = prune(packed, centrality)
     kept = kept_rows(batch, packed.values, centrality, codes_per_item=codes_per_item or 1)
     assert_pruned(pruned, packed, kept)
     num_kept = sum(map(len, kept))
-    # T = 50 tokens are 12 items and a rest
+    # T = 50 tokens are 12 items and a remainder
     assert selection.indices.shape[0] == (50 // 3 + 4 if codes_per_item is None else 4 * (12 // 3 + 4))
     assert selection.indices[num_kept:].eq(-1).all()
 
@@ -242,7 +241,7 @@ def test_capacity_where_only_the_device_knows_the_lengths(monkeypatch, codes_per
     assert known.values.shape[0] == selection.indices.shape[0] + (codes_per_item or 1)
 
 
-def test_lengths_cpu_with_protected_tokens_counted_on_the_host():
+def test_lengths_cpu_with_num_protected_on_the_cpu():
     batch = BATCHES["ragged"]
     packed = packed_of(batch, lengths_cpu=torch.tensor(batch.lengths))
     protect = torch.arange(batch.total) % 4 == 0
@@ -254,28 +253,27 @@ def test_lengths_cpu_with_protected_tokens_counted_on_the_host():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("unit", [{}, {"unit": "item", "codes_per_item": 4}], ids=str)
-def test_never_syncs(unit):
+@pytest.mark.parametrize("codes_per_item", [None, 4])
+def test_never_syncs(codes_per_item):
     batch = RaggedBatch((12, 0, 4, 28), tail=6)
     lengths_cpu = torch.tensor(batch.lengths)
     source = packed_of(batch, lengths_cpu=lengths_cpu)
     packed, centrality = source.to("cuda"), torch.rand(batch.total)
     on_device = centrality.cuda()
-    prune = SemanticAdaptivePruning(THIRD, **unit)
+    prune = SemanticAdaptivePruning(THIRD, codes_per_item=codes_per_item)
     torch.cuda.set_sync_debug_mode("error")
     try:
         pruned, _ = prune(packed, on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    kept = kept_rows(batch, source.values, centrality, codes_per_item=unit.get("codes_per_item", 1))
+    kept = kept_rows(batch, source.values, centrality, codes_per_item=codes_per_item or 1)
     assert pruned.values.shape[0] == sum(map(len, kept))
     assert_pruned(pruned.to("cpu"), source, kept)
 
 
 @pytest.mark.parametrize("codes_per_item", [None, 4])
-def test_compiles_whole_and_once_for_all_sizes(codes_per_item):
-    unit = {} if codes_per_item is None else {"unit": "item", "codes_per_item": codes_per_item}
-    prune = SemanticAdaptivePruning(THIRD, **unit)
+def test_compiles_once_for_all_sizes(codes_per_item):
+    prune = SemanticAdaptivePruning(THIRD, codes_per_item=codes_per_item)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(prune, fullgraph=True, dynamic=True, backend=counter)
     compilations = None
@@ -303,10 +301,8 @@ def test_compiles_whole_and_once_for_all_sizes(codes_per_item):
         ({"positions": "none"}, "positions must be one of ('original', 'compact'), got 'none'"),
         ({"normalize": "mean"}, "normalize must be one of ('none', 'visible_queries'), got 'mean'"),
         ({"min_keep": -1}, "min_keep must be in [0, inf), got -1"),
-        ({"unit": "row"}, "unit must be one of ('token', 'item'), got 'row'"),
-        ({"unit": "item"}, "codes_per_item goes with unit=\"item\", got unit='item' and codes_per_item=None"),
-        ({"codes_per_item": 4}, "codes_per_item goes with unit=\"item\", got unit='token' and codes_per_item=4"),
-        ({"unit": "item", "codes_per_item": 0}, "codes_per_item must be in [1, inf), got 0"),
+        ({"budget": "batch"}, "budget must be one of ('sequence', 'max_seqlen'), got 'batch'"),
+        ({"codes_per_item": 0}, "codes_per_item must be in [1, inf), got 0"),
     ],
 )
 def test_names_the_bad_argument(arguments, message):
@@ -320,7 +316,7 @@ def test_names_the_bad_input():
     prune = SemanticAdaptivePruning(0.5)
     with pytest.raises(ValueError, match=re.escape(f"centrality must have shape [{batch.total}], got [3]")):
         prune(packed, torch.rand(3))
-    by_item = SemanticAdaptivePruning(0.5, unit="item", codes_per_item=3)
+    by_item = SemanticAdaptivePruning(0.5, codes_per_item=3)
     for pruning in (prune, by_item):
         with pytest.raises(ValueError, match=re.escape(f"protect must have shape [{batch.total}], got [99]")):
             pruning(packed, centrality, protect=torch.zeros(99, dtype=torch.bool))
@@ -329,7 +325,7 @@ def test_names_the_bad_input():
 
 
 def test_repr_names_the_settings():
-    assert repr(SemanticAdaptivePruning(0.5, unit="item", codes_per_item=4)) == (
+    assert repr(SemanticAdaptivePruning(0.5, codes_per_item=4)) == (
         "SemanticAdaptivePruning(keep_ratio=0.5, norm=l1, positions=original, normalize=none, prune_in_eval=True, "
-        "min_keep=1, unit=item, codes_per_item=4, budget=sequence)"
+        "min_keep=1, codes_per_item=4, budget=sequence)"
     )

@@ -1,8 +1,8 @@
-"""What to prune and what to predict besides: one description for every host, kept in the host's config.json."""
+"""PruningConfig and PredictionConfig: the same for every base model, and stored in its config.json."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -10,79 +10,86 @@ from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
 from stamp_kernels.ops._checks import check_choice, check_count
 
+__all__ = ["PredictionConfig", "PruningConfig", "to_dict"]
+
 
 @dataclasses.dataclass(frozen=True)
 class PruningConfig:
-    """SAP (arXiv 2604.05329): after which blocks to prune, and how; the default is the paper's T5 setting.
+    """SAP (arXiv 2604.05329): after which blocks to prune, and how. The default is the paper's T5 setting.
 
     Attributes:
-        schedule: pairs (block, keep_ratio); blocks are counted from 1, the tokens are pruned after the block.
-        protect_first, protect_last: so many tokens at either end of a history always stay and stand outside the
-            budget: a user token in front, an end-of-sequence token behind. For unit="item" multiples of codes_per_item.
-        norm, positions, prune_in_eval, min_keep, unit, codes_per_item, budget: as in `SemanticAdaptivePruning`.
+        schedule: pairs (block, keep_ratio). Blocks are counted from 1, and tokens are pruned after the block.
+        protect_first, protect_last: how many tokens at each end of a history are always kept, such as a user token in
+            front or an end-of-sequence token behind. They do not count towards the budget. Multiples of codes_per_item.
+        norm, positions, prune_in_eval, min_keep, codes_per_item, budget: as in `SemanticAdaptivePruning`.
 
     Raises:
-        ValueError: a value is not allowed, or a block is named twice.
+        ValueError: a value is not allowed, or the schedule has a block twice.
     """
 
     schedule: Sequence[tuple[int, float]] = ((2, 1 / 3),)
     protect_first: int = 0
     protect_last: int = 0
-    norm: str = "l1"
-    positions: str = "original"
+    norm: Literal["l1", "l2"] = "l1"
+    positions: Literal["original", "compact"] = "original"
     prune_in_eval: bool = True
     min_keep: int = 1
-    unit: str = "token"
     codes_per_item: int | None = None
-    budget: str = "sequence"
+    budget: Literal["sequence", "max_seqlen"] = "sequence"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", tuple((int(block), float(ratio)) for block, ratio in self.schedule))
         blocks = [block for block, _ in self.schedule]
         if len(set(blocks)) < len(blocks) or min(blocks, default=1) < 1:
-            raise ValueError(f"schedule must name blocks from 1 on, each once, got {self.schedule}")
+            raise ValueError(f"schedule must have blocks from 1 on, each once, got {self.schedule}")
         check_count("protect_first", self.protect_first)
         check_count("protect_last", self.protect_last)
         self.build_modules()
-        if self.codes_per_item is not None and (
-            self.protect_first % self.codes_per_item,
-            self.protect_last % self.codes_per_item,
-        ) != (0, 0):
+        codes = self.codes_per_item or 1
+        if self.protect_first % codes != 0 or self.protect_last % codes != 0:
             raise ValueError(
-                f"protect_first and protect_last must be multiples of codes_per_item {self.codes_per_item}, "
+                f"protect_first and protect_last must be multiples of codes_per_item {codes}, "
                 f"got {self.protect_first} and {self.protect_last}"
             )
 
     def check_blocks(self, num_blocks: int) -> None:
         """Raises:
-        ValueError: the schedule names a block that a trunk of so many does not have.
+        ValueError: the schedule has a block that a trunk of `num_blocks` blocks does not have.
         """
         for block, _ in self.schedule:
             if block > num_blocks:
-                raise ValueError(f"schedule must name blocks from 1 to {num_blocks}, got {block}")
+                raise ValueError(f"schedule must have blocks from 1 to {num_blocks}, got {block}")
 
     def build_modules(self) -> dict[int, SemanticAdaptivePruning]:
-        """What prunes, by the number of the block after which it does."""
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("schedule", "protect_first", "protect_last"):
-            del options[name]
-        return {block: SemanticAdaptivePruning(keep_ratio, **options) for block, keep_ratio in self.schedule}
+        """The pruning modules, by the number of the block after which each prunes."""
+        return {
+            block: SemanticAdaptivePruning(
+                keep_ratio,
+                norm=self.norm,
+                positions=self.positions,
+                prune_in_eval=self.prune_in_eval,
+                min_keep=self.min_keep,
+                codes_per_item=self.codes_per_item,
+                budget=self.budget,
+            )
+            for block, keep_ratio in self.schedule
+        }
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictionConfig:
-    """MAP (arXiv 2604.05329): which further items to predict while training, and through which heads.
+    """MAP (arXiv 2604.05329): which further items to predict in training, and with which heads.
 
     Attributes:
-        num_steps: how many steps beyond the labels.
-        codes_per_item: codes per item. The labels of a user are whole items.
-        unit: `"item"`: step k of a position is the same code of the item k further on; `"token"`: the token k further
-            on.
-        head: `"linear"`, `"residual"` or `"transformer"`, one for each step, see `MultiStepPrediction`.
-        unembedding: `"shared"`: the host's language-model head; `"own"`: a matrix of the heads' own over the same
-            vocabulary. With vocab_ranges its slices are a head for each level.
-        vocab_ranges: for each level the (start, end) of its codes in the vocabulary: a level's softmax then runs over
-            those alone. For unit="item". None: over the whole vocabulary.
+        num_steps: the number of steps beyond the labels.
+        codes_per_item: codes of an item. The labels of a user are whole items.
+        unit: what a step counts. With `"item"`, step k of a position predicts the same code of the item k further on;
+            with `"token"`, the token k further on.
+        head: the kind of head, one for each step, see `MultiStepPrediction`.
+        unembedding: `"shared"` is the base model's language-model head. `"own"` is one more matrix over the same
+            vocabulary that all heads share; with vocab_ranges its slices are a head for each level.
+        vocab_ranges: for each level the (start, end) of its codes in the vocabulary. The softmax of a level then runs
+            only over this range. Needs unit="item". None: the whole vocabulary.
         step_weights, lambda_, num_attention_heads: as in `MultiStepPrediction`.
 
     Raises:
@@ -91,16 +98,16 @@ class PredictionConfig:
 
     num_steps: int = 3
     codes_per_item: int = 4
-    unit: str = "item"
-    head: str = "residual"
-    unembedding: str = "shared"
+    unit: Literal["item", "token"] = "item"
+    head: Literal["linear", "residual", "transformer"] = "residual"
+    unembedding: Literal["shared", "own"] = "shared"
     vocab_ranges: Sequence[tuple[int, int]] | None = None
     step_weights: Sequence[float] | None = None
     lambda_: float | LinearDecay = 0.3
     num_attention_heads: int | None = None
 
     def __post_init__(self) -> None:
-        # As JSON has them, these are lists.
+        # JSON makes lists of tuples.
         if self.vocab_ranges is not None:
             object.__setattr__(self, "vocab_ranges", tuple((int(start), int(end)) for start, end in self.vocab_ranges))
         if self.step_weights is not None:
@@ -113,7 +120,7 @@ class PredictionConfig:
         check_choice("unembedding", self.unembedding, ("shared", "own"))
         if self.vocab_ranges is not None and (self.unit, len(self.vocab_ranges)) != ("item", self.codes_per_item):
             raise ValueError(
-                f"vocab_ranges must have one (start, end) for each of the {self.codes_per_item} levels and goes with "
+                f"vocab_ranges must have one (start, end) for each of the {self.codes_per_item} levels and needs "
                 f'unit="item", got {self.vocab_ranges} and unit={self.unit!r}'
             )
 
@@ -126,7 +133,7 @@ class PredictionConfig:
         return self.codes_per_item if self.unit == "item" else 1
 
     def build_module(self, hidden_size: int, vocab_size: int) -> MultiStepPrediction:
-        """The heads on states of this width, over this vocabulary."""
+        """The heads for states of this width and for this vocabulary."""
         return MultiStepPrediction(
             hidden_size,
             self.num_steps,
@@ -135,11 +142,11 @@ class PredictionConfig:
             step_weights=self.step_weights,
             lambda_=self.lambda_,
             codes_per_item=self.codes_per_item,
-            vocab_ranges=None if self.vocab_ranges is None else self.vocab_ranges * self.num_steps,
+            vocab_ranges=None if self.vocab_ranges is None else tuple(self.vocab_ranges) * self.num_steps,
             num_attention_heads=self.num_attention_heads,
         )
 
 
 def to_dict(config: PruningConfig | PredictionConfig | None) -> dict[str, Any] | None:
-    """What JSON can keep; `type(config)(**to_dict(config)) == config`."""
+    """What goes into config.json: `type(config)(**to_dict(config)) == config`."""
     return None if config is None else dataclasses.asdict(config)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from stamp_kernels.integrations.transformers.t5 import PredictionConfig, PruningConfig, apply_stamp, head_inputs
+from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, apply_stamp
+from stamp_kernels.integrations.transformers.t5 import head_inputs
 from stamp_kernels.packed import PackedBatch
 from stamp_kernels.profiling.data.batches import Batch, Vocabulary
 from stamp_kernels.profiling.peers.padded_t5 import encode_padded_pruned, set_base_attention

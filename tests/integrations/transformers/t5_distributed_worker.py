@@ -1,4 +1,4 @@
-"""What the ranks of test_t5_distributed.py run: a stamped T5 trained in several ways, rank 0 writes what came of each.
+"""What the ranks of test_t5_distributed.py run: training a stamped T5 in several ways. Rank 0 writes the results.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 t5_distributed_worker.py <directory> <scenario> ...
 """
@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stamp_kernels.data import PackingCollator, TokenBudgetBatchSampler
-from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig
-from stamp_kernels.integrations.transformers.t5 import apply_stamp, global_target_counts
+from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, apply_stamp, global_target_counts
 from stamp_kernels.modules.prediction import LinearDecay
 
 TIMEOUT = timedelta(seconds=60)
@@ -30,9 +29,9 @@ NUM_STEPS = 3
 CODEBOOK_SIZE = (VOCAB_SIZE - 1) // LEVELS
 PRUNING = PruningConfig(schedule=((1, 0.6), (2, 0.5)), protect_last=1)
 
-# The histories' lengths on each rank, one row per batch. The ranks have different numbers of sequences and of tokens,
-# in both orders, and each is once without any, as the sampler's last batch may leave it. The users of length 5 have no
-# label and no later item, which leaves the last row without any target.
+# The lengths of the histories on each rank, one row per batch. The ranks have different numbers of sequences and
+# tokens, in both orders. Each rank has no sequence once, as the sampler's last batch may have. Users of length 5 have
+# no label and no later item, so the last row has no target.
 LENGTHS_OF_RANKS = (
     ((7, 200, 1), (30, 2, 13, 0, 5)),
     ((12, 40), ()),
@@ -41,7 +40,7 @@ LENGTHS_OF_RANKS = (
     ((5, 5), (5,)),
 )
 
-# Lengths for the sampler: a few tokens to many, and one sequence left over at the end.
+# Lengths for the sampler: from a few tokens to many, and one sequence left over at the end.
 SAMPLER_LENGTHS = [1 + (37 * i) % 50 for i in range(61)]
 SAMPLER_BUDGET = 64
 
@@ -51,12 +50,12 @@ class Scenario:
     """One way to train.
 
     Attributes:
-        parallel: what makes of the model one for several ranks, see `PARALLEL`.
+        parallel: how the model is distributed over the ranks, see `PARALLEL`.
         rows: the batches, from LENGTHS_OF_RANKS, in the order of training.
-        micro_batches: how many of them are accumulated for one optimizer step.
+        micro_batches: how many batches are accumulated for one optimizer step.
         checkpointing: whether blocks are recomputed in the backward.
-        own_unembedding: heads with attention over an unembedding of their own, a decaying lambda, and a host whose
-            embeddings are not tied; in place of residual heads over the host's.
+        own_unembedding: transformer heads with an unembedding of their own, a decaying lambda, and a base model without
+            tied embeddings. False: residual heads on the base model's unembedding.
     """
 
     parallel: str
@@ -128,12 +127,12 @@ def batch_of_rank(row: int, rank: int) -> dict[str, Any]:
     batch = collate(features(LENGTHS_OF_RANKS[row][rank], seed=10 * row + rank))
     if row == 1 and rank == 1:
         assert batch["labels"].shape == (0, 0)
-        batch["labels"] = batch["labels"].new_empty(0, LEVELS)  # the other shape that no labels may have
+        batch["labels"] = batch["labels"].new_empty(0, LEVELS)  # the other shape of no labels
     return batch
 
 
 def global_batch(rows: Iterable[int]) -> dict[str, Any]:
-    """What all ranks have in these rows, as one batch."""
+    """The batches of all ranks in these rows, as one batch."""
     together = [
         features(lengths, seed=10 * row + rank) for row in rows for rank, lengths in enumerate(LENGTHS_OF_RANKS[row])
     ]
@@ -146,7 +145,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 @dataclass
 class Trajectory:
-    """What a training left: for each optimizer step the loss and the gradients, and the parameters at the end."""
+    """The result of training: loss and gradients of each optimizer step, and the final parameters."""
 
     losses: list[Tensor] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
@@ -178,7 +177,7 @@ PARALLEL: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, enabled: bool):
-    """Whether the backward within averages the gradients over the ranks."""
+    """Whether a backward inside averages the gradients over the ranks."""
     if isinstance(model, DistributedDataParallel):
         with contextlib.nullcontext() if enabled else model.no_sync():
             yield
@@ -216,7 +215,7 @@ def train(scenario: Scenario) -> Trajectory:
 
 
 def losses_in_bfloat16() -> list[Tensor]:
-    """FSDP2's own mixed precision, which hands the blocks everything in bfloat16: tables and embeddings too."""
+    """FSDP2's own mixed precision, which casts everything that blocks receive to bfloat16, even bias tables."""
     scenario = SCENARIOS["fsdp2-blocks"]
     model = scenario.build_model(torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -252,7 +251,7 @@ def sampled_batches() -> dict[str, list[list[list[int]]]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # As in conftest.py: what nobody has written shows as NaN.
+    # As in conftest.py: unwritten memory is NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     directory, *names = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""PruningConfig and PredictionConfig: what JSON keeps of them, and what they refuse."""
+"""PruningConfig and PredictionConfig: round trips through JSON, the modules they build, and errors."""
 
 import json
 
@@ -12,7 +12,7 @@ from stamp_kernels.modules.prediction import LinearDecay
     "config",
     [
         PruningConfig(),
-        PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", protect_first=4, unit="item", codes_per_item=4, min_keep=2),
+        PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", protect_first=4, codes_per_item=4, min_keep=2),
         PredictionConfig(),
         PredictionConfig(
             2, 2, vocab_ranges=[(0, 5), (5, 9)], step_weights=[1, 0.5], lambda_=LinearDecay(0.3, 0.1, 100)
@@ -45,20 +45,38 @@ def test_prediction_module_follows_the_configuration():
     [
         (
             lambda: PruningConfig([(2, 0.5), (2, 0.3)]),
-            r"schedule must name blocks from 1 on, each once, got \(\(2, 0.5\)",
+            r"schedule must have blocks from 1 on, each once, got \(\(2, 0.5\)",
         ),
-        (lambda: PruningConfig([(0, 0.5)]), r"schedule must name blocks from 1 on"),
+        (lambda: PruningConfig([(0, 0.5)]), r"schedule must have blocks from 1 on"),
         (lambda: PruningConfig([(1, 1.5)]), r"keep_ratio must be in \[0.0, 1.0\], got 1.5"),
-        (lambda: PruningConfig(norm="l3"), r"norm must be one of"),
+        (lambda: PruningConfig(norm="l3"), r"norm must be one of \('l1', 'l2'\), got 'l3'"),
+        (
+            lambda: PruningConfig(positions="none"),
+            r"positions must be one of \('original', 'compact'\), got 'none'",
+        ),
+        (lambda: PruningConfig(budget="batch"), r"budget must be one of \('sequence', 'max_seqlen'\), got 'batch'"),
+        (lambda: PruningConfig(min_keep=-1), r"min_keep must be in \[0, inf\), got -1"),
+        (lambda: PruningConfig(codes_per_item=0), r"codes_per_item must be in \[1, inf\), got 0"),
+        (lambda: PruningConfig(protect_last=1.5), r"protect_last must be an int \(not a tensor\), got float"),
         (lambda: PruningConfig(protect_first=-1), r"protect_first must be in \[0, inf\), got -1"),
         (
-            lambda: PruningConfig(unit="item", codes_per_item=4, protect_last=1),
+            lambda: PruningConfig(codes_per_item=4, protect_last=1),
             r"protect_first and protect_last must be multiples of codes_per_item 4, got 0 and 1",
         ),
-        (lambda: PruningConfig().check_blocks(1), r"schedule must name blocks from 1 to 1, got 2"),
+        (lambda: PruningConfig().check_blocks(1), r"schedule must have blocks from 1 to 1, got 2"),
         (lambda: PredictionConfig(0), r"num_steps must be in \[1, inf\), got 0"),
         (lambda: PredictionConfig(1, 0), r"codes_per_item must be in \[1, inf\), got 0"),
         (lambda: PredictionConfig(unit="step"), r"unit must be one of"),
+        (
+            lambda: PredictionConfig(head="mlp"),
+            r"head must be one of .*'transformer'\), got 'mlp'",
+        ),
+        (
+            lambda: PredictionConfig(2, step_weights=[1.0]),
+            r"step_weights must have one weight for each of the 2 steps",
+        ),
+        (lambda: PredictionConfig(head="transformer"), r'num_attention_heads goes with head="transformer"'),
+        (lambda: PredictionConfig(num_attention_heads=2), r'num_attention_heads goes with head="transformer"'),
         (lambda: PredictionConfig(unembedding="tied"), r"unembedding must be one of"),
         (
             lambda: PredictionConfig(1, 2, vocab_ranges=[(0, 5)]),
@@ -66,7 +84,7 @@ def test_prediction_module_follows_the_configuration():
         ),
         (
             lambda: PredictionConfig(1, 1, unit="token", vocab_ranges=[(0, 5)]),
-            r'goes with unit="item", got \(\(0, 5\),\) and unit=\'token\'',
+            r'needs unit="item", got \(\(0, 5\),\) and unit=\'token\'',
         ),
     ],
 )

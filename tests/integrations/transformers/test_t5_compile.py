@@ -13,27 +13,24 @@ from t5_cases import VOCAB_SIZE, gradients, padded_batch, tiny_t5
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from stamp_kernels.integrations.transformers.t5 import PredictionConfig, PruningConfig, apply_stamp
+from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, apply_stamp
 from stamp_kernels.packed import PackedBatch
 
 NUM_STEPS, LEVELS = 2, 4
 PRUNING = PruningConfig(schedule=[(1, 0.5)], protect_last=1)
 PREDICTION = PredictionConfig(NUM_STEPS, LEVELS)
-# Every batch differs from the others in its users, longest history and tokens. The second one shows torch.compile that
-# these sizes vary.
-BATCHES = ((7, 1, 30, 2, 13, 200), (5, 4, 40), (9, 11, 3, 2, 8), (64, 2), (3, 3, 3, 3, 3, 3, 4))
+# All batches have different numbers of users, longest histories and numbers of tokens. The second batch shows
+# torch.compile that these sizes vary.
+BATCHES = ((7, 1, 30, 2, 13, 200), (5, 4, 40), (9, 11, 3, 2, 8), (64, 2))
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tracing takes the time here, and idle threads that wait for work take it from tracing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def no_compiled_code() -> Iterator[None]:
+    """Every test starts without compiled code and leaves none."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
-    torch.set_num_threads(before)
 
 
 def small_t5(dropout: float = 0.0, **configs) -> nn.Module:
@@ -50,7 +47,7 @@ def inputs_of(kind: str, lengths: tuple[int, ...]) -> dict[str, Tensor | PackedB
 
 
 def assert_same_step(compiled: nn.Module, model: nn.Module, eager: nn.Module, inputs: dict) -> None:
-    """Loss and every gradient of the model, run as `compiled`, are those of its copy `eager`."""
+    """Loss and gradients of the model, run as `compiled`, are those of its copy `eager`."""
     loss, expected_loss = compiled(**inputs).loss, eager(**inputs).loss
     assert_close(loss, expected_loss)
     got, expected = gradients(model, loss), gradients(eager, expected_loss)
@@ -70,7 +67,7 @@ def test_packed_batches_are_one_graph():
             assert_same_step(compiled, model, eager, inputs_of("packed", lengths))
     assert counter.frame_count == 2
 
-    # Compiled code sizes what pruning leaves by its capacity, so that there are tail rows.
+    # Compiled code sizes pruned batches by their capacity, so that there are tail rows.
     inputs = inputs_of("packed", BATCHES[0])
     packed, expected = compiled(**inputs).encoder_packed, eager(**inputs).encoder_packed
     assert torch.equal(packed.cu_seqlens, expected.cu_seqlens)
@@ -105,16 +102,16 @@ def test_a_mask_is_read_at_one_break():
         with torch._dynamo.config.patch(error_on_recompile=i >= 2):
             assert_same_step(compiled, model, eager, inputs_of("padded", lengths))
         if i == 0:
-            # The functions above the break are entered again and meet it there, for the same reason.
+            # The calling functions are resumed and meet the same break.
             assert {where for where, _ in graph_breaks()} == {"_pack_by_mask"}
-            reason = "the number of tokens in a mask is a size that the host has to read"
+            reason = "the number of tokens in a mask is a size that the CPU has to read"
             assert all(f"torch.compiler.disable` (reason: {reason})" in text for _, text in graph_breaks())
             assert counter.frame_count == 2  # before it, the arguments; after it, the model
     assert counter.frame_count == 4
 
 
 def graph_breaks() -> list[tuple[str, str]]:
-    """Of all breaks since the last reset: the function that made it, where one is named, and the reason."""
+    """Of every break since the last reset: the function that caused it, if named, and the reason."""
     reasons = torch._dynamo.utils.counters["graph_break"]
     return [((re.findall(r"<function (\w+)", reason) or [""])[0], reason) for reason in reasons]
 
@@ -130,10 +127,10 @@ def test_input_ids_without_a_mask_are_one_graph():
 
 @pytest.mark.parametrize("configs", [{}, dict(pruning=PRUNING)], ids=["plain", "SAP"])
 def test_gradient_checkpointing(configs):
-    """Dropout in the attention alone: elsewhere it would be drawn for the tail rows of compiled code, too.
+    """Dropout is only in the attention. Elsewhere compiled code would draw it for tail rows too.
 
-    With pruning the graph breaks at each block that prunes: the centrality comes back as a side effect, which a
-    checkpointed region of a graph may not have.
+    With pruning the graph breaks at each block that prunes, because the attention returns centrality by a side effect,
+    which a checkpointed region of a graph may not have.
     """
     model = small_t5(**configs)
     for module in model.modules():

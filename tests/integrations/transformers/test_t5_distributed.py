@@ -1,4 +1,4 @@
-"""A stamped T5 on two ranks (gloo, on the CPU) trains as on one, and so does the example."""
+"""A stamped T5 trains on two ranks (gloo, on the CPU) as on one, and so does the example."""
 
 import importlib.util
 import itertools
@@ -36,12 +36,12 @@ from stamp_kernels.data import TokenBudgetBatchSampler
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parents[2] / "examples" / "train_t5.py"
-LAUNCH_TIMEOUT = 240  # seconds; a launch takes a tenth of it
-MAX_ITEMS, BUDGET = 5, 120  # of the example: items in a history, tokens in a batch of one of two ranks
+LAUNCH_TIMEOUT = 240  # seconds; a launch takes a tenth
+MAX_ITEMS, BUDGET = 5, 120  # of the example: items in a history, tokens in a batch of each rank
 
 
 class Step(NamedTuple):
-    """What the example logs of a step."""
+    """What the example logs after a step."""
 
     number: int
     epoch: int
@@ -50,10 +50,10 @@ class Step(NamedTuple):
 
 
 def torchrun(script: Path, *arguments: object) -> tuple[int, str]:
-    """Run a script on two ranks; return code and output. One that hangs is ended, ranks included."""
+    """Run a script on two ranks: (return code, output). A script that hangs is ended together with its ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    search_path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryFile("w+") as output:  # not a pipe, which ranks left behind would hold open
+    search_path = os.pathsep.join(filter(None, [str(HERE.parents[1]), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryFile("w+") as output:  # not a pipe, which orphaned ranks would keep open
         process = subprocess.Popen(
             [str(word) for word in (*command, *arguments)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path},
@@ -63,7 +63,7 @@ def torchrun(script: Path, *arguments: object) -> tuple[int, str]:
         try:
             process.wait(LAUNCH_TIMEOUT)
         except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks; a kill would leave them
+            process.terminate()  # torchrun ends its ranks; a kill would orphan them
             process.wait(60)
             output.write(f"\nended after {LAUNCH_TIMEOUT} seconds")
         output.seek(0)
@@ -71,23 +71,14 @@ def torchrun(script: Path, *arguments: object) -> tuple[int, str]:
 
 
 def errors_in(output: str) -> str:
-    """What the ranks said at last; torchrun's own words come after it, and are many."""
+    """The last output of the ranks, without the long report of torchrun behind it."""
     of_ranks = [line for line in output.splitlines() if line.startswith("[rank")]
     return "\n".join(of_ranks[-40:]) or output[-5000:]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As on the ranks: what runs here is too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def result_of_ranks(tmp_path_factory) -> Callable[[str], object]:
-    """What rank 0 wrote, by the scenario's name: all in one launch, most of whose time goes into imports."""
+    """What rank 0 wrote, by the name of the scenario. One launch runs all, because imports take most of its time."""
     directory = tmp_path_factory.mktemp("ranks")
     _, output = torchrun(HERE / "t5_distributed_worker.py", directory, "sampler", *SCENARIOS, "bfloat16")
 
@@ -102,7 +93,7 @@ def result_of_ranks(tmp_path_factory) -> Callable[[str], object]:
 
 @cache
 def on_one_process(scenario: Scenario) -> Trajectory:
-    """The same steps by a loop that knows nothing of ranks, counts, micro-batches and recomputation."""
+    """The same steps in a loop without ranks, counts, micro-batches and recomputation."""
     model = scenario.build_model()
     optimizer = make_optimizer(model)
     trajectory = Trajectory()
@@ -164,7 +155,7 @@ def example():
 
 @pytest.fixture(scope="module")
 def data(example, tmp_path_factory) -> Path:
-    """Histories of which two ranks, and one with twice their budget, make the same 5 batches in either epoch."""
+    """Histories from which two ranks, and one rank with twice their budget, make the same 5 batches in both epochs."""
     rng = np.random.default_rng(4)
     histories = [rng.integers(0, 40, rng.integers(3, 15)) for _ in range(16)]
     path = tmp_path_factory.mktemp("data") / "made.npz"
@@ -183,7 +174,7 @@ def data(example, tmp_path_factory) -> Path:
         for alone, *ranks in zip(*samplers, strict=True):
             assert sorted(alone) == sorted(itertools.chain(*ranks))
         assert len(samplers[0]) == 5
-        assert [] in ranks  # The last batch is too small for both.
+        assert [] in ranks  # The last batch has no sequence for one rank.
     return path
 
 
@@ -198,7 +189,7 @@ def run_alone(example, capsys) -> Callable[..., list[Step]]:
 
 
 def options(*arguments: object, **settings: object) -> list[str]:
-    """Command-line arguments of two epochs, each of 3 steps of 2, 2 and 1 batches, every one logged."""
+    """Command-line arguments for two epochs of 3 steps with 2, 2 and 1 batches. Every step is logged."""
     settings = dict(max_items=MAX_ITEMS, epochs=2, accumulate=2, log_every=1, workers=0) | settings
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()] + [*map(str, arguments)]
 
@@ -211,14 +202,14 @@ def steps_in(output: str) -> list[Step]:
 
 
 def assert_same_steps(got: list[Step], expected: list[Step]) -> None:
-    """As close as other orders of summation in float32 leave them. AdamW hides gradients' scale, a norm does not."""
+    """Up to the order of summation in float32. AdamW hides the scale of gradients, so the norm is compared too."""
     assert [step[:2] for step in got] == [step[:2] for step in expected]
     for one, other in zip(got, expected, strict=True):
         assert math.isclose(one.loss, other.loss, rel_tol=1e-4), (got, expected)
         assert math.isclose(one.norm, other.norm, rel_tol=1e-3), (got, expected)
 
 
-def test_example_goes_on_from_its_checkpoint(run_alone, data, tmp_path):
+def test_example_resumes_from_its_checkpoint(run_alone, data, tmp_path):
     checkpoint = tmp_path / "run.pt"
     settings = dict(data=data, max_tokens=2 * BUDGET, dropout=0.1)
     uninterrupted = run_alone(**settings)
@@ -232,7 +223,7 @@ def test_example_goes_on_from_its_checkpoint(run_alone, data, tmp_path):
 
 
 def test_example_on_two_ranks(run_alone, data, tmp_path):
-    """DDP on two ranks, then FSDP2, then one process, each from the checkpoint of the one before."""
+    """DDP on two ranks, then FSDP2, then one process. Each starts from the checkpoint of the previous run."""
     settings = dict(data=data, dropout=0.0)
     expected = run_alone(**settings, max_tokens=2 * BUDGET)
     settings["checkpoint"] = tmp_path / "run.pt"
@@ -247,7 +238,7 @@ def test_example_on_two_ranks(run_alone, data, tmp_path):
 
 
 def test_example_accumulates(run_alone, data):
-    """Histories of one item each, so that two batches have just what one of twice the budget has."""
+    """All histories have one item, so that two batches are the same as one with twice the budget."""
     settings = dict(data=data, dropout=0.0, max_items=1)
     expected = run_alone(**settings, max_tokens=2 * BUDGET, accumulate=1)
     got = run_alone(**settings, max_tokens=BUDGET, accumulate=2)

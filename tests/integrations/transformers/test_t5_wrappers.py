@@ -1,4 +1,4 @@
-"""What people hang on or wrap around a T5 works on a stamped one as on the host: hooks, adapters, dtypes, copies."""
+"""Hooks, adapters, dtypes and copies work on a stamped T5 as on the base model."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ from transformers.models.t5.modeling_t5 import (
     T5Stack,
 )
 
-from stamp_kernels.integrations.transformers.t5 import StampT5ForConditionalGeneration, apply_stamp, remove_stamp
+from stamp_kernels.integrations.transformers import StampT5ForConditionalGeneration, apply_stamp, remove_stamp
 from stamp_kernels.modules.prediction import LinearDecay
 
 
@@ -61,15 +61,22 @@ def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 def checkpoint_gradients(model: nn.Module, use_reentrant: bool) -> None:
-    """By the name that both ends of the supported range have."""
+    """By the argument name that all supported versions have."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=use_reentrant))
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("configs", [{}, dict(pruning=PRUNING, prediction=PREDICTION)], ids=["plain", "SAP and MAP"])
+@pytest.mark.parametrize(
+    ("configs", "dropout", "use_reentrant"),
+    [
+        ({}, 0.0, True),
+        ({}, 0.2, False),
+        (dict(pruning=PRUNING, prediction=PREDICTION), 0.0, False),
+        (dict(pruning=PRUNING, prediction=PREDICTION), 0.2, True),
+    ],
+    ids=["plain", "plain with dropout", "SAP and MAP", "SAP and MAP with dropout"],
+)
 def test_gradient_checkpointing(configs, dropout, use_reentrant):
     model = apply_stamp(tiny_t5(torch.float64, dropout_rate=dropout), **configs)
     batch = future_batch()
@@ -107,12 +114,12 @@ HOOKED = {
 
 
 @pytest.mark.parametrize("kind", HOOKED)
-def test_hooks_fire_as_on_the_host(kind):
-    """Every module of the host runs once, whatever the kind; both kinds of hooks change what the module does."""
-    host = tiny_t5(torch.float64)
-    model = stamped(host)
+def test_hooks_fire_as_on_the_base_model(kind):
+    """Every module runs once, as in the base model. Both kinds of hooks change its computation."""
+    base = tiny_t5(torch.float64)
+    model = stamped(base)
     counts = []
-    for each in (host, model):
+    for each in (base, model):
         pre, post = Counter(), Counter()
         for name, module in each.named_modules():
             if not isinstance(module, HOOKED[kind]) or (kind != "linears" and name.endswith("relative_attention_bias")):
@@ -137,21 +144,21 @@ def test_hooks_fire_as_on_the_host(kind):
         counts.append((pre, post))
         each.loss = each(**padded_batch()).loss
     assert counts[0] == counts[1] and sum(counts[0][0].values()) >= 2
-    assert_same_training_step(host, host.loss, model, model.loss)
+    assert_same_training_step(base, base.loss, model, model.loss)
 
 
 def test_hooks_of_the_language_model_head():
-    """In training as well, where the loss would need no logits."""
-    host = tiny_t5(torch.float64)
-    model = stamped(host)
-    for each in (host, model):
+    """In training too, where the loss without hooks needs no logits."""
+    base = tiny_t5(torch.float64)
+    model = stamped(base)
+    for each in (base, model):
         each.lm_head.register_forward_hook(lambda module, args, output: 0.5 * output)
         each.loss = each(**padded_batch()).loss
-    assert_same_training_step(host, host.loss, model, model.loss)
+    assert_same_training_step(base, base.loss, model, model.loss)
 
 
 def test_offloaded_weights():
-    """Accelerate's hooks bring weights when a layer is called; before that the head has none."""
+    """Accelerate's hooks load weights when a layer is called. Before that the head has none."""
     model = apply_stamp(tiny_t5(), pruning=PRUNING).eval()
     batch = padded_batch()
     with torch.no_grad():
@@ -173,31 +180,35 @@ def test_full_backward_hooks_fire():
 
 
 @pytest.mark.parametrize(
-    "place", ["encoder.block.1.layer.0.SelfAttention.q", "decoder.block.0.layer.1.EncDecAttention.v"]
+    ("norm", "place"),
+    [
+        (parametrizations.weight_norm, "encoder.block.1.layer.0.SelfAttention.q"),
+        (parametrizations.spectral_norm, "decoder.block.0.layer.1.EncDecAttention.v"),
+        (weight_norm, "encoder.block.1.layer.0.SelfAttention.q"),
+    ],
 )
-@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm, weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_parametrized_linear_layers(norm, place):
-    assert_parametrized_trains_as_the_host(norm, place)
+    assert_parametrized_trains_as_the_base(norm, place)
 
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, weight_norm])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_parametrized_language_model_head(norm):
-    """A weight that a hook or a property makes: not the one that the loss would read from the module."""
-    assert_parametrized_trains_as_the_host(norm, "lm_head")
+    """A hook or a property computes the weight, so the loss cannot read it from the module."""
+    assert_parametrized_trains_as_the_base(norm, "lm_head")
 
 
-def assert_parametrized_trains_as_the_host(norm: Callable, place: str) -> None:
-    host = tiny_t5(torch.float64)
-    model = stamped(host)
+def assert_parametrized_trains_as_the_base(norm: Callable, place: str) -> None:
+    base = tiny_t5(torch.float64)
+    model = stamped(base)
     batch = padded_batch()
-    for each in (host, model):
+    for each in (base, model):
         torch.manual_seed(2)  # of the power iteration's vectors
         norm(each.get_submodule(place))
     for _ in range(2):
-        assert_same_training_step(host, host(**batch).loss, model, model(**batch).loss)
-        for each in (host, model):
+        assert_same_training_step(base, base(**batch).loss, model, model(**batch).loss)
+        for each in (base, model):
             torch.optim.SGD(each.parameters(), lr=0.01).step()
 
 
@@ -205,7 +216,7 @@ def assert_parametrized_trains_as_the_host(norm: Callable, place: str) -> None:
 
 
 def with_lora(model: nn.Module, **options) -> PeftModel:
-    """Adapters that are no longer 0."""
+    """With adapters that are not 0."""
     torch.manual_seed(3)
     adapted = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, r=2, **options))
     with torch.no_grad():
@@ -221,28 +232,28 @@ def trained_names(model: nn.Module, batch: dict[str, Tensor]) -> set[str]:
 
 @pytest.mark.parametrize("targets", [["q", "v"], "all-linear", ["relative_attention_bias", "shared", "o"]], ids=str)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_lora_trains_as_on_the_host(targets):
-    host = tiny_t5(torch.float64)
-    adapted_host = with_lora(copy.deepcopy(host), target_modules=targets)
-    adapted = with_lora(stamped(host), target_modules=targets)
+def test_lora_trains_as_on_the_base_model(targets):
+    base = tiny_t5(torch.float64)
+    adapted_base = with_lora(copy.deepcopy(base), target_modules=targets)
+    adapted = with_lora(stamped(base), target_modules=targets)
     batch = padded_batch()
-    host_loss = adapted_host(**batch).loss
-    assert abs(host_loss - host(**batch).loss) > 1e-3
-    assert_same_training_step(adapted_host, host_loss, adapted, adapted(**batch).loss)
+    base_loss = adapted_base(**batch).loss
+    assert abs(base_loss - base(**batch).loss) > 1e-3
+    assert_same_training_step(adapted_base, base_loss, adapted, adapted(**batch).loss)
     assert all("lora_" in name for name in trained_names(adapted, batch))
 
 
 def test_lora_with_pruning_and_prediction():
     model = apply_stamp(tiny_t5(torch.float64), pruning=PRUNING, prediction=PREDICTION)
-    host_loss = model(**future_batch()).loss
+    base_loss = model(**future_batch()).loss
     adapted = with_lora(model, target_modules=["q", "v"], modules_to_save=["stamp_prediction"])
     loss = adapted(**future_batch()).loss
-    assert abs(loss - host_loss) > 1e-3
+    assert abs(loss - base_loss) > 1e-3
     trained = set(gradients(adapted, loss))
     assert trained == {name for name, p in adapted.named_parameters() if p.requires_grad}
     heads = {name for name in trained if "lora_" not in name}
     assert len(heads) == 4 and all("stamp_prediction.modules_to_save" in name for name in heads)
-    with torch.no_grad():  # the copy is what runs, not the frozen original
+    with torch.no_grad():  # the copy runs, not the frozen original
         adapted.get_parameter(max(heads)).add_(1.0)
     assert adapted(**future_batch()).loss != loss
 
@@ -256,7 +267,7 @@ def test_lora_on_all_linear_layers_reaches_the_heads(kind):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_lora_on_the_language_model_head_is_in_the_loss():
+def test_lora_on_the_head_reaches_the_loss():
     model = apply_stamp(tiny_t5(torch.float64))
     batch = padded_batch()
     plain = model(**batch).loss.item()
@@ -270,7 +281,7 @@ def test_lora_on_the_language_model_head_is_in_the_loss():
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_lora_on_the_language_model_head_and_prediction():
+def test_lora_on_the_head_needs_own_unembedding():
     own = replace(PREDICTION, unembedding="own")
     adapted = with_lora(apply_stamp(tiny_t5(), prediction=own), target_modules=["lm_head"])
     assert torch.isfinite(adapted(**future_batch()).loss)
@@ -300,12 +311,12 @@ def test_lora_merges_and_unloads(targets):
     assert_close(merged(**padded_batch()).logits, expected)
 
 
-def test_lora_adapters_of_the_host_load(tmp_path):
-    """An adapter trained on a stamped model is one for the host, and the other way round."""
-    host = tiny_t5(torch.float64)
-    adapted = with_lora(stamped(host), target_modules=["q", "v"])
+def test_lora_adapters_load_into_the_base_model(tmp_path):
+    """An adapter of a stamped model fits the base model."""
+    base = tiny_t5(torch.float64)
+    adapted = with_lora(stamped(base), target_modules=["q", "v"])
     adapted.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(host), tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
     assert_close(loaded.eval()(**padded_batch()).logits, adapted.eval()(**padded_batch()).logits)
 
 
@@ -316,15 +327,15 @@ def whole(grads: dict[str, Tensor]) -> Tensor:
     return torch.cat([g.flatten().double() for g in grads.values()])
 
 
-def test_autocast_is_as_close_as_the_hosts():
-    host = tiny_t5()
-    model = stamped(host)
+def test_autocast_is_as_exact_as_the_base_model():
+    base = tiny_t5()
+    model = stamped(base)
     batch = padded_batch()
-    exact = stamped(host).double()
+    exact = stamped(base).double()
     exact_loss = exact(**batch).loss
     exact_gradients = gradients(exact, exact_loss)
     errors = []
-    for each in (host, model):
+    for each in (base, model):
         with torch.autocast("cpu", torch.bfloat16):
             loss = each(**batch).loss
         assert loss.dtype == torch.float32 and abs(loss - exact_loss) < 5e-3 * exact_loss
@@ -335,7 +346,7 @@ def test_autocast_is_as_close_as_the_hosts():
 
 
 def test_autocast_with_pruning_and_prediction():
-    """Which tokens stay may differ from fp32's, so the loss is close and no more."""
+    """Other tokens than in fp32 may be kept, so the loss is only close."""
     model = apply_stamp(tiny_t5(), pruning=PRUNING, prediction=PREDICTION)
     batch = future_batch()
     expected = model(**batch).loss

@@ -1,6 +1,4 @@
-"""A stamped T5 that neither prunes nor predicts against the untouched host: loss, logits, gradients, generation."""
-
-import copy
+"""A stamped T5 without pruning and prediction equals the base model: loss, logits, gradients, generation."""
 
 import pytest
 import torch
@@ -9,7 +7,7 @@ from t5_cases import LENGTHS, LEVELS, VOCAB_SIZE, assert_same_training_step, gra
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from stamp_kernels.integrations.transformers.t5 import PruningConfig, apply_stamp, remove_stamp
+from stamp_kernels.integrations.transformers import PruningConfig, remove_stamp
 from stamp_kernels.packed import PackedBatch
 
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -17,97 +15,81 @@ SCATTERED = "scattered"
 
 
 def batch_of(padding: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
-    """Padded on a side, or with holes in the mask."""
+    """Padded on one side, or with holes in the mask."""
     if padding != SCATTERED:
         return padded_batch(lengths, padding_side=padding)
     batch = padded_batch(lengths)
     holes = torch.rand(batch["attention_mask"].shape) < 0.3
-    holes[:, 0] = False  # an empty row has no truth: the host attends to its padding alike
+    holes[:, 0] = False  # no empty row, where the base model attends to the padding
     return batch | {"attention_mask": batch["attention_mask"] * ~holes}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("padding", ["right", "left", SCATTERED])
-@pytest.mark.parametrize("config", [{}, V1_1], ids=["t5", "v1.1"])
+@pytest.mark.parametrize(
+    ("dtype", "config"), [(torch.float64, V1_1), (torch.float32, {})], ids=["float64-v1.1", "float32-t5"]
+)
 def test_training_step(dtype, padding, config):
-    host = tiny_t5(dtype, **config)
-    model = stamped(host)
+    base = tiny_t5(dtype, **config)
+    model = stamped(base)
     batch = batch_of(padding)
     batch["labels"][0, 1:], batch["labels"][2] = -100, -100
-    assert_same_training_step(host, host(**batch).loss, model, model(**batch).loss)
+    assert_same_training_step(base, base(**batch).loss, model, model(**batch).loss)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("padding", ["right", "left", SCATTERED])
+@pytest.mark.parametrize(
+    ("dtype", "padding"), [(torch.float64, "left"), (torch.float64, SCATTERED), (torch.float32, "right")]
+)
 def test_logits_and_states(dtype, padding):
-    host = tiny_t5(dtype).eval()
-    model = stamped(host)
+    base = tiny_t5(dtype).eval()
+    model = stamped(base)
     batch = batch_of(padding)
-    expected, got = host(**batch), model(**batch)
+    expected, got = base(**batch), model(**batch)
     valid = batch["attention_mask"].bool()
     assert_close(got.logits, expected.logits)
     assert_close(got.loss, expected.loss)
     assert_close(got.encoder_last_hidden_state[valid], expected.encoder_last_hidden_state[valid])
     assert torch.equal(got.encoder_attention_mask, valid)
     assert not got.encoder_last_hidden_state[~valid].any()
-    # Logits in training, where they are asked for.
+    # Logits in training, if they are requested.
     assert_close(model.train()(**batch, skip_logits=False).logits, expected.logits)
     assert model(**batch).logits is None
 
 
-def test_bfloat16_is_as_close_as_the_hosts_own_attentions_are_to_each_other():
-    hosts = {name: tiny_t5(torch.bfloat16, attention=name) for name in ("eager", "sdpa")}
-    model, exact = stamped(hosts["eager"]), tiny_t5(torch.float64)
-    exact.load_state_dict(hosts["eager"].state_dict())
+def test_bfloat16_is_as_exact_as_the_base_model():
+    bases = {name: tiny_t5(torch.bfloat16, attention=name) for name in ("eager", "sdpa")}
+    model, exact = stamped(bases["eager"]), tiny_t5(torch.float64)
+    exact.load_state_dict(bases["eager"].state_dict())
     batch = batch_of("right", lengths=tuple(range(1, 60)))
 
     def whole_gradient(model) -> Tensor:
         return torch.cat([g.double().flatten() for g in gradients(model, model(**batch).loss).values()])
 
-    truth, eager, sdpa = (whole_gradient(m) for m in (exact, hosts["eager"], hosts["sdpa"]))
+    truth, eager, sdpa = (whole_gradient(m) for m in (exact, bases["eager"], bases["sdpa"]))
     assert relative_error(whole_gradient(model), truth) < 1.5 * max(relative_error(g, truth) for g in (eager, sdpa))
     loss = exact(**batch).loss
-    allowed = max(relative_error(host(**batch).loss, loss) for host in hosts.values())
+    allowed = max(relative_error(base(**batch).loss, loss) for base in bases.values())
     assert relative_error(model(**batch).loss, loss) < 1.5 * allowed
 
 
-def test_bfloat16_autocast():
-    host = tiny_t5(attention="sdpa")
-    model, exact = stamped(host), copy.deepcopy(host).double()
-    batch = batch_of("right")
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = [m(**batch).loss for m in (host, model)]
-    errors = [
-        relative_error(
-            torch.cat([g.flatten() for g in gradients(m, loss).values()]),
-            torch.cat([g.flatten() for g in gradients(exact, exact(**batch).loss).values()]),
-        )
-        for m, loss in zip((host, model), losses, strict=True)
-    ]
-    assert losses[1].dtype == torch.float32
-    assert errors[1] < 1.5 * errors[0]
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize(
-    "options",
+    ("attention", "padding", "options"),
     [
-        {},
-        {"use_cache": False},
-        {"num_beams": 4, "num_return_sequences": 3},
-        {"num_beams": 3, "prefix_allowed_tokens_fn": lambda batch, ids: [*range(1, 9), 20 + len(ids)]},
-        {"do_sample": True, "num_beams": 2},
+        ("eager", "right", {}),
+        ("sdpa", "left", {}),
+        ("sdpa", "right", {"use_cache": False}),
+        ("eager", "left", {"num_beams": 4, "num_return_sequences": 3}),
+        ("sdpa", "right", {"num_beams": 3, "prefix_allowed_tokens_fn": lambda _, ids: [*range(1, 9), 20 + len(ids)]}),
+        ("sdpa", "left", {"do_sample": True, "num_beams": 2}),
     ],
-    ids=["greedy", "no cache", "beams", "constrained", "sampled beams"],
+    ids=["eager greedy", "sdpa greedy", "no cache", "beams", "constrained", "sampled beams"],
 )
 def test_generate(attention, padding, options):
-    host = tiny_t5(torch.float64, attention=attention).eval()
-    model = stamped(host)
+    base = tiny_t5(torch.float64, attention=attention).eval()
+    model = stamped(base)
     batch = batch_of(padding)
     del batch["labels"]
     results = []
-    for m in (host, model):
+    for m in (base, model):
         torch.manual_seed(5)
         results.append(
             m.generate(**batch, max_new_tokens=LEVELS, return_dict_in_generate=True, output_scores=True, **options)
@@ -118,16 +100,16 @@ def test_generate(attention, padding, options):
 
 
 def test_no_mask_means_no_padding():
-    host = tiny_t5(torch.float64).eval()
-    model = stamped(host)
+    base = tiny_t5(torch.float64).eval()
+    model = stamped(base)
     ids, labels = torch.randint(0, VOCAB_SIZE, (3, 9)), torch.randint(1, VOCAB_SIZE, (3, LEVELS))
-    assert_close(model(input_ids=ids, labels=labels).logits, host(input_ids=ids, labels=labels).logits)
+    assert_close(model(input_ids=ids, labels=labels).logits, base(input_ids=ids, labels=labels).logits)
 
 
-def test_decoder_inputs_as_the_host_takes_them():
-    """Ids of its own with a mask, embeddings on both sides, encoder outputs, tuples."""
-    host = tiny_t5(torch.float64).eval()
-    model = stamped(host)
+def test_decoder_inputs_of_every_kind():
+    """Decoder ids with a mask, embeddings on both sides, encoder outputs, tuples."""
+    base = tiny_t5(torch.float64).eval()
+    model = stamped(base)
     batch = padded_batch()
     labels = batch.pop("labels")
     decoder_ids = torch.randint(1, VOCAB_SIZE, labels.shape)
@@ -138,18 +120,18 @@ def test_decoder_inputs_as_the_host_takes_them():
         dict(decoder_inputs_embeds=torch.randn(*labels.shape, 24, dtype=torch.float64), labels=labels),
         dict(decoder_input_ids=decoder_ids),
     ):
-        expected, got = host(**batch, **extra), model(**batch, **extra)
+        expected, got = base(**batch, **extra), model(**batch, **extra)
         valid = decoder_mask.bool() if "decoder_attention_mask" in extra else torch.ones_like(decoder_mask).bool()
         assert_close(got.logits[valid], expected.logits[valid])
         assert (got.loss is None) == (expected.loss is None)
         if got.loss is not None:
             assert_close(got.loss, expected.loss)
 
-    embeds = host.shared(batch["input_ids"])
+    embeds = base.shared(batch["input_ids"])
     by_embeds = dict(inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=labels)
-    expected = host(**batch, labels=labels)
+    expected = base(**batch, labels=labels)
     assert_close(model(**by_embeds).logits, expected.logits)
-    for encoder_outputs in (model.encoder(**batch), host.encoder(**batch), host.encoder(**batch, return_dict=False)):
+    for encoder_outputs in (model.encoder(**batch), base.encoder(**batch), base.encoder(**batch, return_dict=False)):
         two_steps = dict(encoder_outputs=encoder_outputs, attention_mask=batch["attention_mask"])
         assert_close(model(**two_steps, labels=labels).logits, expected.logits)
         assert_close(model(**two_steps, decoder_input_ids=model._shift_right(labels)).logits, expected.logits)
@@ -159,7 +141,7 @@ def test_decoder_inputs_as_the_host_takes_them():
 
 
 def test_packed_inputs():
-    """Packed in, packed out; tail rows are not read; `padded()` is what generate takes."""
+    """Packed in, packed out. Tail rows are not read. `generate` takes the result of `padded()`."""
     model = stamped(tiny_t5(torch.float64), pruning=PruningConfig())
     batch = padded_batch()
     packed = PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"])
@@ -186,8 +168,8 @@ def test_packed_inputs():
     )
 
 
-def test_shared_source_sequences_serve_several_decoder_sequences():
-    """The beams of a search read one history: the same states as with the history repeated."""
+def test_decoder_sequences_may_share_a_source():
+    """The beams of a search read one history. The states are those with a repeated history."""
     model = stamped(tiny_t5(torch.float64))
     batch = padded_batch((5, 3))
     source = PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"])
@@ -218,18 +200,18 @@ def test_empty_batch_has_no_loss_and_zero_gradients():
         found = gradients(model, loss)
         assert found.keys() == dict(model.named_parameters()).keys()
         assert not any(gradient.any() for gradient in found.values())
-    # And histories without tokens among others: what they attend to is nothing.
+    # A history without tokens among others: its decoder attends to nothing.
     batch = padded_batch((4, 0, 2))
     assert model(**batch).loss.isfinite()
 
 
 def test_encoder_model():
-    host = T5EncoderModel(tiny_t5().config).double().eval()
-    model = stamped(host)
+    base = T5EncoderModel(tiny_t5().config).double().eval()
+    model = stamped(base)
     batch = padded_batch(padding_side="left")
     del batch["labels"]
     valid = batch["attention_mask"].bool()
-    expected, got = host(**batch), model(**batch)
+    expected, got = base(**batch), model(**batch)
     assert_close(got.last_hidden_state[valid], expected.last_hidden_state[valid])
     packed = PackedBatch.from_padded(batch["input_ids"], batch["attention_mask"])
     assert_close(model(packed_inputs=packed).packed.values, expected.last_hidden_state[valid])
@@ -237,7 +219,7 @@ def test_encoder_model():
     assert torch.equal(model(**batch).last_hidden_state, expected.last_hidden_state)
 
 
-def test_dropout_is_drawn_anew_and_reproducible():
+def test_dropout_follows_the_seed_and_the_mode():
     model = stamped(tiny_t5(dropout_rate=0.2), pruning=PruningConfig())
     batch = padded_batch()
 
@@ -246,17 +228,8 @@ def test_dropout_is_drawn_anew_and_reproducible():
         return model(**batch).loss.item()
 
     assert loss(0) == loss(0) != loss(1)
-
-
-def test_no_dropout_in_evaluation():
-    host = tiny_t5(torch.float64, dropout_rate=0.2).eval()
-    batch = padded_batch()
-    assert_close(stamped(host)(**batch).logits, host(**batch).logits)
-
-
-def test_the_heads_dimension_must_fit_the_kernels():
-    with pytest.raises(ValueError, match=r"model.config.d_kv must be a multiple of 8 from 8 to 256, got 12"):
-        apply_stamp(tiny_t5(d_kv=12))
+    model.eval()
+    assert loss(0) == loss(1)
 
 
 def test_errors_name_the_argument():
@@ -283,7 +256,7 @@ def test_errors_name_the_argument():
             model(**arguments)
     with pytest.raises(ValueError, match=r"packed_source must be given with packed_inputs, got None"):
         model.decoder(packed_inputs=packed)
-    with pytest.raises(ValueError, match=r"future_ids go with labels in training"):
+    with pytest.raises(ValueError, match=r"future_ids needs labels in training"):
         model(input_ids=ids, decoder_input_ids=labels, future_ids=labels)
     model.eval()(input_ids=ids, decoder_input_ids=labels, future_ids=labels)
     with pytest.raises(

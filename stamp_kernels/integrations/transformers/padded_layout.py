@@ -1,0 +1,74 @@
+"""From padded batches to packed ones and back: every base model's inputs and outputs may be padded."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.ops.pruning.selection import TokenSelection
+from stamp_kernels.packed import PackedBatch
+
+__all__ = ["PaddedLayout", "pack_padded"]
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """The places of the packed tokens in a padded batch.
+
+    Attributes:
+        mask: bool `[B, S]`, True on tokens.
+        selection: for gather_tokens, the packed row of each padded row. None if there is no padding.
+    """
+
+    mask: Tensor
+    selection: TokenSelection | None
+
+    def pad(self, values: Tensor) -> Tensor:
+        """`[T, ...]` to `[B, S, ...]`, 0 on padding."""
+        rows = values if self.selection is None else gather_tokens(values, self.selection)
+        return rows.unflatten(0, self.mask.shape)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """`[B, S, ...]` to `[T, ...]`."""
+        rows = values.flatten(0, 1)
+        return rows if self.selection is None else rows.index_select(0, self.selection.inverse)
+
+
+def pack_padded(inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBatch, PaddedLayout]:
+    """Drop the padding of `[B, S]` or `[B, S, d_model]`.
+
+    If a mask has holes, positions count them, as Hugging Face's models do.
+
+    Raises:
+        ValueError: inputs or mask have another shape.
+    """
+    if inputs.dim() not in (2, 3):
+        raise ValueError(f"inputs must be token ids [B, S] or embeddings [B, S, d_model], got {list(inputs.shape)}")
+    batch, length = inputs.shape[:2]
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, length):
+            raise ValueError(f"attention_mask must have shape {[batch, length]}, got {list(attention_mask.shape)}")
+        return _pack_by_mask(inputs, attention_mask.bool())
+    # Without padding all sizes are known on the CPU.
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=inputs.device) * length
+    lengths_cpu = torch.full((batch,), length, dtype=torch.int64)
+    mask = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
+    return PackedBatch(inputs.flatten(0, 1), cu_seqlens, length, lengths_cpu=lengths_cpu), PaddedLayout(mask, None)
+
+
+@torch.compiler.disable(reason="the number of tokens in a mask is a size that the CPU has to read")
+def _pack_by_mask(inputs: Tensor, mask: Tensor) -> tuple[PackedBatch, PaddedLayout]:
+    packed = PackedBatch.from_padded(inputs, mask)
+    total, length = packed.values.shape[0], mask.shape[1]
+    valid = mask.flatten()
+    valid_up_to = valid.cumsum(0)
+    packed_row = torch.where(valid, valid_up_to - 1, -1)
+    # Packed row j is the padded row where the number of valid rows reaches j + 1.
+    padded_row = torch.searchsorted(valid_up_to, torch.arange(1, total + 1, device=mask.device)).to(torch.int32)
+    num_runs = mask[:, :1].sum(1) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    if (num_runs > 1).any():  # holes
+        sequence, column = padded_row // length, padded_row % length
+        packed = replace(packed, positions=column - column[packed.cu_seqlens[sequence]])
+    selection = TokenSelection(packed_row, packed.cu_seqlens, packed.max_seqlen, padded_row, total)
+    return packed, PaddedLayout(mask, selection)
