@@ -3,21 +3,23 @@
     python benchmarks/step_profile.py [--data FILE] [--configuration packed+sap] [--batch-size 128] [--steps 5]
 
 The recommender, data and batches are those of `stamp-profile train`, timed by torch.profiler after a warm-up. SAP's own
-ops are scoring, selection, gather and its gradient; that attention also returns the centrality shows in attention. On a
-GPU times are the device's, and what waited for it is counted: a step should wait for nothing.
+ops are importance, selection, gather and its gradient; the centrality is part of the time of attention. On a GPU, times
+are the device's, and the waits for the device are counted: a step should have none.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
-from stamp_kernels.profiling.commands.train import TrainSettings, prepare_data
+from stamp_kernels.profiling.commands.settings import TrainSettings
+from stamp_kernels.profiling.commands.training_data import prepare_data
 from stamp_kernels.profiling.data.batches import batches
 from stamp_kernels.profiling.data.interactions import load_interactions
 from stamp_kernels.profiling.measure import describe_device, keep_freed_memory
-from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
+from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, build_recommender
 
 WARMUP = 3
 SAP_OPS = {
@@ -28,23 +30,18 @@ WAITS = {"aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchr
 
 
 def profiled_steps(arguments: argparse.Namespace, device: torch.device) -> profile:
-    """The profile of `arguments.steps` training steps on as many batches."""
+    """The profile of `arguments.steps` training steps, each on a batch of its own."""
     settings = TrainSettings(
         configurations=(arguments.configuration,), steps=arguments.steps, warmup=WARMUP,
         batch_size=arguments.batch_size, dtype="float32", device=device, seed=0, epochs=0, evaluate=False, max_items=30,
     )  # fmt: skip
     data = prepare_data(load_interactions(arguments.data), settings)
-    sizes = RecommenderSettings(
-        codes_per_item=data.vocabulary.codes_per_item, codebook_size=data.vocabulary.codebook_size
-    )
-    recommender = build_recommender(arguments.configuration, sizes, seed=0).to(device).train()
+    recommender = build_recommender(arguments.configuration, data.sizes(settings.model), seed=0).to(device).train()
     optimizer = torch.optim.AdamW(recommender.parameters(), fused=True)
-    rows = batches(
-        data.training_rows, settings.batch_size, 0, data.vocabulary, data.semantic_ids, sizes.auxiliary_steps
-    )
+    epoch = batches(data.training_set, settings.batch_size, 0, settings.model.auxiliary_steps)
 
     def step() -> None:
-        batch = next(rows).to(device)
+        batch = next(epoch).to(device)
         recommender(batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -62,7 +59,7 @@ def profiled_steps(arguments: argparse.Namespace, device: torch.device) -> profi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="data file; default MovieLens-100K from recbole")
+    parser.add_argument("--data", type=Path, help="data file (default: MovieLens-100K from recbole)")
     parser.add_argument("--configuration", choices=CONFIGURATIONS, default="packed+sap")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5)
@@ -74,23 +71,23 @@ def main() -> None:
     events = profiled_steps(arguments, device).key_averages()
     on_gpu = device.type == "cuda"
 
-    def own_ms(event) -> float:
+    def own_ms(event: FunctionEventAvg) -> float:
         return (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / arguments.steps
 
-    def whole_ms(event) -> float:
+    def whole_ms(event: FunctionEventAvg) -> float:
         return (event.device_time_total if on_gpu else event.cpu_time_total) / 1e3 / arguments.steps
 
-    # On a GPU an op's kernels are events of their own, some with "::" in their names: they would count twice.
-    on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
-    ops = [event for event in on_host if "::" in event.key and own_ms(event) > 0]
+    # On a GPU the kernels of an op are events too, some with "::" in their names, and would count twice.
+    on_cpu = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    ops = [event for event in on_cpu if "::" in event.key and own_ms(event) > 0]
     step_ms = sum(own_ms(event) for event in ops)
     print(f"{arguments.configuration}, batch {arguments.batch_size}, {describe_device(device)}")
-    print(f"{'op':<50}{'calls':>7}{'ms':>9}{'share':>8}   per step, without the ops that it calls")
+    print(f"{'op':<50}{'calls':>7}{'ms':>9}{'share':>8}   per step, without the ops that the op calls")
     for event in sorted(ops, key=own_ms, reverse=True)[:15]:
         calls, share = event.count / arguments.steps, own_ms(event) / step_ms
         print(f"{event.key:<50}{calls:>7.0f}{own_ms(event):>9.3f}{share:>8.1%}")
     print(f"{'all ops':<50}{'':>7}{step_ms:>9.3f}")
-    sap = [event for event in on_host if event.key in SAP_OPS]
+    sap = [event for event in on_cpu if event.key in SAP_OPS]
     sap_ms = sum(whole_ms(event) for event in sap)
     print(f"{'SAP: ' + ', '.join(sorted(event.key for event in sap)):<50}{'':>7}{sap_ms:>9.3f}{sap_ms / step_ms:>8.1%}")
     if on_gpu:

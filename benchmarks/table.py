@@ -1,4 +1,4 @@
-"""One table of the micro-benchmarks' results: python benchmarks/table.py <JSON of pytest-benchmark> ..."""
+"""Show the results of the micro-benchmarks as tables: python benchmarks/table.py <JSON of pytest-benchmark> ..."""
 
 import argparse
 import json
@@ -11,15 +11,15 @@ from rich.table import Table
 
 CAPTION = (
     "time: median (first to third quartile). ratio: to the case's baseline, above 1 is slower. floor: the least time "
-    "for its FLOPs and bytes as a share of the time taken. peak: memory allocated in a call, its results included."
+    "for its FLOPs and bytes as a share of the time taken. peak: memory allocated in a call, including its results."
 )
 
 
 def render_table(results: dict[str, Any]) -> Table:
-    """Rows of one case together, in the order in which they ran.
+    """The benchmarks grouped by case, in the order in which they ran.
 
     Args:
-        results: what pytest-benchmark wrote, with the additions of benchmarks/micro/conftest.py.
+        results: the JSON of pytest-benchmark, with the additions of benchmarks/micro/conftest.py.
     """
     machine = results["measured_on"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -69,11 +69,11 @@ def _three_digits(value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, nargs="+", help="written with --benchmark-json")
+    parser.add_argument("results", type=Path, nargs="+", help="files written with --benchmark-json")
     console = Console()
     for path in parser.parse_args().results:
         table = render_table(json.loads(path.read_text()))
-        # A file or a narrow terminal gets whole rows: numbers cut short are worse than lines that wrap.
+        # Whole rows, also in a file or a narrow terminal: truncated numbers are worse than lines that wrap.
         unbounded = console.options.update(max_width=1000)
         console.width = max(console.width, console.measure(table, options=unbounded).maximum)
         console.print(table)

@@ -1,11 +1,11 @@
 """Train a small T5 recommender with STAMP: packed sequences, pruned histories (SAP), several items predicted (MAP).
 
-    pip install "stamp_kernels[profile]" && pip install --no-deps recbole  # which brings MovieLens-100K along
+    pip install "stamp_kernels[profile]" && pip install --no-deps recbole  # recbole contains MovieLens-100K
     python examples/train_t5.py
     torchrun --nproc-per-node 8 examples/train_t5.py --parallel fsdp2 --bf16 --compile --checkpoint run.pt
 
-The last one goes on from the checkpoint where there is one. Another number of processes may have written it; batches of
-the epoch are then left out by their number alone.
+The last command continues from the checkpoint if there is one. Another number of processes may have written it: the
+epoch then continues after the same number of batches, although those had other sequences.
 """
 
 import argparse
@@ -26,19 +26,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import T5Config, T5ForConditionalGeneration
 
 from stamp_kernels.data import PackingCollator, TokenBudgetBatchSampler
-from stamp_kernels.integrations.transformers import (
-    PredictionConfig,
-    PruningConfig,
-    apply_stamp,
-    global_target_counts,
-)
-from stamp_kernels.profiling.data.batches import TrainingRows, Vocabulary
+from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, apply_stamp, global_target_counts
 from stamp_kernels.profiling.data.interactions import load_interactions
+from stamp_kernels.profiling.data.rows import TrainingRows
 from stamp_kernels.profiling.data.semantic_ids import assign_semantic_ids
+from stamp_kernels.profiling.data.vocabulary import Vocabulary
 
 
 class NextItems(Dataset):
-    """Users' histories as semantic-ID tokens, the item that comes next in them, and those after it."""
+    """Users' histories as semantic-ID tokens, the next item, and the items after it: features for PackingCollator."""
 
     def __init__(self, path: str | None, max_items: int) -> None:
         interactions = load_interactions(path)
@@ -46,7 +42,7 @@ class NextItems(Dataset):
         if semantic_ids is None:
             semantic_ids = assign_semantic_ids(interactions)
         self.vocabulary = Vocabulary(codes_per_item=semantic_ids.shape[1], codebook_size=int(semantic_ids.max()) + 1)
-        self.tokens_of_item = self.vocabulary.tokens(semantic_ids)  # [num_items, levels]
+        self.tokens_of_item = self.vocabulary.tokens(semantic_ids)  # [num_items, codes_per_item]
         self.rows = TrainingRows(interactions, max_items)
         self.lengths = (self.rows.target - self.rows.start) * self.vocabulary.codes_per_item
 
@@ -63,7 +59,7 @@ def build_model(vocabulary: Vocabulary, prediction: PredictionConfig, dropout: f
     sizes = dict(d_model=128, d_kv=64, d_ff=1024, num_layers=4, num_heads=6, dropout_rate=dropout)
     tokens = dict(vocab_size=vocabulary.size, pad_token_id=0, decoder_start_token_id=0, eos_token_id=None)
     model = T5ForConditionalGeneration(T5Config(**sizes, **tokens))
-    # A third of every history stays after block 2. Applied before the optimizer, DDP or FSDP2 see the parameters.
+    # A third of every history stays after block 2. Apply STAMP before the optimizer, DDP or FSDP2 see the parameters.
     return apply_stamp(model, pruning=PruningConfig(schedule=[(2, 1 / 3)]), prediction=prediction)
 
 
@@ -78,7 +74,7 @@ def parallelize(model: nn.Module, parallel: str, device: torch.device) -> nn.Mod
 
 
 def exchange_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-    """Whether the backward within averages gradients over the ranks: once for all accumulated batches is enough."""
+    """Let a backward pass average gradients over the ranks or not: once for all accumulated batches is enough."""
     if isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext() if enabled else model.no_sync()
     if dist.is_initialized():
@@ -89,7 +85,7 @@ def exchange_gradients(model: nn.Module, enabled: bool) -> contextlib.AbstractCo
 def steps_from(
     progress: dict[str, int], loader: DataLoader, epochs: int, accumulate: int
 ) -> Iterator[tuple[list[dict[str, Any]], dict[str, int]]]:
-    """The batches of every optimizer step that is still to do, and the progress after it."""
+    """For each remaining optimizer step, its batches and the progress after it."""
     step, first_batch = progress["step"], progress["batch"]
     for epoch in range(progress["epoch"], epochs):
         loader.batch_sampler.set_epoch(epoch, first_batch)
@@ -102,12 +98,12 @@ def steps_from(
 
 
 def save_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, int]) -> None:
-    # Whole tensors under the plain model's names, on rank 0: any number of ranks can go on from it, by either way.
+    # Rank 0 saves whole tensors under the plain model's names: any number of ranks, with DDP or FSDP2, can load them.
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save({"model": model_state, "optimizer": optimizer_state, "progress": progress}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)  # whatever interrupts this, there is one whole checkpoint
+        os.replace(f"{path}.tmp", path)  # if this is interrupted, one whole checkpoint remains
 
 
 def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -120,13 +116,13 @@ def load_checkpoint(path: str, model: nn.Module, optimizer: torch.optim.Optimize
 def train(args: argparse.Namespace, device: torch.device) -> None:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     dataset = NextItems(args.data, args.max_items)
-    levels = dataset.vocabulary.codes_per_item
-    ranges = [dataset.vocabulary.level_range(level) for level in range(levels)]
-    prediction = PredictionConfig(num_steps=3, codes_per_item=levels, vocab_ranges=ranges)
+    codes_per_item = dataset.vocabulary.codes_per_item
+    ranges = [dataset.vocabulary.level_range(level) for level in range(codes_per_item)]
+    prediction = PredictionConfig(num_steps=3, codes_per_item=codes_per_item, vocab_ranges=ranges)
     loader = DataLoader(
         dataset,
         batch_sampler=TokenBudgetBatchSampler(dataset.lengths, args.max_tokens, seed=args.seed),
-        collate_fn=PackingCollator(future_length=prediction.num_steps * levels),
+        collate_fn=PackingCollator(future_length=prediction.num_steps * codes_per_item),
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         pin_memory=device.type == "cuda",
@@ -148,10 +144,10 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         steps = itertools.islice(steps, max(args.steps - progress["step"], 0))
     for batches, progress in steps:
         step = progress["step"]
-        torch.manual_seed(step * world_size + rank)  # of dropout: a run that goes on draws what it would have drawn
+        torch.manual_seed(step * world_size + rank)  # for dropout: a continued run draws the same numbers
         batches = [{key: x.to(device, non_blocking=True) for key, x in batch.items()} for batch in batches]
-        # Ranks have different numbers of sequences. Divided by the numbers of targets on all of them, their losses add
-        # up to that of one large batch.
+        # Ranks have different numbers of sequences. Divided by the numbers of targets on all ranks, their losses sum to
+        # the loss of one large batch.
         counts = [global_target_counts(batch["labels"], batch["future_ids"], prediction) for batch in batches]
         counts = {name: sum(count[name] for count in counts) for name in counts[0]}
         loss = torch.zeros((), device=device)
@@ -159,7 +155,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             with exchange_gradients(model, number == len(batches)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                     loss_of_batch = model(**batch, **counts).loss
-                (loss_of_batch * world_size).backward()  # DDP and FSDP2 take the mean over the ranks, not the sum
+                (loss_of_batch * world_size).backward()  # DDP and FSDP2 average over the ranks
             loss += loss_of_batch.detach()
         norm = nn.utils.clip_grad_norm_(stamped.parameters(), max_norm=1.0)
         optimizer.step()
@@ -179,20 +175,22 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", help="interactions, see load_interactions; MovieLens-100K if left out")
-    parser.add_argument("--max-items", type=int, default=30, help="histories are cut to so many items")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="tokens in a batch of one process")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches for one optimizer step")
+    parser.add_argument("--data", help="file of interactions, see load_interactions (default: MovieLens-100K)")
+    parser.add_argument(
+        "--max-items", type=int, default=30, help="the most items of a history; earlier items are cut off"
+    )
+    parser.add_argument("--max-tokens", type=int, default=8192, help="the most tokens in a batch of one process")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--steps", type=int, help="stop after so many optimizer steps in all")
+    parser.add_argument("--steps", type=int, help="stop after this number of optimizer steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="for several processes")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="how several processes train")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=2, help="processes that load data")
-    parser.add_argument("--checkpoint", help="file to write, and to go on from if it is there")
+    parser.add_argument("--checkpoint", help="file to write, and to continue from if it exists")
     parser.add_argument("--save-every", type=int, default=1000, help="in steps")
     parser.add_argument("--log-every", type=int, default=10, help="in steps")
     args = parser.parse_args(argv)
@@ -204,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(args, device)
-    if dist.is_initialized():  # not after an error: torchrun then ends the others, who would be waited for
+    if dist.is_initialized():  # not after an error: it would wait for the others, which torchrun ends
         dist.destroy_process_group()
 
 

@@ -29,7 +29,8 @@ def benchmark(case: str, implementation: str, median: float, *, is_baseline: boo
     }
 
 
-def test_rows_of_a_case_stand_together_relative_to_its_baseline():
+def test_rows_are_grouped_by_case():
+    """Each case is relative to its baseline."""
     results = {
         "datetime": "2026-11-23T22:00:00+00:00",
         "measured_on": {

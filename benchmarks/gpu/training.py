@@ -23,7 +23,9 @@ from cases import Case, SkipError, arguments_of_part, leave, run_part
 from device import Device
 from records import Record
 
-from stamp_kernels.profiling.commands.train import Trainee, TrainingData, TrainSettings, prepare_data
+from stamp_kernels.profiling.commands.settings import TrainSettings
+from stamp_kernels.profiling.commands.trainee import Trainee
+from stamp_kernels.profiling.commands.training_data import TrainingData, prepare_data
 from stamp_kernels.profiling.data.batches import Batch, batches
 from stamp_kernels.profiling.data.interactions import Interactions, load_interactions
 from stamp_kernels.profiling.measure import keep_freed_memory, peak_bytes, resident_bytes
@@ -79,11 +81,7 @@ def training_data(file: Path | None, sizes: Sizes) -> TrainingData:
 
 def batches_on(device: Device, data: TrainingData, settings: TrainSettings) -> list[Batch]:
     """One for each step of the warm-up and each timed one; they begin again where the data has fewer."""
-    model = data.sizes(settings.model)
-    epoch = batches(
-        data.training_rows, settings.batch_size, settings.seed, data.vocabulary, data.semantic_ids,
-        model.auxiliary_steps,
-    )  # fmt: skip
+    epoch = batches(data.training_set, settings.batch_size, settings.seed, settings.model.auxiliary_steps)
     return [batch.to(device.device) for batch in islice(cycle(epoch), settings.warmup + settings.steps)]
 
 
@@ -92,7 +90,7 @@ def measure(device: Device, configuration: str, batch_size: int, sizes: Sizes, f
     settings = settings_of(sizes, batch_size, device.device)
     training_batches = batches_on(device, data, settings)
     try:
-        trainee = Trainee(configuration, settings, data.sizes(settings.model), settings.seed)
+        trainee = Trainee(configuration, settings, data, settings.seed)
         yield {
             "configuration": configuration,
             "batch_size": batch_size,
@@ -152,7 +150,7 @@ def kernel_times(device: Device, trainee: Trainee, profiled: list[Batch]) -> Rec
 
 def peak_of(device: Device, trainee: Trainee, training_batches: list[Batch]) -> int:
     """Bytes at the peak of a step on the largest batch, with what the model and its optimizer hold."""
-    largest = max(training_batches, key=lambda batch: (batch.max_seqlen, len(batch.packed_ids)))
+    largest = max(training_batches, key=lambda batch: batch.size)
     held = resident_bytes(trainee.recommender, trainee.optimizer)
     return peak_bytes(partial(trainee.step, largest), device.device, resident_bytes=held)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workloads import Workload, offsets
 
+from stamp_kernels import PackedBatch
 from stamp_kernels.profiling.data.batches import Batch
 from stamp_kernels.profiling.recommender.recommender import RecommenderSettings, build_recommender
 
@@ -72,14 +73,13 @@ class TrainingStep(Workload):
             return torch.zeros(shape, dtype=torch.int64, device=meta)
 
         return Batch(
+            packed_inputs=PackedBatch(
+                tokens(int(lengths.sum())), offsets(lengths.tolist(), meta), longest, lengths_cpu=lengths
+            ),
             input_ids=tokens(batch, longest),
             attention_mask=tokens(batch, longest),
-            packed_ids=tokens(int(lengths.sum())),
-            cu_seqlens=offsets(lengths.tolist(), meta),
-            lengths=lengths,
-            max_seqlen=longest,
             labels=tokens(batch, sizes.codes_per_item),
-            future_labels=tokens(batch, sizes.auxiliary_steps, sizes.codes_per_item),
+            future_ids=tokens(batch, sizes.auxiliary_steps * sizes.codes_per_item),
         )
 
     def work(self, element_size: int) -> Any:

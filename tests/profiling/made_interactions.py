@@ -1,7 +1,5 @@
 """Small interaction data and files for the tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ def random_interactions(seed: int, users: int = 60, num_items: int = 40) -> Inte
 
 
 def sequences(interactions: Interactions) -> list[list[int]]:
-    return [chunk.tolist() for chunk in np.split(interactions.items, interactions.offsets[1:-1])]
+    return [items.tolist() for items in np.split(interactions.items, interactions.offsets[1:-1])]
 
 
 def write(path: Path, text: str) -> Path:

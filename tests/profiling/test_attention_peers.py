@@ -1,4 +1,4 @@
-"""Every peer computes what packed_attention computes, gradients too: otherwise their times would not compare."""
+"""Every peer computes the results and gradients of packed_attention: otherwise their times would not compare."""
 
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ Peer = Callable[[AttentionProblem], PreparedAttention]
 
 
 def make_problem(*, causal: bool = False, bias: bool = False) -> AttentionProblem:
-    """float64, values that bf16 holds exactly; scaled as T5 where there is a bias, as everybody else elsewhere."""
+    """float64, values that bf16 holds exactly; scaled by 0.5 with a bias, and by the default without."""
     q, k, v = (torch.randn(sum(LENGTHS), 3, 16).bfloat16().double() for _ in range(3))
     table = torch.randn(NUM_BUCKETS, 3).bfloat16().double() if bias else None
     return AttentionProblem(q, k, v, LENGTHS, causal, 0.5 if bias else None, table, MAX_DISTANCE)
@@ -69,7 +69,7 @@ def incoming_gradient(problem: AttentionProblem) -> Tensor:
 
 
 def named_gradients(gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    return dict(zip(("dq", "dk", "dv", "dtable"), gradients, strict=False))
+    return dict(zip(("dq", "dk", "dv", "dbias_table"), gradients, strict=False))
 
 
 def forward(peer: Peer, problem: AttentionProblem) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ def forward(peer: Peer, problem: AttentionProblem) -> dict[str, Tensor]:
 
 
 def forward_and_backward(peer: Peer, problem: AttentionProblem) -> dict[str, Tensor]:
-    """Output and gradients in the packed layout; the padded ones get no gradient on padding, as in a masked loss."""
+    """Output and gradients in the packed layout; padding receives no gradient, as with a masked loss."""
     prepared = peer(problem)
     grad_out = incoming_gradient(problem)
     out = prepared.attend(*prepared.inputs)
@@ -130,7 +130,7 @@ def test_eager_centrality(bias):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_centrality_by_a_second_attention(dtype):
-    """A bf16 lse alone would be off by 1 %; in three parts the sums are as exact as the attention's own scores."""
+    """A single bf16 lse would be off by 1 %; with three parts the sums are as exact as the attention's own scores."""
     problem = make_problem()
     prepared = centrality_by_second_attention(moved(problem, "cpu", dtype))
     out, centrality = prepared.attend(*prepared.inputs)
@@ -142,13 +142,13 @@ def test_centrality_by_a_second_attention(dtype):
     ("peer", "problem", "reason"),
     [
         (nested_sdpa, dict(bias=True), "nested SDPA has no relative-position bias"),
-        (nested_sdpa, dict(causal=True), "nested SDPA knows no causal order on a CPU"),
+        (nested_sdpa, dict(causal=True), "nested SDPA has no causal order on a CPU"),
         (varlen, dict(bias=True), "varlen_attn has no relative-position bias"),
         (varlen, dict(), "varlen_attn needs a GPU"),
-        (turbo_t5, dict(), "TurboT5 is compared where there is a bias"),
+        (turbo_t5, dict(), "TurboT5 is only compared with a bias"),
         (turbo_t5, dict(bias=True), "TurboT5 needs a GPU"),
         (centrality_by_second_attention, dict(bias=True), "the second attention has no relative-position bias"),
-        (centrality_by_second_attention, dict(causal=True), "no mask for causal order exchanged"),
+        (centrality_by_second_attention, dict(causal=True), "no mask for an exchanged causal order"),
     ],
 )
 def test_peers_say_why_they_are_unavailable(peer, problem, reason):
@@ -160,7 +160,7 @@ def test_peers_say_why_they_are_unavailable(peer, problem, reason):
 @with_and_without
 @pytest.mark.parametrize("peer", [padded_eager, padded_sdpa, sdpa_loop, nested_sdpa, varlen, flex, turbo_t5])
 def test_peers_of_a_gpu(peer, causal, bias):
-    """In fp16, which all of them take, to the bound of bf16: some round their maps, too."""
+    """In fp16, which all of them take, to the bound of bf16, since some round their maps."""
     problem = make_problem(causal=causal, bias=bias)
     on_gpu = moved(problem, "cuda", torch.float16)
     try:

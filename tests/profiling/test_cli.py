@@ -1,4 +1,4 @@
-"""The command from end to end on a tiny data file, with a fake recommender; the last test trains the real ones."""
+"""The command from end to end on a tiny data file, with fake recommenders; two tests train the real ones."""
 
 import json
 import re
@@ -10,13 +10,15 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from stamp_kernels.profiling.commands import train as train_module
+from stamp_kernels.profiling.commands import trainee as trainee_module
 from stamp_kernels.profiling.commands.cli import app, quality
-from stamp_kernels.profiling.commands.train import TrainSettings, prepare_data, profile_training
+from stamp_kernels.profiling.commands.settings import LEARNING_RATE, TrainSettings
+from stamp_kernels.profiling.commands.train import profile_training
+from stamp_kernels.profiling.commands.training_data import prepare_data
 from stamp_kernels.profiling.data.interactions import load_interactions
 from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings
 
-LEVELS, CODES, NUM_ITEMS = 3, 4, 20
+CODES_PER_ITEM, CODEBOOK_SIZE, NUM_ITEMS = 3, 4, 20
 SMALL = ("--steps", "3", "--warmup", "1", "--batch-size", "8", "--device", "cpu", "--threads", "1")
 
 
@@ -37,10 +39,10 @@ class FakeRecommender(torch.nn.Module):
     def forward(self, batch) -> SimpleNamespace:
         if self.name == "padded-prune" and len(self.seen) + 1 == self.step_that_breaks:
             raise RuntimeError("the cat sat on the keyboard")
-        self.seen.append(batch.packed_ids)
-        ids = batch.input_ids if self.name.startswith("padded") else batch.packed_ids
-        states = self.embedding(batch.packed_ids)
-        means = torch.segment_reduce(states, "mean", lengths=batch.lengths)
+        packed = batch.packed_inputs
+        self.seen.append(packed.values)
+        ids = batch.input_ids if self.name.startswith("padded") else packed.values
+        means = torch.segment_reduce(self.embedding(packed.values), "mean", lengths=packed.lengths_cpu)
         logits = self.head(self.dropout(means))
         self.dtypes.add(logits.dtype)
         loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels[:, 0])
@@ -64,11 +66,11 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecommender]:
         recommenders.append(FakeRecommender(name, 1 + settings.codes_per_item * settings.codebook_size))
         return recommenders[-1]
 
-    def evaluate(recommender, rows, vocabulary, semantic_ids, *, batch_size, device) -> dict[str, float]:
+    def evaluate(recommender, dataset, *, batch_size, device) -> dict[str, float]:
         return {"recall@5": len(recommender.seen) / 100, "recall@10": 0.5, "ndcg@5": 0.1, "ndcg@10": 0.2}
 
-    monkeypatch.setattr(train_module, "build_recommender", build)
-    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    monkeypatch.setattr(trainee_module, "build_recommender", build)
+    monkeypatch.setattr(trainee_module, "evaluate", evaluate)
     return recommenders
 
 
@@ -81,7 +83,7 @@ def shop(tmp_path: Path) -> Path:
         tmp_path / "shop.npz",
         seq_items=rng.integers(0, NUM_ITEMS, lengths.sum()),
         seq_offsets=np.concatenate(([0], np.cumsum(lengths))),
-        sids=np.stack(np.unravel_index(np.arange(NUM_ITEMS), (CODES,) * LEVELS), axis=1),
+        sids=np.stack(np.unravel_index(np.arange(NUM_ITEMS), (CODEBOOK_SIZE,) * CODES_PER_ITEM), axis=1),
     )
     return tmp_path / "shop.npz"
 
@@ -91,7 +93,7 @@ def run(*arguments: object, subcommand: str = "train") -> Result:
 
 
 def error_of(*arguments: object, subcommand: str = "train") -> str:
-    """The one line that a run with bad input says."""
+    """The one line that a run with bad input prints."""
     result = run(*arguments, subcommand=subcommand)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -119,13 +121,14 @@ def test_report_table_and_picture(shop: Path, tmp_path: Path, built: list[FakeRe
         *("schema", "date", "command", "device", "versions", "data", "settings", "configurations"),
     }
     assert (
-        report["data"] | {"users": 12, "items": NUM_ITEMS, "codes_per_item": LEVELS, "name": "shop"} == report["data"]
+        report["data"] | {"users": 12, "items": NUM_ITEMS, "codes_per_item": CODES_PER_ITEM, "name": "shop"}
+        == report["data"]
     )
     assert report["data"]["semantic_ids"] == "given"
     settings = report["settings"]
     assert settings | {"steps": 3, "warmup": 1, "batch_size": 8, "device": "cpu", "dtype": "float32"} == settings
     assert report["device"].endswith(", 1 thread")
-    assert settings["model"]["codes_per_item"] == LEVELS and settings["max_items"] == 30
+    assert settings["model"]["codes_per_item"] == CODES_PER_ITEM and settings["max_items"] == 30
     assert [c["name"] for c in report["configurations"]] == ["padded-eager", "packed"]
     for configuration in report["configurations"]:
         assert set(configuration) == {
@@ -142,13 +145,13 @@ def test_report_table_and_picture(shop: Path, tmp_path: Path, built: list[FakeRe
     assert padded["tokens_per_block"][0] > packed["tokens_per_block"][0]
 
 
-def test_all_see_the_same_batches_from_the_same_weights(shop: Path, built: list[FakeRecommender]):
+def test_all_have_the_same_batches_and_weights(shop: Path, built: list[FakeRecommender]):
     names = ("packed", "packed+sap", "padded-eager")
     result = run("--data", shop, *SMALL, "--configurations", "packed, packed+sap", "--configurations", names[2])
     assert result.exit_code == 0, result.output
     assert [recommender.name for recommender in built] == list(names)
     first, *others = built
-    # Warm-up, the timed steps and the one for the memory, over more steps than an epoch has batches.
+    # Warm-up, timed steps and the one for the memory: more steps than an epoch has batches.
     assert len(first.seen) == 5
     assert len({tuple(ids.tolist()) for ids in first.seen[:4]}) == 4
     for other in others:
@@ -157,7 +160,7 @@ def test_all_see_the_same_batches_from_the_same_weights(shop: Path, built: list[
             assert torch.equal(x, y)
 
 
-def test_loss_does_not_depend_on_the_company(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+def test_loss_does_not_depend_on_other_configurations(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
     losses = []
     for i, names in enumerate(("packed", "padded-eager,packed+sap,packed")):
         run("--data", shop, *SMALL, "--configurations", names, "--output", tmp_path / str(i), "--seed", "5")
@@ -209,17 +212,17 @@ def test_text_file_gets_semantic_ids(tmp_path: Path, built: list[FakeRecommender
     assert report["configurations"][0]["tokens_per_block"][0] <= 8 * 2 * 4
 
 
-def test_rows_with_long_histories_alone(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+def test_only_rows_with_long_histories(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
     arguments = ("--configurations", "packed", "--min-items", "4", "--max-items", "5", "--output", tmp_path / "out")
     result = run("--data", shop, *SMALL, *arguments, "--batch-size", "4")
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "train.json").read_text())
     assert report["settings"]["min_items"] == 4 and report["settings"]["max_items"] == 5
-    # Users with 7, 8 and 9 interactions train on 5, 6 and 7: from the fifth item on. 12 users: lengths 3 to 9, 3 to 7.
+    # Users with 7, 8 and 9 interactions train on 5, 6 and 7, from the fifth item on. 12 users: lengths 3 to 9, 3 to 7.
     assert report["data"]["training_rows"] == (1 + 2 + 3) + 1
-    lengths = torch.tensor([len(ids) for ids in built[0].seen]) / LEVELS
+    lengths = torch.tensor([len(ids) for ids in built[0].seen]) / CODES_PER_ITEM
     assert len(lengths) == 5 and (lengths >= 4 * 4).all() and (lengths <= 4 * 5).all()
-    assert report["configurations"][0]["tokens_per_block"][0] >= 4 * 4 * LEVELS
+    assert report["configurations"][0]["tokens_per_block"][0] >= 4 * 4 * CODES_PER_ITEM
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -228,25 +231,28 @@ def test_rows_with_long_histories_alone(shop: Path, tmp_path: Path, built: list[
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--configurations", "packed,padded"), "unknown configuration 'padded', expected some of padded-eager, "),
-        (("--configurations", "packed,packed"), "configuration 'packed' is given more than once"),
-        (("--configurations", ","), "configurations is empty"),
-        (("--steps", "0"), "steps is 0, expected at least 1"),
-        (("--warmup", "-1"), "warmup is -1, expected at least 0"),
-        (("--batch-size", "0"), "batch_size is 0, expected at least 1"),
-        (("--batch-size", "1000"), "batch_size is 1000, expected at most 31, the number of training rows of shop"),
-        (("--epochs", "-1"), "epochs is -1"),
-        (("--seed", "-1"), "seed is -1"),
-        (("--max-items", "0"), "max_items is 0"),
-        (("--min-items", "0"), "min_items is 0, expected 1 to 30, which is max_items"),
-        (("--min-items", "7", "--max-items", "6"), "min_items is 7, expected 1 to 6, which is max_items"),
-        (("--min-items", "5"), "at most 3, the number of training rows of shop with a history of at least 5 items"),
-        (("--min-items", "30"), "at most 0, the number of training rows of shop with a history of at least 30 items"),
-        (("--threads", "0"), "threads is 0, expected at least 1"),
-        (("--dtype", "float16"), "dtype is 'float16', expected float32 or bfloat16"),
-        (("--device", "tpu"), "device is 'tpu', expected cpu, cuda or cuda:<index>"),
-        (("--device", "meta"), "device is 'meta', expected cpu, cuda or cuda:<index>"),
-        (("--device", "cuda:99"), "device is 'cuda:99', and torch finds"),
+        (("--configurations", "packed,padded"), "configuration must be one of ('padded-eager', "),
+        (("--configurations", "packed,packed"), "configurations must be one or several different names, got ('packed'"),
+        (("--configurations", ","), "configurations must be one or several different names, got ()"),
+        (("--steps", "0"), "steps must be in [1, inf), got 0"),
+        (("--warmup", "-1"), "warmup must be in [0, inf), got -1"),
+        (("--batch-size", "0"), "batch_size must be in [1, inf), got 0"),
+        (
+            ("--batch-size", "1000"),
+            "batch_size must be at most the number of training rows of shop, 31, got 1000",
+        ),
+        (("--epochs", "-1"), "epochs must be in [0, inf), got -1"),
+        (("--seed", "-1"), "seed must be in [0, inf), got -1"),
+        (("--max-items", "0"), "max_items must be in [1, inf), got 0"),
+        (("--min-items", "0"), "min_items must be in [1, inf), got 0"),
+        (("--min-items", "7", "--max-items", "6"), "min_items must be at most max_items, 6, got 7"),
+        (("--min-items", "5"), "training rows of shop with a history of at least 5 items, 3, got 8"),
+        (("--min-items", "30"), "training rows of shop with a history of at least 30 items, 0, got 8"),
+        (("--threads", "0"), "threads must be in [1, inf), got 0"),
+        (("--dtype", "float16"), "dtype must be one of ('float32', 'bfloat16'), got 'float16'"),
+        (("--device", "tpu"), "device must be cpu, cuda or cuda:<index>, got 'tpu'"),
+        (("--device", "meta"), "device must be cpu, cuda or cuda:<index>, got 'meta'"),
+        (("--device", "cuda:99"), "GPUs that torch finds, got 'cuda:99'"),
     ],
 )
 def test_bad_options(shop: Path, built: list[FakeRecommender], arguments: tuple[str, ...], message: str):
@@ -254,9 +260,9 @@ def test_bad_options(shop: Path, built: list[FakeRecommender], arguments: tuple[
     assert built == []
 
 
-def test_every_configuration_is_named_for_an_unknown_one(shop: Path):
+def test_an_unknown_configuration_lists_all(shop: Path):
     message = error_of("--data", shop, "--configurations", "padded")
-    assert message.endswith(", ".join(CONFIGURATIONS))
+    assert message.endswith(f"must be one of {CONFIGURATIONS}, got 'padded'")
 
 
 def test_bad_data(tmp_path: Path):
@@ -288,9 +294,7 @@ def test_a_failed_run_leaves_the_old_results(shop: Path, tmp_path: Path, built: 
     }
 
 
-def test_a_loss_that_is_not_finite_is_an_error(
-    shop: Path, built: list[FakeRecommender], monkeypatch: pytest.MonkeyPatch
-):
+def test_an_infinite_loss_is_an_error(shop: Path, built: list[FakeRecommender], monkeypatch: pytest.MonkeyPatch):
     settings = TrainSettings(
         configurations=("packed",),
         steps=1,
@@ -369,10 +373,10 @@ def test_quality_defaults_are_those_of_the_recommender():
     assert defaults["layers"] == model.num_layers
     for name in ("d_model", "num_heads", "d_kv", "d_ff", "prune_after_block", "keep_ratio", "dropout"):
         assert defaults[name] == getattr(model, name), name
-    assert defaults["learning_rate"] == train_module.LEARNING_RATE
+    assert defaults["learning_rate"] == LEARNING_RATE
 
 
-def test_a_quality_run_that_failed_goes_on(
+def test_a_failed_quality_run_continues(
     shop: Path, tmp_path: Path, built: list[FakeRecommender], monkeypatch: pytest.MonkeyPatch
 ):
     arguments = ("--data", shop, *QUALITY, "--configurations", "packed,padded-prune,packed+sap", "--output", tmp_path)
@@ -384,7 +388,7 @@ def test_a_quality_run_that_failed_goes_on(
     assert [len(configuration["seeds"]) for configuration in before] == [1, 0, 0]
 
     message = error_of(*arguments, "--epochs", "3", subcommand="quality")
-    assert "quality.json: made with other settings (epochs was 2, is 3); take another output folder" in message
+    assert "quality.json: made with other settings (epochs was 2, is 3); choose another output folder" in message
     built.clear()
     monkeypatch.setattr(FakeRecommender, "step_that_breaks", None)
     result = run(*arguments, "--epochs", "2", subcommand="quality")
@@ -400,17 +404,17 @@ def test_a_quality_run_that_failed_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--seeds", "0"), "seeds is 0, expected at least 1"),
-        (("--epochs", "0"), "epochs is 0, expected at least 1"),
-        (("--configurations", "padded"), "unknown configuration 'padded'"),
-        (("--rows", "32"), "rows is 32, expected at most 31, the number of training rows"),
-        (("--rows", "7"), "batch_size is 8, expected at most 7, the number of training rows of shop"),
-        (("--d-kv", "12"), "d_kv is 12, expected a multiple of 8 up to 256"),
-        (("--layers", "1"), "prune_after_block is 2, expected 1 to 1, the number of layers"),
-        (("--learning-rate", "-1"), "learning_rate is -1.0, expected a number above 0"),
-        (("--threads", "0"), "threads is 0, expected at least 1"),
-        (("--min-items", "31"), "min_items is 31, expected 1 to 30, which is max_items"),
-        (("--device", "tpu"), "device is 'tpu', expected cpu, cuda or cuda:<index>"),
+        (("--seeds", "0"), "seeds must be in [1, inf), got 0"),
+        (("--epochs", "0"), "epochs must be in [1, inf), got 0"),
+        (("--configurations", "padded"), "configuration must be one of ('padded-eager', "),
+        (("--rows", "32"), "rows must be at most the number of training rows, 31, got 32"),
+        (("--rows", "7"), "batch_size must be at most the number of training rows of shop, 7, got 8"),
+        (("--d-kv", "12"), "d_kv must be a multiple of 8 up to 256, got 12"),
+        (("--layers", "1"), "prune_after_block must be at most the number of layers, 1, got 2"),
+        (("--learning-rate", "-1"), "learning_rate must be a finite number above 0, got -1.0"),
+        (("--threads", "0"), "threads must be in [1, inf), got 0"),
+        (("--min-items", "31"), "min_items must be at most max_items, 30, got 31"),
+        (("--device", "tpu"), "device must be cpu, cuda or cuda:<index>, got 'tpu'"),
     ],
 )
 def test_bad_quality_options(shop: Path, built: list[FakeRecommender], arguments: tuple[str, ...], message: str):
@@ -418,10 +422,12 @@ def test_bad_quality_options(shop: Path, built: list[FakeRecommender], arguments
     assert built == []
 
 
-def test_another_file_in_the_way_of_a_quality_run(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
+def test_quality_does_not_overwrite_another_file(shop: Path, tmp_path: Path, built: list[FakeRecommender]):
     (tmp_path / "quality.json").write_text("my thesis")
     message = error_of("--data", shop, *QUALITY, "--output", tmp_path, subcommand="quality")
-    assert "quality.json: not a report of `stamp-profile quality`; take another output folder" in message
+    assert (
+        "quality.json: not a report of this version of `stamp-profile quality`; choose another output folder" in message
+    )
     assert (tmp_path / "quality.json").read_text() == "my thesis"
     assert built == []
 
@@ -434,7 +440,7 @@ def test_real_recommenders_of_a_quality_run(shop: Path, tmp_path: Path):
     report = json.loads((tmp_path / "quality.json").read_text())
     chosen = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 16, "dropout": 0.0, "keep_ratio": 0.5}
     model = report["settings"]["model"]
-    assert model | chosen | {"prune_after_block": 1, "codes_per_item": LEVELS} == model
+    assert model | chosen | {"prune_after_block": 1, "codes_per_item": CODES_PER_ITEM} == model
     padded, packed, pruned, predicted = (c["seeds"][0] for c in report["configurations"])
     assert packed["epoch_losses"] == pytest.approx(padded["epoch_losses"], rel=1e-4)
     assert len({round(run["epoch_losses"][0], 4) for run in (packed, pruned, predicted)}) == 3

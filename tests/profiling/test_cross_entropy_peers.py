@@ -1,4 +1,4 @@
-"""What multi_token_cross_entropy is compared with computes the same loss and gradients."""
+"""The peers of multi_token_cross_entropy compute the same loss and gradients."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def moved(problem: CrossEntropyProblem, device: str, dtype: torch.dtype) -> Cros
 
 
 def loss_and_gradients(problem: CrossEntropyProblem, peer) -> list[Tensor]:
-    """The loss is scaled by three, so that a gradient made in the forward pass is scaled, too."""
+    """The loss is multiplied by three, so that a gradient made in the forward pass has to be scaled."""
     loss_of, inputs = peer(problem), problem.leaves()
     loss = loss_of(*inputs)
     return [loss.detach(), *torch.autograd.grad(3 * loss, inputs)]
@@ -63,16 +63,16 @@ def assert_same(got: list[Tensor], want: list[Tensor], dtype: torch.dtype | None
 
 
 @pytest.fixture
-def small_chunks(monkeypatch):
-    """Several chunks, the last one smaller."""
-    monkeypatch.setattr(peers, "CHUNK_ROWS", 128)
-    monkeypatch.setattr(peers, "RECOMPUTED_ROWS", 128)
-    monkeypatch.setattr(peers, "CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+def small_row_chunks(monkeypatch):
+    """Several row chunks, the last one smaller."""
+    monkeypatch.setattr(peers, "MIN_ROW_CHUNK", 128)
+    monkeypatch.setattr(peers, "RECOMPUTED_ROW_CHUNK", 128)
+    monkeypatch.setattr(peers, "ROW_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("peer", ON_CPU)
-def test_peers_of_a_cpu(small_chunks, peer, sharing):
+def test_peers_of_a_cpu(small_row_chunks, peer, sharing):
     if peer is peers.linear_cross_entropy and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("needs torch 2.13")
     problem = make_problem(sharing)
@@ -89,13 +89,13 @@ def test_the_op_solves_the_same_problem(sharing):
     assert_same(loss_and_gradients(problem, ours), loss_and_gradients(problem, by_loop))
 
 
-def test_chunks_are_made_of_whole_powers_of_two():
-    assert peers._chunk_rows(torch.empty(1024, 128)) == 2048
-    assert peers._chunk_rows(torch.empty(1000, 128)) == 2048
-    assert peers._chunk_rows(torch.empty(32_000, 1)) == peers.CHUNK_ROWS
+def test_row_chunks_are_powers_of_two():
+    assert peers._row_chunk(torch.empty(1024, 128)) == 2048
+    assert peers._row_chunk(torch.empty(1000, 128)) == 2048
+    assert peers._row_chunk(torch.empty(32_000, 1)) == peers.MIN_ROW_CHUNK
 
 
-def test_a_softmax_that_all_steps_share_is_one():
+def test_all_steps_can_share_one_softmax():
     shared, per_step = make_problem("all shared"), make_problem("codebooks")
     assert shared.shapes() == [(ROWS, WIDTH, VOCABULARY, torch.float64)]
     assert [shape.classes for shape in per_step.shapes()] == list(CODEBOOKS)
@@ -119,23 +119,23 @@ def test_peers_say_why_they_are_unavailable(peer):
             "returned\n",
             "ended with 1: ValueError: no",
         ),
-        ("import time; print('returned', flush=True); time.sleep(60)", "returned\n", "did not come back within 1 s"),
+        ("import time; print('returned', flush=True); time.sleep(60)", "returned\n", "did not return within 1 s"),
     ],
     ids=["returns", "fails", "hangs"],
 )
-def test_a_child_process_cannot_take_this_one_with_it(code, output, ending):
+def test_a_child_process_may_fail_or_hang(code, output, ending):
     got, got_ending = peers.run_in_child(code, seconds=1)
     assert got == output
     assert got_ending.startswith(ending)
 
 
-def test_shapes_that_a_child_process_did_not_reach_are_unavailable(monkeypatch):
-    """One process for all that is unknown; nothing is tried twice."""
+def test_shapes_that_were_not_reached_are_unavailable(monkeypatch):
+    """One child process tries all unknown shapes, and no shape is tried twice."""
     calls = []
 
     def child(code: str, seconds: float) -> tuple[str, str]:
         calls.append(code)
-        return "returned\nreturned\n", "did not come back within 60 s"
+        return "returned\nreturned\n", "did not return within 60 s"
 
     monkeypatch.setattr(peers, "run_in_child", child)
     monkeypatch.setattr(peers, "_why_not_cut_cross_entropy", {})
@@ -147,7 +147,7 @@ def test_shapes_that_a_child_process_did_not_reach_are_unavailable(monkeypatch):
     assert list(peers._why_not_cut_cross_entropy.values()) == [
         None,
         None,
-        "cut_cross_entropy in a process of its own did not come back within 60 s",
+        "cut_cross_entropy in a child process did not return within 60 s",
     ]
 
 
@@ -155,7 +155,7 @@ def test_shapes_that_a_child_process_did_not_reach_are_unavailable(monkeypatch):
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("peer", ON_GPU)
 def test_peers_of_a_gpu(peer, sharing):
-    """In bf16, to its bound: what they sum in fp32 differs."""
+    """In bf16, to its bound, since they differ in what they sum in fp32."""
     problem = make_problem(sharing)
     try:
         got = loss_and_gradients(moved(problem, "cuda", torch.bfloat16), peer)

@@ -1,6 +1,4 @@
-"""Leave-one-out rows, tokens and batches, each against an obvious loop or by its error text."""
-
-from __future__ import annotations
+"""Leave-one-out rows, tokens and batches, each against an obvious loop or by its error message."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_interactions import HISTORIES, make_interactions
 
-from stamp_kernels.profiling.data.batches import Batch, EvaluationRows, TrainingRows, Vocabulary, batches, collate
+from stamp_kernels.profiling.data.batches import Batch, NextItemDataset, batches, collate
+from stamp_kernels.profiling.data.rows import EvaluationRows, Rows, TrainingRows
+from stamp_kernels.profiling.data.vocabulary import Vocabulary
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -18,7 +18,7 @@ Row = tuple[list[int], int, list[int]]
 any_histories = st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=12), min_size=1, max_size=6)
 
 
-def rows_of(rows: TrainingRows | EvaluationRows) -> list[Row]:
+def rows_of(rows: Rows) -> list[Row]:
     triples = zip(rows.start, rows.target, rows.end, strict=True)
     return [(rows.items[s:t].tolist(), int(rows.items[t]), rows.items[t + 1 : e].tolist()) for s, t, e in triples]
 
@@ -63,7 +63,7 @@ def test_a_sample_of_rows() -> None:
     assert len(sample) == 30
     positions = [every.index(row) for row in sample]
     assert positions == sorted(set(positions))
-    assert positions[-1] - positions[0] > 60  # from all over
+    assert positions[-1] - positions[0] > 60  # spread over all rows
     assert sample == rows_of(TrainingRows(interactions, 9, 4, rows=30))
     assert rows_of(TrainingRows(interactions, 9, 4, rows=138)) == every
 
@@ -76,18 +76,19 @@ def test_rows_take_30_items_by_default() -> None:
 
 def test_row_errors() -> None:
     interactions = make_interactions(HISTORIES)
-    with pytest.raises(ValueError, match="max_items is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"max_items must be in \[1, inf\), got 0"):
         TrainingRows(interactions, 0)
-    for min_items in (0, 6):
-        with pytest.raises(ValueError, match=f"min_items is {min_items}, expected 1 to 5, which is max_items"):
-            TrainingRows(interactions, 5, min_items)
-    with pytest.raises(ValueError, match="rows is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"min_items must be in \[1, inf\), got 0"):
+        TrainingRows(interactions, 5, 0)
+    with pytest.raises(ValueError, match="min_items must be at most max_items, 5, got 6"):
+        TrainingRows(interactions, 5, 6)
+    with pytest.raises(ValueError, match=r"rows must be in \[1, inf\), got 0"):
         TrainingRows(interactions, rows=0)
-    with pytest.raises(ValueError, match="rows is 13, expected at most 12, the number of training rows"):
+    with pytest.raises(ValueError, match="rows must be at most the number of training rows, 12, got 13"):
         TrainingRows(interactions, rows=13)
-    with pytest.raises(ValueError, match="max_items is -1, expected at least 1"):
+    with pytest.raises(ValueError, match=r"max_items must be in \[1, inf\), got -1"):
         EvaluationRows(interactions, "test", -1)
-    with pytest.raises(ValueError, match="split is 'train', expected 'validation' or 'test'"):
+    with pytest.raises(ValueError, match=r"split must be one of \('validation', 'test'\), got 'train'"):
         EvaluationRows(interactions, "train")
 
 
@@ -112,124 +113,137 @@ def test_vocabulary() -> None:
 def test_vocabulary_errors() -> None:
     vocabulary = Vocabulary(codes_per_item=3, codebook_size=5)
     for level in (-1, 3):
-        with pytest.raises(ValueError, match=f"level is {level}, expected 0 to 2"):
+        with pytest.raises(ValueError, match=rf"level must be in \[0, 3\), got {level}"):
             vocabulary.level_range(level)
-    with pytest.raises(ValueError, match=r"codes have shape \[4, 2\], expected the last dimension to be 3"):
+    with pytest.raises(ValueError, match=r"codes must have shape \[..., 3\], got \[4, 2\]"):
         vocabulary.tokens(np.zeros((4, 2), dtype=np.int64))
-    with pytest.raises(ValueError, match=r"codes lie in \[0, 5\], expected them in \[0, 4\]"):
+    with pytest.raises(ValueError, match=r"codes must be in \[0, 5\), got 0 to 5"):
         vocabulary.tokens(np.array([0, 5, 0]))
-    with pytest.raises(ValueError, match=r"codes lie in \[-1, 0\], expected them in \[0, 4\]"):
+    with pytest.raises(ValueError, match=r"codes must be in \[0, 5\), got -1 to 0"):
         vocabulary.tokens(np.array([0, -1, 0]))
-    with pytest.raises(ValueError, match="codes_per_item is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"codes_per_item must be in \[1, inf\), got 0"):
         Vocabulary(0, 5)
-    with pytest.raises(ValueError, match="codebook_size is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"codebook_size must be in \[1, inf\), got 0"):
         Vocabulary(3, 0)
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------
 
-LEVELS, CODEBOOK_SIZE = 3, 4
-VOCABULARY = Vocabulary(LEVELS, CODEBOOK_SIZE)
+CODES_PER_ITEM, CODEBOOK_SIZE = 3, 4
+VOCABULARY = Vocabulary(CODES_PER_ITEM, CODEBOOK_SIZE)
 SEMANTIC_IDS = np.array([[item // 4, item % 4, (item * 3) % 4] for item in range(10)])
 
-BATCH_FIELDS = ("input_ids", "attention_mask", "packed_ids", "cu_seqlens", "lengths", "labels", "future_labels")
+
+def dataset_of(rows: Rows, semantic_ids: np.ndarray = SEMANTIC_IDS) -> NextItemDataset:
+    return NextItemDataset(rows, VOCABULARY, semantic_ids)
+
+
+def fields_of(batch: Batch) -> dict[str, torch.Tensor]:
+    """Every tensor of a batch, by name."""
+    packed = batch.packed_inputs
+    assert packed.positions is None
+    return {
+        "packed_ids": packed.values,
+        "cu_seqlens": packed.cu_seqlens,
+        "lengths_cpu": packed.lengths_cpu,
+        **{name: getattr(batch, name) for name in ("input_ids", "attention_mask", "labels", "future_ids")},
+    }
 
 
 def expected_batch(rows: list[Row], steps: int) -> dict[str, list]:
     def tokens(items: list[int]) -> list[int]:
-        return [1 + level * CODEBOOK_SIZE + int(SEMANTIC_IDS[item, level]) for item in items for level in range(LEVELS)]
+        return [
+            1 + level * CODEBOOK_SIZE + int(SEMANTIC_IDS[item, level])
+            for item in items
+            for level in range(CODES_PER_ITEM)
+        ]
 
     histories = [tokens(history) for history, _, _ in rows]
     longest = max(map(len, histories))
     cu_seqlens = [0]
     for history in histories:
         cu_seqlens.append(cu_seqlens[-1] + len(history))
-    futures = []
-    for _, _, later in rows:
-        steps_of_row = []
-        for step in range(steps):
-            steps_of_row.append(tokens([later[step]]) if step < len(later) else [-100] * LEVELS)
-        futures.append(steps_of_row)
+    futures = [tokens(later[:steps]) for _, _, later in rows]
     return {
-        "input_ids": [history + [0] * (longest - len(history)) for history in histories],
-        "attention_mask": [[1] * len(history) + [0] * (longest - len(history)) for history in histories],
         "packed_ids": [token for history in histories for token in history],
         "cu_seqlens": cu_seqlens,
-        "lengths": [len(history) for history in histories],
+        "lengths_cpu": [len(history) for history in histories],
+        "input_ids": [history + [0] * (longest - len(history)) for history in histories],
+        "attention_mask": [[1] * len(history) + [0] * (longest - len(history)) for history in histories],
         "labels": [tokens([target]) for _, target, _ in rows],
-        "future_labels": futures,
+        "future_ids": [future + [-100] * (steps * CODES_PER_ITEM - len(future)) for future in futures],
     }
 
 
 def assert_equal(first: Batch, second: Batch) -> None:
-    assert all(torch.equal(getattr(first, field), getattr(second, field)) for field in BATCH_FIELDS)
-    assert first.max_seqlen == second.max_seqlen
+    others = fields_of(second)
+    assert all(torch.equal(x, others[name]) for name, x in fields_of(first).items())
+    assert first.packed_inputs.max_seqlen == second.packed_inputs.max_seqlen
 
 
-@given(any_histories, st.integers(1, 8), st.integers(0, 4), st.sampled_from(["train", "validation", "test"]), st.data())
+@given(any_histories, st.integers(1, 8), st.integers(1, 4), st.sampled_from(["train", "validation", "test"]), st.data())
 def test_collate_equals_the_loop(
     histories: list[list[int]], max_items: int, steps: int, split: str, draw: st.DataObject
 ) -> None:
-    histories = [*histories, [0, 1, 2, 3]]  # one training row at least
+    histories = [*histories, [0, 1, 2, 3]]  # at least one training row
     interactions = make_interactions(histories)
     rows = TrainingRows(interactions, max_items) if split == "train" else EvaluationRows(interactions, split, max_items)
     indices = draw.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=6))
-    batch = collate(rows, np.array(indices), VOCABULARY, SEMANTIC_IDS, steps)
+    batch = collate(dataset_of(rows), np.array(indices), steps)
 
     every = rows_of(rows)
     expected = expected_batch([every[index] for index in indices], steps)
-    for field in BATCH_FIELDS:
-        assert getattr(batch, field).tolist() == expected[field], field
-        assert getattr(batch, field).dtype == (torch.int32 if field == "cu_seqlens" else torch.int64), field
-    assert batch.future_labels.shape == (len(indices), steps, LEVELS)
-    assert type(batch.max_seqlen) is int
-    assert batch.max_seqlen == max(expected["lengths"])
+    for name, x in fields_of(batch).items():
+        assert x.tolist() == expected[name], name
+        assert x.dtype == (torch.int32 if name == "cu_seqlens" else torch.int64), name
+    longest = max(expected["lengths_cpu"])
+    assert type(batch.packed_inputs.max_seqlen) is int
+    assert batch.packed_inputs.max_seqlen == longest
+    assert batch.size == (longest, len(expected["packed_ids"]))
 
 
-def test_collate_of_no_rows() -> None:
-    rows = TrainingRows(make_interactions(HISTORIES))
-    batch = collate(rows, np.zeros(0, dtype=np.int64), VOCABULARY, SEMANTIC_IDS, 2)
-    assert batch.input_ids.shape == batch.attention_mask.shape == (0, 0)
-    assert batch.cu_seqlens.tolist() == [0]
-    assert batch.labels.shape == (0, LEVELS)
-    assert batch.future_labels.shape == (0, 2, LEVELS)
-    assert batch.max_seqlen == 0
+def test_no_auxiliary_steps_have_no_future() -> None:
+    dataset = dataset_of(TrainingRows(make_interactions(HISTORIES)))
+    batch = collate(dataset, np.arange(3), 0)
+    assert batch.future_ids is None
+    assert batch.to("meta").future_ids is None
+    assert torch.equal(batch.input_ids, collate(dataset, np.arange(3), 2).input_ids)
 
 
 def test_collate_errors() -> None:
     rows = TrainingRows(make_interactions(HISTORIES))
-    first = np.array([0])
-    with pytest.raises(ValueError, match="auxiliary_steps is -1, expected at least 0"):
-        collate(rows, first, VOCABULARY, SEMANTIC_IDS, -1)
-    with pytest.raises(ValueError, match="expected the last dimension to be 3"):
-        collate(rows, first, VOCABULARY, SEMANTIC_IDS[:, :2], 0)
-    with pytest.raises(ValueError, match=r"codes lie in \[4, \d\], expected them in \[0, 3\]"):
-        collate(rows, first, VOCABULARY, SEMANTIC_IDS + 4, 0)
+    with pytest.raises(ValueError, match=r"auxiliary_steps must be in \[0, inf\), got -1"):
+        collate(dataset_of(rows), np.array([0]), -1)
+    with pytest.raises(ValueError, match=r"codes must have shape \[..., 3\], got \[10, 2\]"):
+        dataset_of(rows, SEMANTIC_IDS[:, :2])
+    with pytest.raises(ValueError, match=r"codes must be in \[0, 4\), got 4 to \d"):
+        dataset_of(rows, SEMANTIC_IDS + 4)
     with pytest.raises(IndexError):
-        collate(rows, np.array([len(rows)]), VOCABULARY, SEMANTIC_IDS, 0)
+        collate(dataset_of(rows), np.array([len(rows)]), 0)
     with pytest.raises(IndexError):
-        collate(rows, np.arange(len(rows)), VOCABULARY, SEMANTIC_IDS[:3], 0)
+        collate(dataset_of(rows, SEMANTIC_IDS[:3]), np.arange(len(rows)), 0)
 
 
-def test_batch_to_leaves_the_lengths_on_the_host() -> None:
-    rows = TrainingRows(make_interactions(HISTORIES))
-    batch = collate(rows, np.arange(3), VOCABULARY, SEMANTIC_IDS, 2)
+def test_batch_to_leaves_lengths_on_the_cpu() -> None:
+    batch = collate(dataset_of(TrainingRows(make_interactions(HISTORIES))), np.arange(3), 2)
     moved = batch.to("meta")
-    for field in BATCH_FIELDS:
-        assert getattr(moved, field).device.type == ("cpu" if field == "lengths" else "meta"), field
-        assert getattr(moved, field).shape == getattr(batch, field).shape
-    assert moved.max_seqlen == batch.max_seqlen
+    before = fields_of(batch)
+    for name, x in fields_of(moved).items():
+        assert x.device.type == ("cpu" if name == "lengths_cpu" else "meta"), name
+        assert x.shape == before[name].shape
+    assert moved.size == batch.size
     assert_equal(batch.to(torch.device("cpu")), batch)
 
 
 def batch_keys(rows: TrainingRows, batch_size: int, seed: int, epoch: int = 0) -> list[list[int]]:
-    """The rows of each batch, each row known by its label."""
-    vocabulary, ids = Vocabulary(1, 100), np.arange(100)[:, None]
-    made = batches(rows, batch_size, seed, vocabulary, ids, 0, epoch=epoch)
+    """The labels of each batch, which identify its rows."""
+    dataset = NextItemDataset(rows, Vocabulary(1, 100), np.arange(100)[:, None])
+    made = batches(dataset, batch_size, seed, 0, epoch=epoch)
     return [(batch.labels[:, 0] - 1).tolist() for batch in made]
 
 
-def test_batches_are_a_seeded_shuffle_without_the_incomplete_one() -> None:
+def test_batches_are_a_seeded_shuffle() -> None:
+    """The incomplete last batch is dropped."""
     rows = TrainingRows(make_interactions([list(range(100))]))  # 97 rows, each with another target
     assert len(rows) == 97
     made = batch_keys(rows, 10, seed=5)
@@ -245,18 +259,22 @@ def test_batches_are_a_seeded_shuffle_without_the_incomplete_one() -> None:
 
 
 def test_batches_are_collated_rows() -> None:
-    rows = TrainingRows(make_interactions(HISTORIES), max_items=3)
-    (batch,) = batches(rows, len(rows), 1, VOCABULARY, SEMANTIC_IDS, 2)
-    order = np.random.default_rng((1, 0)).permutation(len(rows))
-    assert_equal(batch, collate(rows, order, VOCABULARY, SEMANTIC_IDS, 2))
+    dataset = dataset_of(TrainingRows(make_interactions(HISTORIES), max_items=3))
+    (batch,) = batches(dataset, len(dataset), 1, 2)
+    order = np.random.default_rng((1, 0)).permutation(len(dataset))
+    assert_equal(batch, collate(dataset, order, 2))
 
 
 def test_batches_errors_come_at_once() -> None:
-    rows = TrainingRows(make_interactions(HISTORIES))
-    for size in (0, len(rows) + 1):
-        with pytest.raises(ValueError, match=f"batch_size is {size}, expected 1 to {len(rows)}, the number of rows"):
-            batches(rows, size, 0, VOCABULARY, SEMANTIC_IDS, 0)
-    with pytest.raises(ValueError, match="seed is -1, expected at least 0"):
-        batches(rows, 1, -1, VOCABULARY, SEMANTIC_IDS, 0)
-    with pytest.raises(ValueError, match="epoch is -1, expected at least 0"):
-        batches(rows, 1, 0, VOCABULARY, SEMANTIC_IDS, 0, epoch=-1)
+    """Not when the first batch is read."""
+    dataset = dataset_of(TrainingRows(make_interactions(HISTORIES)))
+    with pytest.raises(ValueError, match=r"batch_size must be in \[1, inf\), got 0"):
+        batches(dataset, 0, 0, 0)
+    with pytest.raises(ValueError, match="batch_size must be at most the number of rows, 12, got 13"):
+        batches(dataset, 13, 0, 0)
+    with pytest.raises(ValueError, match=r"seed must be in \[0, inf\), got -1"):
+        batches(dataset, 1, -1, 0)
+    with pytest.raises(ValueError, match=r"auxiliary_steps must be in \[0, inf\), got -1"):
+        batches(dataset, 1, 0, -1)
+    with pytest.raises(ValueError, match=r"epoch must be in \[0, inf\), got -1"):
+        batches(dataset, 1, 0, 0, epoch=-1)

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from stamp_kernels.profiling.data.batches import EvaluationRows, Vocabulary, collate
+from stamp_kernels.profiling.data.batches import NextItemDataset, collate
 from stamp_kernels.profiling.data.interactions import Interactions
+from stamp_kernels.profiling.data.rows import EvaluationRows
+from stamp_kernels.profiling.data.vocabulary import Vocabulary
 from stamp_kernels.profiling.recommender.evaluate import NUM_BEAMS, ValidPrefixes, beam_search, evaluate
 from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
 
@@ -23,60 +25,58 @@ def catalogue() -> np.ndarray:
 
 
 @pytest.fixture
-def rows() -> EvaluationRows:
+def dataset(catalogue: np.ndarray) -> NextItemDataset:
     generator = np.random.default_rng(1)
     lengths = generator.integers(3, 12, size=20)
-    return EvaluationRows(
-        Interactions(
-            name="random",
-            items=generator.integers(0, NUM_ITEMS, size=lengths.sum()),
-            offsets=np.concatenate([[0], lengths.cumsum()]),
-            num_items=NUM_ITEMS,
-            semantic_ids=None,
-            source="random",
-        ),
-        "test",
+    interactions = Interactions(
+        name="random",
+        items=generator.integers(0, NUM_ITEMS, size=lengths.sum()),
+        offsets=np.concatenate([[0], lengths.cumsum()]),
+        num_items=NUM_ITEMS,
+        semantic_ids=None,
+        source="random",
     )
+    return NextItemDataset(EvaluationRows(interactions, "test"), VOCABULARY, catalogue)
 
 
 def exhaustive_ranking(recommender, batch, catalogue) -> np.ndarray:
-    """Items of the catalogue by falling probability, one prefix at a time: [B, items]."""
+    """Items of the catalogue, the most probable first, by one prefix at a time: `[B, items]`."""
     encoded = recommender.encode(batch)
     tokens = torch.from_numpy(VOCABULARY.tokens(catalogue))
     prefixes = tokens.expand(len(batch.labels), -1, -1)
-    scores = torch.zeros(len(batch.labels), NUM_ITEMS)
+    log_likelihoods = torch.zeros(len(batch.labels), NUM_ITEMS)
     for level in range(3):
         logits = recommender.next_token_logits(encoded, prefixes[..., :level])
-        scores += logits.log_softmax(-1).gather(-1, prefixes[..., level, None])[..., 0]
-    return scores.argsort(dim=1, descending=True).numpy()
+        log_likelihoods += logits.log_softmax(-1).gather(-1, prefixes[..., level, None])[..., 0]
+    return log_likelihoods.argsort(dim=1, descending=True).numpy()
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_search_and_metrics_equal_the_exhaustive_ranking(name, catalogue, rows):
+def test_search_and_metrics_equal_the_exhaustive_ranking(name, catalogue, dataset):
     recommender = build_recommender(name, SETTINGS, seed=0).eval()
-    batch = collate(rows, np.arange(len(rows)), VOCABULARY, catalogue, 0)
+    batch = collate(dataset, np.arange(len(dataset)), 0)
     with torch.no_grad():
         ranking = exhaustive_ranking(recommender, batch, catalogue)
         found = beam_search(
-            recommender, recommender.encode(batch), len(rows), ValidPrefixes(catalogue, 4, torch.device("cpu"))
+            recommender, recommender.encode(batch), len(dataset), ValidPrefixes(catalogue, 4, torch.device("cpu"))
         )
     keys = catalogue @ np.array([16, 4, 1])
-    assert found.shape == (len(rows), NUM_BEAMS)
+    assert found.shape == (len(dataset), NUM_BEAMS)
     assert (found[:, NUM_ITEMS:] == -1).all()
     np.testing.assert_array_equal(found[:, :NUM_ITEMS].numpy(), keys[ranking])
 
-    target = rows.items[rows.target]
+    target = dataset.rows.items[dataset.rows.target]
     rank = (ranking == target[:, None]).argmax(axis=1)
     expected = {f"recall@{k}": (rank < k).mean() for k in (5, 10)}
     expected |= {f"ndcg@{k}": np.where(rank < k, 1 / np.log2(rank + 2), 0.0).mean() for k in (5, 10)}
     # Padded pruning depends on the batch: its k is a share of the longest row.
-    batch_size = len(rows) if name == "padded-prune" else 6
-    got = evaluate(recommender, rows, VOCABULARY, catalogue, batch_size=batch_size, device=torch.device("cpu"))
+    batch_size = len(dataset) if name == "padded-prune" else 6
+    got = evaluate(recommender, dataset, batch_size=batch_size, device=torch.device("cpu"))
     assert got == pytest.approx(expected)
 
 
-def test_evaluation_leaves_the_mode_as_it_was(catalogue, rows):
+def test_evaluation_leaves_the_mode_as_it_was(dataset):
     recommender = build_recommender("packed", SETTINGS, seed=0)
     assert recommender.training
-    evaluate(recommender, rows, VOCABULARY, catalogue, batch_size=8, device=torch.device("cpu"))
+    evaluate(recommender, dataset, batch_size=8, device=torch.device("cpu"))
     assert recommender.training

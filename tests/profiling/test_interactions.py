@@ -1,6 +1,4 @@
-"""Reading interaction files: every format, and the text of every error."""
-
-from __future__ import annotations
+"""Reading interaction files: every format, and every error message."""
 
 import sys
 from pathlib import Path
@@ -60,7 +58,8 @@ def test_inter_is_ordered_by_timestamp(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("column, value", [("rating:float", "1"), ("timestamp:float", "1")])
-def test_inter_keeps_the_file_order_where_no_timestamp_decides(tmp_path: Path, column: str, value: str) -> None:
+def test_inter_keeps_the_order_of_equal_timestamps(tmp_path: Path, column: str, value: str) -> None:
+    """Or of the whole file, if it has no timestamps."""
     histories: dict[int, list[int]] = {user: [] for user in range(3)}
     lines = [f"user_id:token\titem_id:token\t{column}"]
     for user, item in np.random.default_rng(0).integers(0, (3, 10), (500, 2)).tolist():
@@ -111,7 +110,7 @@ BAD_NPZ = {
         dict(seq_items=[0, 1, 2], seq_offsets=[0, 3], sids=[1, 2, 3]),
         "sids is int64 [3], expected integers with 2 dimension",
     ),
-    "no codes_per_item": (
+    "no codes": (
         dict(seq_items=[0, 1, 2], seq_offsets=[0, 3], sids=np.zeros((3, 0), dtype=int)),
         "semantic IDs have shape [3, 0], expected [3 items, codes_per_item]",
     ),
@@ -134,7 +133,7 @@ BAD_NPZ = {
     ),
     "decreasing offsets": (
         dict(seq_items=[0, 1, 2], seq_offsets=np.array([0, 3, 2, 3], dtype=np.uint8)),
-        "offsets decrease from 3 to 2 at user 1, expected them never to decrease",
+        "offsets decrease from 3 to 2 at user 1, expected offsets that never decrease",
     ),
     "last offset": (
         dict(seq_items=[0, 1, 2, 3], seq_offsets=[0, 3]),
@@ -264,12 +263,12 @@ def test_movielens_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_interactions_checks_itself() -> None:
     items, offsets = np.arange(3), np.array([0, 3])
     for arguments, text in [
-        ((items.astype(np.int32), offsets, 3, None), r"^x: items is int32 \[3\], expected int64 with 1 dimension"),
-        ((items, offsets[None], 3, None), r"^x: offsets is int64 \[1, 2\], expected int64 with 1 dimension"),
-        ((items, offsets, 3, np.zeros((3, 2))), r"^x: semantic_ids is float64 \[3, 2\], expected int64"),
+        ((items.astype(np.int32), offsets, 3, None), r"^x: items must be int64 with 1 dimension, got int32 \[3\]"),
+        ((items, offsets[None], 3, None), r"^x: offsets must be int64 with 1 dimension, got int64 \[1, 2\]"),
+        ((items, offsets, 3, np.zeros((3, 2))), r"^x: semantic_ids must be int64, got float64 \[3, 2\]"),
         ((items, offsets, 3, np.zeros((2, 2), np.int64)), r"^x: semantic IDs have shape \[2, 2\], expected \[3 items"),
         ((items, offsets, 2, None), r"^x: found item 2, expected item numbers below 2"),
-        ((items, np.array([0, 1, 3]), 3, None), r"^x: a user has 1 interactions, expected at least 3"),
+        ((items, np.array([0, 1, 3]), 3, None), r"^x: found a user with 1 interactions, expected at least 3"),
         ((items[:0], offsets[:1], 3, None), r"^x: found no users, expected at least one"),
     ]:
         with pytest.raises(ValueError, match=text):

@@ -1,4 +1,4 @@
-"""Step times are interleaved, and peak memory is what was allocated, to the byte where that is known."""
+"""Step times are interleaved, and peak memory is what was allocated, to the byte if that is known."""
 
 import gc
 import platform
@@ -11,7 +11,6 @@ import torch
 
 from stamp_kernels.ops.pruning.gather import gather_tokens
 from stamp_kernels.ops.pruning.selection import select_tokens
-from stamp_kernels.profiling import measure
 from stamp_kernels.profiling.measure import (
     Rates,
     describe_device,
@@ -22,6 +21,7 @@ from stamp_kernels.profiling.measure import (
     resident_bytes,
     summarize,
 )
+from stamp_kernels.profiling.measure import machine as machine_module
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -44,7 +44,7 @@ def single_thread():
 # ---- time ----------------------------------------------------------------------------------------------------------
 
 
-def test_rounds_rotate_and_go_on_after_the_warmup():
+def test_rounds_rotate_and_continue_after_the_warmup():
     calls = []
     steps = {name: lambda i, name=name: calls.append((name, i)) for name in "abc"}
     ticks = []
@@ -73,7 +73,7 @@ def test_no_garbage_collection_during_steps():
 
 @pytest.mark.parametrize(
     ("num_steps", "warmup", "message"),
-    [(0, 0, "num_steps is 0, expected at least 1"), (1, -1, "warmup is -1, expected at least 0")],
+    [(0, 0, r"num_steps must be in \[1, inf\), got 0"), (1, -1, r"warmup must be in \[0, inf\), got -1")],
 )
 def test_step_counts_are_checked(num_steps: int, warmup: int, message: str):
     with pytest.raises(ValueError, match=message):
@@ -88,7 +88,8 @@ def test_summarize():
 # ---- rates ---------------------------------------------------------------------------------------------------------
 
 
-def test_floor_is_the_slower_of_arithmetic_and_memory_traffic():
+def test_floor_is_the_larger_of_two_times():
+    """Arithmetic and memory traffic overlap completely."""
     rates = Rates(flops_per_second=100.0, bytes_per_second=10.0)
     assert rates.floor_seconds(flops=200, num_bytes=10) == 2.0
     assert rates.floor_seconds(flops=200, num_bytes=50) == 5.0
@@ -102,7 +103,7 @@ def test_rates_of_the_device_at_hand():
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_the_faster_product_makes_the_rate(monkeypatch):
-    """On some CPUs torch.mm is far from what the machine can do, and a floor of it would be beaten."""
+    """On some CPUs torch.mm is far below the machine's rate, and kernels would beat a floor made of it."""
     times = {"product": [20.0, 10.0], "oneDNN product": [5.0, 8.0], "copy": [100.0]}  # milliseconds
 
     def recorded_times(steps, **options):
@@ -111,7 +112,7 @@ def test_the_faster_product_makes_the_rate(monkeypatch):
             step(0)
         return times
 
-    monkeypatch.setattr(measure, "interleaved_step_times", recorded_times)
+    monkeypatch.setattr(machine_module, "interleaved_step_times", recorded_times)
     rates = measured_rates(CPU, torch.float32)
     assert rates.flops_per_second == pytest.approx(2 * 2048**3 / 5e-3)
     assert rates.bytes_per_second == pytest.approx(2 * 2**28 / 0.1)
@@ -144,7 +145,7 @@ def test_peak_counts_what_outlives_the_step():
 
 
 def test_peak_sees_inside_an_operator():
-    """The median is selected within a copy that nobody sees from Python, and what comes out is a scalar."""
+    """`median` makes a copy that Python does not see, and returns a scalar."""
     x = mebibytes(16)
     assert 16 * MIB <= peak_bytes(lambda: x.median(), CPU) < 17 * MIB
 
@@ -159,7 +160,7 @@ def test_peak_sees_the_output_of_a_compiled_op():
 
 
 def test_peak_counts_what_autograd_holds():
-    """exp saves its output for its backward: four of them are alive when the sum is taken, and then a gradient."""
+    """exp saves its output for the backward pass: four outputs exist at the sum, and then a gradient."""
     x = torch.zeros(MIB // 4, requires_grad=True)
 
     def step() -> None:
@@ -179,7 +180,7 @@ def test_peak_counts_what_autograd_holds():
     assert 2 * MIB <= peak_bytes(step_without_gradient, CPU) < 4 * MIB
 
 
-def test_peak_is_the_same_with_one_thread_and_with_many():
+def test_peak_does_not_depend_on_the_threads():
     w = torch.randn(512, 512, requires_grad=True)
 
     def step() -> None:
@@ -193,8 +194,8 @@ def test_peak_is_the_same_with_one_thread_and_with_many():
 
 
 def test_peak_ignores_frees_of_what_was_there_before():
-    """The allocator's table keeps an entry for what one profile sees made and none sees freed: at that address the
-    next profile reports a free of the old size, which is no allocation of this step."""
+    """The allocator's table keeps an entry for a block that is made in one profile and freed outside: the next profile
+    then reports a free of the old size at that address, although this step did not make the block."""
     held = []
     peak_bytes(lambda: held.append(mebibytes(64)), CPU)
 
@@ -206,7 +207,7 @@ def test_peak_ignores_frees_of_what_was_there_before():
     assert peak_bytes(step, CPU) == 48 * MIB
 
 
-def test_peak_passes_errors_on_and_ends_the_profile():
+def test_peak_raises_errors_and_ends_the_profile():
     def fail() -> None:
         raise RuntimeError("out of luck")
 
@@ -232,7 +233,7 @@ def test_peak_on_the_gpu():
 def test_resident_bytes():
     module = torch.nn.Sequential(torch.nn.Linear(10, 20, bias=False), torch.nn.BatchNorm1d(20))
     module.append(torch.nn.Linear(10, 20, bias=False))
-    module[2].weight = module[0].weight  # tied: there once
+    module[2].weight = module[0].weight  # tied: counts once
     weights, buffers = 4 * (200 + 2 * 20), 4 * 2 * 20 + 8
     optimizer = torch.optim.AdamW(module.parameters())
     assert resident_bytes(module, optimizer) == weights + buffers
@@ -258,8 +259,8 @@ def test_describe():
     assert ("cuda" in versions) == (torch.version.cuda is not None)
 
 
-def test_freed_memory_can_be_kept_where_the_c_library_is_glibc():
-    """In a process of its own, as the switches stay set."""
+def test_freed_memory_can_be_kept_with_glibc():
+    """In a child process, since the options stay set."""
     code = "from stamp_kernels.profiling.measure import keep_freed_memory; print(keep_freed_memory())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(platform.libc_ver()[0] == "glibc")

@@ -1,4 +1,4 @@
-"""Runs over seeds, going on with one, and the references: fakes and made data, then a rule that real models learn."""
+"""Runs over seeds, continued runs, and the references: fakes and made data, then a rule that real models learn."""
 
 import json
 import math
@@ -15,18 +15,15 @@ from hypothesis import strategies as st
 from made_interactions import HISTORIES, make_interactions, random_interactions
 
 from stamp_kernels.profiling.commands import quality as quality_module
-from stamp_kernels.profiling.commands import train as train_module
-from stamp_kernels.profiling.commands.quality import (
-    QualitySettings,
-    finished_results,
-    measure_quality,
-    reference_metrics,
-)
-from stamp_kernels.profiling.commands.report import write_json
-from stamp_kernels.profiling.commands.train import TrainingData, prepare_data
+from stamp_kernels.profiling.commands import trainee as trainee_module
+from stamp_kernels.profiling.commands.quality import finished_results, measure_quality
+from stamp_kernels.profiling.commands.references import reference_metrics
+from stamp_kernels.profiling.commands.report import SeedResult, write_json
+from stamp_kernels.profiling.commands.settings import QualitySettings
+from stamp_kernels.profiling.commands.training_data import TrainingData, prepare_data
 from stamp_kernels.profiling.recommender.recommender import RecommenderSettings
 
-LEVELS, CODES = 3, 4
+CODES_PER_ITEM, CODEBOOK_SIZE = 3, 4
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10")
 
 
@@ -46,18 +43,20 @@ def make_settings(**changes: object) -> QualitySettings:
 
 def make_data(interactions, settings: QualitySettings, semantic_ids: np.ndarray | None = None) -> TrainingData:
     if semantic_ids is None:
-        semantic_ids = np.stack(np.unravel_index(np.arange(interactions.num_items), (CODES,) * LEVELS), axis=1)
+        semantic_ids = np.stack(
+            np.unravel_index(np.arange(interactions.num_items), (CODEBOOK_SIZE,) * CODES_PER_ITEM), axis=1
+        )
     object.__setattr__(interactions, "semantic_ids", semantic_ids)
     return prepare_data(interactions, settings)
 
 
 class FakeRecommender(torch.nn.Module):
-    """Learns how often each first code is the next one. Remembers the labels and the random seed of every step."""
+    """Learns how often each first code is the next one. Keeps the labels and the random seed of every step."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
-        self.logits = torch.nn.Parameter(torch.randn(1 + LEVELS * 256))
+        self.logits = torch.nn.Parameter(torch.randn(1 + CODES_PER_ITEM * 256))
         self.initial = self.logits.detach().clone()
         self.labels: list[torch.Tensor] = []
         self.random_seeds: list[int] = []
@@ -71,7 +70,7 @@ class FakeRecommender(torch.nn.Module):
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecommender]:
-    """The recommenders built in this test, which are fakes; their metrics are made of their weights."""
+    """The recommenders built in this test, which are fakes; their metrics are functions of their weights."""
     recommenders = []
 
     def build(name: str, settings, *, seed: int) -> FakeRecommender:
@@ -82,8 +81,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[FakeRecommender]:
     def evaluate(recommender: FakeRecommender, *_: object, **__: object) -> dict[str, float]:
         return {metric: float(recommender.logits[i].detach().sigmoid()) for i, metric in enumerate(METRICS)}
 
-    monkeypatch.setattr(train_module, "build_recommender", build)
-    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    monkeypatch.setattr(trainee_module, "build_recommender", build)
+    monkeypatch.setattr(trainee_module, "evaluate", evaluate)
     return recommenders
 
 
@@ -92,7 +91,7 @@ def runs_of(report: dict) -> list[tuple[str, int]]:
 
 
 def without_times(report: dict) -> dict:
-    """What a report says that does not depend on when it was made."""
+    """A report without the values that depend on when it was made."""
     report = json.loads(json.dumps(report))
     del report["date"]
     for configuration in report["configurations"]:
@@ -114,7 +113,7 @@ def expected_metrics(rank_of_users: list[float]) -> dict[str, float]:
 @given(st.lists(st.lists(st.integers(0, 14), min_size=3, max_size=12), min_size=2, max_size=8), st.integers(1, 4))
 def test_popularity_equals_the_loop(histories: list[list[int]], shared: int) -> None:
     histories = [*histories, list(range(15))]
-    ids = [(item // shared, 0, 0) for item in range(15)]  # so many items have each ID
+    ids = [(item // shared, 0, 0) for item in range(15)]  # each ID has `shared` items
     settings = make_settings(batch_size=1)
     references = reference_metrics(make_data(make_interactions(histories), settings, np.array(ids)))
 
@@ -133,8 +132,8 @@ def test_popularity_equals_the_loop(histories: list[list[int]], shared: int) -> 
 
 
 def test_references_by_hand() -> None:
-    # In the training part item 0 is there three times, 1 twice, 2 to 19 once. The targets are 1, which the user did
-    # not have, and 0, which the user did have.
+    # In the training part item 0 occurs three times, 1 twice, 2 to 19 once. The targets are 1, which the user did not
+    # have before, and 0, which the user had.
     histories = [[0, 0, *range(2, 20), 19, 1], [0, 1, 1, 5, 0]]
     references = reference_metrics(make_data(make_interactions(histories), make_settings()))
     discount = 1 / math.log2(3)
@@ -160,7 +159,7 @@ def test_every_configuration_runs_from_every_seed(built: list[FakeRecommender]) 
     assert runs_of(report) == sorted(order, key=lambda run: (run[0] != "padded-eager", run[1]))
     assert without_times(reports[-1]) == without_times(report)
 
-    steps = 2 * (len(data.training_rows) // 8)
+    steps = 2 * (len(data.training_set) // 8)
     for first, second in zip(built[::2], built[1::2], strict=True):  # one seed: same weights, batches, random numbers
         assert torch.equal(first.initial, second.initial) and first.random_seeds == second.random_seeds
         assert all(torch.equal(a, b) for a, b in zip(first.labels, second.labels, strict=True))
@@ -183,7 +182,9 @@ def test_every_configuration_runs_from_every_seed(built: list[FakeRecommender]) 
         assert configuration["summary"]["recall@10"]["mean"] == pytest.approx(sum(values) / 3)
     assert report["command"] == "stamp-profile quality"
     assert report["settings"] | {"seeds": 3, "epochs": 2, "rows": None} == report["settings"]
-    assert report["settings"]["model"]["codes_per_item"] == LEVELS and report["settings"]["model"]["d_model"] == 16
+    assert (
+        report["settings"]["model"]["codes_per_item"] == CODES_PER_ITEM and report["settings"]["model"]["d_model"] == 16
+    )
     assert [reference["name"] for reference in report["references"]] == ["chance", "popularity", "popularity, unseen"]
 
 
@@ -211,22 +212,22 @@ def test_losses_of_an_epoch_are_its_mean(built: list[FakeRecommender], monkeypat
     }
 
 
-def test_the_first_step_is_as_long_as_the_learning_rate(built: list[FakeRecommender]) -> None:
+def test_the_learning_rate_is_used(built: list[FakeRecommender]) -> None:
     settings = make_settings(learning_rate=0.0123, configurations=("packed",), seeds=1, epochs=1, batch_size=100)
     data = make_data(random_interactions(0, users=20), settings)
-    assert len(data.training_rows) // 100 == 1
+    assert len(data.training_set) // 100 == 1
     measure_quality(data, settings)
     # Adam's first step is the learning rate long in each direction that has a gradient.
     change = (built[0].logits - built[0].initial).abs()
     assert change.max().item() == pytest.approx(0.0123, rel=1e-2)
 
 
-def test_the_sample_of_rows_is_the_same_for_all(built: list[FakeRecommender]) -> None:
+def test_all_train_on_one_sample_of_rows(built: list[FakeRecommender]) -> None:
     histories = [list(range(63))]  # each row has another target
     settings = make_settings(rows=16, epochs=1, seeds=2)
     data = make_data(make_interactions(histories), settings)
     measure_quality(data, settings)
-    assert len(data.training_rows) == 16
+    assert len(data.training_set) == 16
     samples = [sorted(map(tuple, torch.cat(recommender.labels).tolist())) for recommender in built]
     assert len(set(samples[0])) == 16
     assert samples == [samples[0]] * 4
@@ -235,19 +236,19 @@ def test_the_sample_of_rows_is_the_same_for_all(built: list[FakeRecommender]) ->
 def test_progress_counts_all_seeds(built: list[FakeRecommender]) -> None:
     settings = make_settings(seeds=2, configurations=("packed",))
     data = make_data(random_interactions(0, users=20), settings)
-    steps = 2 * (len(data.training_rows) // 8)
+    steps = 2 * (len(data.training_set) // 8)
     calls = []
     measure_quality(data, settings, on_progress=lambda *call: calls.append(call))
     training = [done for stage, done, total in calls if stage == "training packed" and total == 2 * steps]
     assert sorted(set(training)) == list(range(1, 2 * steps + 1)) and training == sorted(training)
     assert calls[-1] == ("evaluating packed", 2, 2)
     calls.clear()
-    results = {"packed": {0: quality_module.SeedResult(0, dict.fromkeys(METRICS, 0.5), [1.0], 1.0, 1.0)}}
+    results = {"packed": {0: SeedResult(0, dict.fromkeys(METRICS, 0.5), [1.0], 1.0, 1.0)}}
     measure_quality(data, settings, finished=results, on_progress=lambda *call: calls.append(call))
-    assert calls[0] == ("training packed", steps, 2 * steps)  # what is finished counts as done
+    assert calls[0] == ("training packed", steps, 2 * steps)  # finished seeds count as done
 
 
-# ---- going on with a run -------------------------------------------------------------------------------------------
+# ---- continued runs ------------------------------------------------------------------------------------------------
 
 
 class OutOfPower(Exception):
@@ -255,7 +256,7 @@ class OutOfPower(Exception):
 
 
 def stop_after(runs: int, path: Path) -> Callable[[dict], None]:
-    """What writes reports until so many runs are in them, and then ends the run."""
+    """A callback that writes reports, and ends the run when they have this many results."""
 
     def on_report(report: dict) -> None:
         write_json(report, path)
@@ -277,7 +278,7 @@ def stopped(tmp_path: Path, built: list[FakeRecommender]) -> tuple[Path, Trainin
     return path, data
 
 
-def test_going_on_gives_what_one_run_gives(stopped: tuple[Path, TrainingData], built: list[FakeRecommender]) -> None:
+def test_a_continued_run_equals_one_run(stopped: tuple[Path, TrainingData], built: list[FakeRecommender]) -> None:
     path, data = stopped
     settings = make_settings()
     left = json.loads(path.read_text())
@@ -285,7 +286,7 @@ def test_going_on_gives_what_one_run_gives(stopped: tuple[Path, TrainingData], b
     assert {name: sorted(by_seed) for name, by_seed in finished.items()} == {"padded-eager": [0, 1], "packed": [0]}
     report = measure_quality(data, settings, finished=finished, on_report=lambda report: write_json(report, path))
     assert [recommender.name for recommender in built] == ["packed", "padded-eager", "packed"]
-    # Finished runs to the last bit, their seconds too.
+    # Finished results stay the same to the last bit, including their seconds.
     for before, after in zip(left["configurations"], report["configurations"], strict=True):
         assert after["seeds"][: len(before["seeds"])] == before["seeds"]
     assert without_times(report) == without_times(measure_quality(data, settings))
@@ -310,14 +311,14 @@ def test_more_seeds_and_configurations(stopped: tuple[Path, TrainingData], built
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 7}, r"made with other settings \(batch_size was 8, is 7\); take another output folder, or"),
+        ({"batch_size": 7}, r"made with other settings \(batch_size was 8, is 7\); choose another output folder, or"),
         ({"epochs": 3, "max_items": 4}, r"\(epochs was 2, is 3; max_items was 5, is 4\)"),
         ({"learning_rate": 0.01}, r"\(learning_rate was 0.001, is 0.01\)"),
         ({"model": RecommenderSettings()}, r"\(num_layers was 2, is 4; d_model was 16, is 128; "),
         ({"dtype": "bfloat16"}, "dtype was float32, is bfloat16"),
         ({"rows": 20}, r"\(rows was None, is 20\)"),
-        ({"seeds": 1}, "has padded-eager from seed 1, which is not asked for; take another"),
-        ({"configurations": ("padded-eager",)}, "has packed from seed 0, which is not asked for"),
+        ({"seeds": 1}, "has padded-eager from seed 1, which the settings do not have; choose another"),
+        ({"configurations": ("padded-eager",)}, "has packed from seed 0, which the settings do not have"),
     ],
 )
 def test_other_settings(stopped: tuple[Path, TrainingData], changes: dict, message: str) -> None:
@@ -350,14 +351,16 @@ def test_other_data_versions_and_devices(stopped: tuple[Path, TrainingData], mon
         finished_results(path, data, settings)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": "stamp-profile-train/1"}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": "stamp-profile-quality/1"}', "\udcff"])
 def test_another_file(tmp_path: Path, content: str) -> None:
     settings = make_settings()
     data = make_data(random_interactions(0, users=20), settings)
     path = tmp_path / "quality.json"
     assert finished_results(path, data, settings) == {}
     path.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"quality.json: not a report of `stamp-profile quality`; take another"):
+    with pytest.raises(
+        ValueError, match=r"quality.json: not a report of this version of `stamp-profile quality`; choose another"
+    ):
         finished_results(path, data, settings)
 
 
@@ -367,20 +370,23 @@ def test_another_file(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": 0}, "seeds is 0, expected at least 1"),
-        ({"epochs": 0}, "epochs is 0, expected at least 1"),
-        ({"configurations": ("packed", "packed")}, "configuration 'packed' is given more than once"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a number above 0"),
-        ({"learning_rate": math.nan}, "learning_rate is nan, expected a number above 0"),
-        ({"model": RecommenderSettings(num_layers=0)}, "num_layers is 0, expected at least 1"),
-        ({"model": RecommenderSettings(num_heads=0)}, "num_heads is 0, expected at least 1"),
-        ({"model": RecommenderSettings(d_kv=12)}, "d_kv is 12, expected a multiple of 8 up to 256"),
-        ({"model": RecommenderSettings(d_kv=264)}, "d_kv is 264, expected a multiple of 8 up to 256"),
-        ({"model": RecommenderSettings(prune_after_block=5)}, "prune_after_block is 5, expected 1 to 4, the number of"),
-        ({"model": RecommenderSettings(prune_after_block=0)}, "prune_after_block is 0, expected 1 to 4, the number of"),
-        ({"model": RecommenderSettings(keep_ratio=0.0)}, r"keep_ratio is 0.0, expected it in \(0, 1\]"),
-        ({"model": RecommenderSettings(keep_ratio=1.5)}, r"keep_ratio is 1.5, expected it in \(0, 1\]"),
-        ({"model": RecommenderSettings(dropout=1.0)}, r"dropout is 1.0, expected it in \[0, 1\)"),
+        ({"seeds": 0}, r"seeds must be in \[1, inf\), got 0"),
+        ({"epochs": 0}, r"epochs must be in \[1, inf\), got 0"),
+        ({"configurations": ("packed", "packed")}, r"configurations must be .* different names, got \('packed', "),
+        ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0, got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan"),
+        ({"model": RecommenderSettings(num_layers=0)}, r"num_layers must be in \[1, inf\), got 0"),
+        ({"model": RecommenderSettings(num_heads=0)}, r"num_heads must be in \[1, inf\), got 0"),
+        ({"model": RecommenderSettings(d_kv=12)}, "d_kv must be a multiple of 8 up to 256, got 12"),
+        ({"model": RecommenderSettings(d_kv=264)}, "d_kv must be a multiple of 8 up to 256, got 264"),
+        (
+            {"model": RecommenderSettings(prune_after_block=5)},
+            "prune_after_block must be at most the number of layers, 4, got 5",
+        ),
+        ({"model": RecommenderSettings(prune_after_block=0)}, r"prune_after_block must be in \[1, inf\), got 0"),
+        ({"model": RecommenderSettings(keep_ratio=0.0)}, r"keep_ratio must be in \(0, 1\], got 0.0"),
+        ({"model": RecommenderSettings(keep_ratio=1.5)}, r"keep_ratio must be in \(0, 1\], got 1.5"),
+        ({"model": RecommenderSettings(dropout=1.0)}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_settings_errors(changes: dict, message: str) -> None:
@@ -390,13 +396,13 @@ def test_settings_errors(changes: dict, message: str) -> None:
 
 def test_min_items_and_too_few_rows() -> None:
     interactions = make_interactions(HISTORIES)  # histories in training rows: 1 to 4, none, 1, 1 to 7 items
-    assert len(make_data(interactions, make_settings(batch_size=3, min_items=3)).training_rows) == 7
+    assert len(make_data(interactions, make_settings(batch_size=3, min_items=3)).training_set) == 7
     for changes, message in (
-        ({"min_items": 3}, "batch_size is 8, expected at most 7, .* of made with a history of at least 3 items"),
-        ({"min_items": 9, "max_items": 10}, "batch_size is 8, expected at most 0, .* at least 9 items"),
-        ({"min_items": 6}, "min_items is 6, expected 1 to 5, which is max_items"),
-        ({"rows": 7}, "batch_size is 8, expected at most 7, the number of training rows of made$"),
-        ({"rows": 99}, "rows is 99, expected at most 12, the number of training rows"),
+        ({"min_items": 3}, "batch_size must be at most .* of made with a history of at least 3 items, 7, got 8"),
+        ({"min_items": 9, "max_items": 10}, "batch_size must be at most .* at least 9 items, 0, got 8"),
+        ({"min_items": 6}, "min_items must be at most max_items, 5, got 6"),
+        ({"rows": 7}, "batch_size must be at most the number of training rows of made, 7, got 8"),
+        ({"rows": 99}, "rows must be at most the number of training rows, 12, got 99"),
     ):
         with pytest.raises(ValueError, match=message):
             make_data(interactions, make_settings(**changes))
@@ -406,7 +412,7 @@ def test_min_items_and_too_few_rows() -> None:
 
 
 def test_a_rule_is_learned() -> None:
-    """Each item is followed by the next one of a ring of 12: popularity is of no use, a model finds every target."""
+    """The next item is the next one in a ring of 12: popularity does not help, and a model finds every target."""
     rng = np.random.default_rng(0)
     histories = [[(first + i) % 12 for i in range(8)] for first in rng.permutation(np.arange(48) % 12).tolist()]
     model = RecommenderSettings(

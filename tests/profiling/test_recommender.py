@@ -1,4 +1,4 @@
-"""The configurations of `stamp-profile train`: same weights, same loss where nothing is pruned, real batches."""
+"""The configurations of `stamp-profile train`: same weights, same loss if nothing is pruned, real batches."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,10 @@ import torch
 from closeness import relative_error
 from torch.nn import functional as F
 
-from stamp_kernels.profiling.data.batches import Batch, TrainingRows, Vocabulary, batches
+from stamp_kernels.profiling.data.batches import Batch, NextItemDataset, batches
 from stamp_kernels.profiling.data.interactions import Interactions, load_interactions
+from stamp_kernels.profiling.data.rows import TrainingRows
+from stamp_kernels.profiling.data.vocabulary import Vocabulary
 from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS, RecommenderSettings, build_recommender
 
 WITHOUT_DROPOUT = RecommenderSettings(dropout=0.0)
@@ -31,11 +33,11 @@ def random_interactions(num_items: int = 300) -> Interactions:
 
 
 def training_batches(batch_size: int, count: int) -> list[Batch]:
-    """Of the real data that STAMP_KERNELS_DATA names, or of random interactions."""
+    """Batches of the data file in STAMP_KERNELS_DATA, or of random interactions."""
     path = os.environ.get("STAMP_KERNELS_DATA")
     interactions = load_interactions(Path(path)) if path else random_interactions()
-    rows = TrainingRows(interactions)
-    epoch = batches(rows, batch_size, 0, Vocabulary(4, 256), interactions.semantic_ids, auxiliary_steps=3)
+    dataset = NextItemDataset(TrainingRows(interactions), Vocabulary(4, 256), interactions.semantic_ids)
+    epoch = batches(dataset, batch_size, seed=0, auxiliary_steps=3)
     return [batch for batch, _ in zip(epoch, range(count), strict=False)]
 
 
@@ -66,14 +68,14 @@ def test_one_seed_gives_all_configurations_the_same_weights():
     reference = build_recommender("padded-eager", RecommenderSettings(), seed=3).model.state_dict()
     for name in CONFIGURATIONS:
         weights = build_recommender(name, RecommenderSettings(), seed=3).model.state_dict()
-        host_keys = {key for key in weights if not key.startswith("stamp_prediction.")}
-        assert host_keys == reference.keys()
+        base_model_keys = {key for key in weights if not key.startswith("stamp_prediction.")}
+        assert base_model_keys == reference.keys()
         assert all(torch.equal(weights[key], reference[key]) for key in reference), name
     other_seed = build_recommender("padded-eager", RecommenderSettings(), seed=4).model.state_dict()
     assert not torch.equal(other_seed["shared.weight"], reference["shared.weight"])
 
 
-def test_baselines_run_the_attention_they_are_named_after():
+def test_baselines_run_the_attention_in_their_names():
     for name, attention in [("padded-eager", "eager"), ("padded-sdpa", "sdpa"), ("padded-prune", "eager")]:
         model = build_recommender(name, RecommenderSettings(), seed=0).model
         assert model.encoder.config._attn_implementation == attention
@@ -87,12 +89,12 @@ def test_baselines_run_the_attention_they_are_named_after():
 def test_tokens_entering_each_block(name):
     batch = training_batches(batch_size=16, count=1)[0]
     output = build_recommender(name, RecommenderSettings(), seed=0)(batch)
-    padded, valid = batch.input_ids.numel(), len(batch.packed_ids)
-    kept = sum(-(-n // 3) for n in batch.lengths.tolist())
+    padded, valid = batch.input_ids.numel(), len(batch.packed_inputs.values)
+    kept = sum(-(-n // 3) for n in batch.packed_inputs.lengths_cpu.tolist())
     expected = {
         "padded-eager": [padded] * 4,
         "padded-sdpa": [padded] * 4,
-        "padded-prune": [padded] * 2 + [len(batch.labels) * max(1, int(batch.max_seqlen / 3))] * 2,
+        "padded-prune": [padded] * 2 + [len(batch.labels) * max(1, int(batch.packed_inputs.max_seqlen / 3))] * 2,
         "packed": [valid] * 4,
         "packed+sap": [valid] * 2 + [kept] * 2,
         "packed+sap+map": [valid] * 2 + [kept] * 2,
@@ -102,7 +104,7 @@ def test_tokens_entering_each_block(name):
 
 
 def test_padded_pruning_keeps_the_predecessors_tokens():
-    """RASTP's arithmetic on one layer, written out: column sum of the map times the L1 norm, k = S // 3."""
+    """RASTP's arithmetic on one layer, in plain torch: column sum of the map times the L1 norm, k = S // 3."""
     batch = training_batches(batch_size=8, count=1)[0]
     recommender = build_recommender("padded-prune", WITHOUT_DROPOUT, seed=0)
     encoder = recommender.model.encoder
@@ -127,7 +129,8 @@ def test_padded_pruning_keeps_the_predecessors_tokens():
     assert relative_error(states[valid], encoder.final_layer_norm(hidden)[valid]) < 1e-5
 
 
-def test_auxiliary_loss_is_the_weighted_mean_over_levels_and_steps():
+def test_auxiliary_loss_equals_the_loop():
+    """The sum over steps of the mean over levels, times the weight."""
     batch = training_batches(batch_size=16, count=1)[0]
     settings = RecommenderSettings(dropout=0.0, auxiliary_weight=0.25)
     with_map = build_recommender("packed+sap+map", settings, seed=0).double()
@@ -145,7 +148,7 @@ def test_auxiliary_loss_is_the_weighted_mean_over_levels_and_steps():
         head = with_map.model.stamp_prediction.heads[step]
         for level in range(4):
             start, end = 1 + 256 * level, 1 + 256 * (level + 1)
-            targets = batch.future_labels[:, step, level]
+            targets = batch.future_ids.view(16, 3, 4)[:, step, level]
             logits = (head(hidden[:, level], None, None) @ embedding.T)[:, start:end]
             if bool((targets != -100).any()):
                 labels = torch.where(targets == -100, -100, targets - start)
@@ -154,5 +157,5 @@ def test_auxiliary_loss_is_the_weighted_mean_over_levels_and_steps():
 
 
 def test_unknown_configuration():
-    with pytest.raises(ValueError, match=r"configuration must be one of padded-eager, .*, got 'padded'"):
+    with pytest.raises(ValueError, match=r"configuration must be one of \('padded-eager', .*\), got 'padded'"):
         build_recommender("padded", RecommenderSettings(), seed=0)

@@ -1,4 +1,4 @@
-"""The report's layout, the files that hold it, the table and the picture."""
+"""The layout of the reports, their files, the tables and the picture."""
 
 import json
 import sys
@@ -9,17 +9,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stamp_kernels.profiling.commands import report as report_module
+from stamp_kernels.profiling.commands import picture as picture_module
+from stamp_kernels.profiling.commands.picture import draw_picture
 from stamp_kernels.profiling.commands.report import (
     ConfigurationResult,
     SeedResult,
     build_quality_report,
     build_report,
-    draw_picture,
-    render_quality_table,
-    render_table,
     write_json,
 )
+from stamp_kernels.profiling.commands.tables import render_quality_table, render_table
 
 METRICS = {"recall@5": 0.0123, "recall@10": 0.02, "ndcg@5": 0.0101, "ndcg@10": 0.0143}
 
@@ -63,7 +62,7 @@ def test_layout():
     assert list(report) == [
         *("schema", "date", "command", "device", "versions", "data", "settings", "configurations"),
     ]
-    assert report["schema"] == "stamp-profile-train/1"
+    assert report["schema"] == "stamp-profile-train/2"
     assert report["configurations"][1] == {
         "name": "packed",
         "step_ms": {"median": 25.0, "p20": 22.5, "p80": 30.0},
@@ -100,7 +99,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: p
         file.write(b"half of the new one")
         raise OSError("disk full")
 
-    monkeypatch.setattr(report_module.Figure, "savefig", write_half)
+    monkeypatch.setattr(picture_module.Figure, "savefig", write_half)
     with pytest.raises(OSError, match="disk full"):
         draw_picture(make_report(make_result("packed", 25.0)), path)
     assert path.read_bytes() == b"the old one"
@@ -136,9 +135,9 @@ def test_table_without_a_baseline_and_with_metrics():
 @pytest.mark.parametrize("names", [("padded-eager", "packed", "packed+sap"), ("packed",)])
 def test_picture(tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     figures = []
-    savefig = report_module.Figure.savefig
+    savefig = picture_module.Figure.savefig
     monkeypatch.setattr(
-        report_module.Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
+        picture_module.Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))
     )
     path = tmp_path / "train.png"
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
@@ -193,7 +192,7 @@ def test_quality_layout():
     assert list(report) == [
         *("schema", "date", "command", "device", "versions", "data", "settings", "references", "configurations"),
     ]
-    assert report["schema"] == "stamp-profile-quality/1"
+    assert report["schema"] == "stamp-profile-quality/2"
     assert report["references"] == [{"name": "popularity", "metrics": METRICS}]
     packed, padded = report["configurations"]
     assert packed["name"] == "packed" and [seed["seed"] for seed in packed["seeds"]] == [0, 1, 2]
@@ -212,7 +211,8 @@ def test_quality_layout():
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
-def test_quality_report_of_a_run_that_has_just_begun():
+def test_quality_report_without_all_results():
+    """As it is written after the first configuration and seed."""
     report = make_quality_report(packed=[0.1], padded=[])
     assert report["configurations"][1] == {"name": "padded", "seeds": [], "summary": {}}
     assert any(line.strip().startswith("packed") for line in as_text(report))

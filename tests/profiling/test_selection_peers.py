@@ -1,4 +1,4 @@
-"""What select_tokens is compared with keeps the same tokens."""
+"""The peers of select_tokens keep the same tokens."""
 
 import math
 
@@ -10,7 +10,7 @@ from stamp_kernels import select_tokens
 from stamp_kernels.profiling.peers.pruning import num_kept, padded_topk, sort_within_sequences, topk_per_sequence
 
 LENGTHS = [7, 1, 30, 12, 3]
-RATIO = 1 / 3
+KEEP_RATIO = 1 / 3
 
 
 @pytest.fixture
@@ -21,11 +21,11 @@ def importance() -> Tensor:
 @pytest.fixture
 def expected(importance):
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    return select_tokens(importance, cu_seqlens, max(LENGTHS), keep_ratio=RATIO)
+    return select_tokens(importance, cu_seqlens, max(LENGTHS), keep_ratio=KEEP_RATIO)
 
 
 def test_loop_over_the_sequences(importance, expected):
-    selection = topk_per_sequence(importance, LENGTHS, RATIO)
+    selection = topk_per_sequence(importance, LENGTHS, KEEP_RATIO)
     assert torch.equal(selection.indices, expected.indices)
     assert torch.equal(selection.cu_seqlens, expected.cu_seqlens)
 
@@ -33,7 +33,7 @@ def test_loop_over_the_sequences(importance, expected):
 def test_one_sort(importance, expected):
     sequence = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
-    kept = torch.tensor([num_kept(n, RATIO) for n in LENGTHS])
+    kept = torch.tensor([num_kept(n, KEEP_RATIO) for n in LENGTHS])
     selection = sort_within_sequences(importance, sequence, cu_seqlens, kept, int(kept.sum()))
     assert torch.equal(selection.indices, expected.indices)
     assert torch.equal(selection.cu_seqlens, expected.cu_seqlens)
@@ -41,9 +41,9 @@ def test_one_sort(importance, expected):
 
 def test_padded_topk_holds_the_best_of_every_row(importance, expected):
     padded = torch.full((len(LENGTHS), max(LENGTHS)), -math.inf)
-    for row, scores in zip(padded, importance.split(LENGTHS), strict=True):
-        row[: len(scores)] = scores
-    columns = padded_topk(padded, num_kept(max(LENGTHS), RATIO))
+    for row, of_sequence in zip(padded, importance.split(LENGTHS), strict=True):
+        row[: len(of_sequence)] = of_sequence
+    columns = padded_topk(padded, num_kept(max(LENGTHS), KEEP_RATIO))
     offsets = expected.cu_seqlens.tolist()
     start = 0
     for i, n in enumerate(LENGTHS):

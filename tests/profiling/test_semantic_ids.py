@@ -1,6 +1,4 @@
-"""Semantic IDs: unique, seeded, from the training part alone, cached."""
-
-from __future__ import annotations
+"""Semantic IDs: unique, seeded, made only from the training part, cached."""
 
 import sys
 import warnings
@@ -46,7 +44,7 @@ def test_semantic_ids_follow_the_users(tmp_path: Path) -> None:
     assert set(ids[::2, 0]).isdisjoint(ids[1::2, 0])
 
 
-def test_semantic_ids_pair_each_user_with_their_training_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_are_paired_with_training_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = []
 
     def record(users: np.ndarray, items: np.ndarray, shape: tuple[int, int], *_: object) -> np.ndarray:
@@ -59,7 +57,7 @@ def test_semantic_ids_pair_each_user_with_their_training_items(tmp_path: Path, m
 
 
 def test_semantic_ids_number_equal_prefixes_by_item(tmp_path: Path) -> None:
-    # Items 0, 2, 4 have the same users, so have 1, 3, 5; 6 to 8 occur in held-out places alone.
+    # Items 0, 2, 4 have the same users, and so do 1, 3, 5; items 6 to 8 are only held out.
     histories = [[0, 2, 4, 6, 7], [1, 3, 5, 7, 8], [4, 2, 0, 8, 6], [5, 3, 1, 6, 8]]
     ids = assign_semantic_ids(make_interactions(histories), codes_per_item=3, codebook_size=4, cache_dir=tmp_path)
     for group in ([0, 2, 4], [1, 3, 5], [6, 7, 8]):
@@ -69,12 +67,12 @@ def test_semantic_ids_number_equal_prefixes_by_item(tmp_path: Path) -> None:
 
 
 def test_semantic_ids_overflow(tmp_path: Path) -> None:
-    # 12 of 15 items are cold and share a prefix of 4 codes: all 16 IDs but one are needed.
+    # 12 of 15 items are cold and share a prefix that has 4 codes: all 16 IDs except one are needed.
     interactions = make_interactions([[0, 1, 2, 3, 4]] * 3, num_items=15)
     ids = assign_semantic_ids(interactions, codes_per_item=2, codebook_size=4, cache_dir=tmp_path)
     assert_unique_codes(ids, 15, 2, 4)
     cold = ids[3, 0]
-    assert ids[3:7].tolist() == [[cold, code] for code in range(4)]  # whoever comes first stays
+    assert ids[3:7].tolist() == [[cold, code] for code in range(4)]  # the first items stay
     assert ids[:3, 0].tolist() == [ids[0, 0]] * 3
     assert ids[0, 0] != cold
 
@@ -86,13 +84,13 @@ def test_disambiguation_moves_on_to_the_next_prefix() -> None:
     assert ids[[0, 1]].tolist() == [[1, 0, 0], [1, 0, 1]]
     assert ids[[3, 4]].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert ids[6].tolist() == [0, 0, 0]
-    assert ids[2].tolist() == [0, 0, 1]  # past the full [1, 1], round to [0, 0], behind the item whose own it is
+    assert ids[2].tolist() == [0, 0, 1]  # [1, 1] is full, so it wraps around to [0, 0], after the item with that prefix
     assert ids[5].tolist() == [0, 1, 0]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_disambiguation_is_unique_and_moves_only_what_it_must(draw: st.DataObject) -> None:
+def test_disambiguation_moves_only_what_it_must(draw: st.DataObject) -> None:
     codes_per_item, codebook_size = draw.draw(st.integers(1, 3)), draw.draw(st.integers(1, 3))
     num_items = draw.draw(st.integers(1, codebook_size**codes_per_item))
     code = st.integers(0, codebook_size - 1)
@@ -130,7 +128,7 @@ def test_semantic_ids_sizes(tmp_path: Path, codes_per_item: int, codebook_size: 
 @example([set(range(12))] * 3, 1, 4)
 @example([set(range(12))] * 6, 3, 20)
 def test_items_with_equal_users_have_equal_codes(training: list[set[int]], copies: int, codebook_size: int) -> None:
-    # Whoever took an item took all its copies. What nobody took is a group too.
+    # A user who has an item has all its copies. The items without users are a group too.
     pairs = [(user, item * copies + i) for user, items in enumerate(training) for item in items for i in range(copies)]
     users, items = np.array(pairs).T
     shape = (12 * copies, max(2, len(training)))
@@ -146,7 +144,7 @@ def test_items_with_equal_users_have_equal_codes(training: list[set[int]], copie
 
 
 def test_items_outside_the_subspace_count_as_cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Three groups of items that no user mixes, two dimensions: of the smallest group, rounding noise alone is left.
+    # Three groups of items that no user mixes, and two dimensions: the smallest group has only rounding errors left.
     monkeypatch.setattr(semantic_ids_module, "SVD_DIMENSIONS", 2)
     rng = np.random.default_rng(0)
     groups = [np.arange(4)] * 30 + [np.arange(4, 8)] * 15 + [np.arange(8, 12)] * 2
@@ -165,7 +163,7 @@ def test_semantic_ids_of_one_user_and_one_item(tmp_path: Path) -> None:
 
 
 def test_semantic_ids_are_made_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The last bits of a parallel sum depend on the number of threads, and with them a code now and then.
+    # The last bits of a parallel sum depend on the number of threads, and so do a few codes.
     threads = []
     fit = KMeans.fit
 
@@ -179,7 +177,7 @@ def test_semantic_ids_are_made_on_one_thread(tmp_path: Path, monkeypatch: pytest
     assert set(threads) == {1}
 
 
-def test_semantic_ids_read_the_training_part_alone(tmp_path: Path) -> None:
+def test_semantic_ids_read_only_the_training_part(tmp_path: Path) -> None:
     interactions = random_interactions(2)
     changed = interactions.items.copy()
     for end in interactions.offsets[1:]:
@@ -189,7 +187,7 @@ def test_semantic_ids_read_the_training_part_alone(tmp_path: Path) -> None:
     changed[0] = (changed[0] + 7) % interactions.num_items
     trained_on = Interactions("other", changed, interactions.offsets, interactions.num_items, None, "other")
 
-    # Separate folders, so that neither reads what the other computed.
+    # Separate folders, so that none reads the cache of another.
     ids = [
         assign_semantic_ids(each, codes_per_item=3, codebook_size=8, cache_dir=tmp_path / str(i))
         for i, each in enumerate([interactions, held_out, trained_on])
@@ -217,7 +215,7 @@ def test_cache_is_read_per_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_cache_tells_users_apart(tmp_path: Path) -> None:
-    # The same training items in the same order, cut at other places.
+    # The same training items in the same order, split between the users at another place.
     for histories in ([[0, 1, 2, 5, 5], [3, 4, 5, 5]], [[0, 1, 5, 5], [2, 3, 4, 5, 5]]):
         assign_semantic_ids(make_interactions(histories), codes_per_item=2, codebook_size=4, cache_dir=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
@@ -254,7 +252,7 @@ def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError("no space left")
 
     monkeypatch.setattr(semantic_ids_module.os, "replace", full_disk)
-    with pytest.warns(RuntimeWarning, match=r"the semantic IDs were not kept, .*cannot be written: no space left"):
+    with pytest.warns(RuntimeWarning, match=r"the semantic IDs were not cached, .*cannot be written: no space left"):
         ids = assign_semantic_ids(random_interactions(3), codes_per_item=3, codebook_size=8, cache_dir=tmp_path)
     assert_unique_codes(ids, 40, 3, 8)
     assert not list(tmp_path.iterdir())
@@ -273,12 +271,12 @@ def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, v
 def test_semantic_id_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interactions = make_interactions(HISTORIES)  # 6 items
     with pytest.raises(
-        ValueError, match="codes_per_item=2 and codebook_size=2 give 4 semantic IDs, expected at least 6"
+        ValueError, match=r"codebook_size \*\* codes_per_item must be at least the number of items, 6, got 2 \*\* 2"
     ):
         assign_semantic_ids(interactions, codes_per_item=2, codebook_size=2, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="codes_per_item is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"codes_per_item must be in \[1, inf\), got 0"):
         assign_semantic_ids(interactions, codes_per_item=0, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="codebook_size is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"codebook_size must be in \[1, inf\), got 0"):
         assign_semantic_ids(interactions, codebook_size=0, cache_dir=tmp_path)
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):

@@ -3,51 +3,21 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from stamp_kernels.profiling._checks import check_at_least
+from stamp_kernels.profiling.commands.references import reference_metrics
 from stamp_kernels.profiling.commands.report import QUALITY_SCHEMA, SeedResult, build_quality_report
-from stamp_kernels.profiling.commands.train import CommonSettings, OnProgress, Trainee, TrainingData, train_epochs
-from stamp_kernels.profiling.data.interactions import in_training_part
+from stamp_kernels.profiling.commands.settings import OnProgress, QualitySettings
+from stamp_kernels.profiling.commands.trainee import Trainee
+from stamp_kernels.profiling.commands.training_data import TrainingData
 from stamp_kernels.profiling.measure import describe_device, describe_versions, keep_freed_memory
-from stamp_kernels.profiling.recommender.evaluate import CUTOFFS
-
-__all__ = [
-    "DEFAULT_CONFIGURATIONS",
-    "QualitySettings",
-    "finished_results",
-    "measure_quality",
-    "reference_metrics",
-]
 
 DEFAULT_CONFIGURATIONS = ("padded-eager", "packed", "packed+sap", "packed+sap+map")
 
-# By configuration, what each seed that has been trained learned.
+# By configuration and seed, what has been trained.
 Results = dict[str, dict[int, SeedResult]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QualitySettings(CommonSettings):
-    """What `measure_quality` runs.
-
-    Attributes:
-        seeds: every configuration is trained from the seeds 0 to `seeds - 1`.
-
-    Raises:
-        ValueError: as `CommonSettings`.
-    """
-
-    seeds: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("seeds", "epochs"):
-            check_at_least(name, getattr(self, name), 1)
 
 
 def measure_quality(
@@ -61,17 +31,17 @@ def measure_quality(
 ) -> dict[str, Any]:
     """Train every configuration from every seed, and report the metrics of the test split.
 
-    A seed gives the configurations the same weights and the same batches. All of them are trained from one seed before
-    the next, so that a run that is cut short still compares like with like. Nothing of a result but its seconds depends
-    on what ran before it. On the CPU freed memory stays with the process, see `keep_freed_memory`.
+    Configurations with the same seed have the same weights and the same batches. All of them are trained from one seed
+    before the next, so an interrupted run still compares like with like. Only the seconds of a result depend on what
+    ran before it. On the CPU freed memory stays with the process, see `keep_freed_memory`.
 
     Args:
         data: see `prepare_data`.
         settings: what to run.
-        finished: what need not run again, see `finished_results`.
+        finished: results that need not run again, see `finished_results`.
         command: the shell command, for the report.
         on_report: called with the report so far after each configuration and seed.
-        on_progress: called with what is going on, how much of it is done, and how much there is.
+        on_progress: see `OnProgress`.
 
     Returns:
         The report, see `stamp_kernels.profiling.commands.report.build_quality_report`.
@@ -83,24 +53,23 @@ def measure_quality(
     if settings.device.type == "cpu":
         keep_freed_memory()
     results: Results = {name: dict((finished or {}).get(name, {})) for name in settings.configurations}
-    sizes = data.sizes(settings.model)
     described = {**_describe(data, settings), "references": reference_metrics(data), "command": command}
 
     def build() -> dict[str, Any]:
         in_order = {name: [by_seed[seed] for seed in sorted(by_seed)] for name, by_seed in results.items()}
         return build_quality_report(in_order, **described)
 
-    steps = settings.epochs * (len(data.training_rows) // settings.batch_size)
+    steps = settings.epochs * (len(data.training_set) // settings.batch_size)
     for seed in range(settings.seeds):
         for name, by_seed in results.items():
             if seed not in by_seed:
                 on_step = partial(_report_step, report_progress, f"training {name}", seed, settings.seeds)
-                trainee = Trainee(name, settings, sizes, seed)
+                trainee = Trainee(name, settings, data, seed)
                 start = time.perf_counter()
-                epoch_losses = train_epochs(trainee, data, on_step)
+                epoch_losses = trainee.train_epochs(on_step)
                 trained = time.perf_counter()
                 report_progress(f"evaluating {name}", seed, settings.seeds)
-                metrics = trainee.evaluate(data)
+                metrics = trainee.evaluate()
                 evaluated = time.perf_counter()
                 by_seed[seed] = SeedResult(seed, metrics, epoch_losses, trained - start, evaluated - trained)
                 if on_report is not None:
@@ -111,19 +80,19 @@ def measure_quality(
 
 
 def finished_results(path: Path, data: TrainingData, settings: QualitySettings) -> Results:
-    """What an earlier run left in `path`, so that it can be gone on with; nothing where there is no such file.
+    """The results of an earlier run in `path`, from which this run continues; empty if there is no such file.
 
-    More seeds and more configurations than in the file may be asked for. Everything else has to be the same, so that
-    the finished report is the one that a single run would have given.
+    The settings may have more seeds and more configurations than the file. Everything else has to be equal, so that the
+    finished report is the one that a single run would have given.
 
     Raises:
-        ValueError: the file is no such report, is of other data, settings, versions or another device, or has a
-            configuration or a seed that is not asked for.
+        ValueError: the file is not such a report, is about other data, settings, versions or another device, or has a
+            configuration or a seed that is not in the settings.
         OSError: the file cannot be read.
     """
     if not path.exists():
         return {}
-    remedy = "take another output folder, or remove the file"
+    remedy = "choose another output folder, or remove the file"
     try:
         report = json.loads(path.read_bytes())
         if report["schema"] != QUALITY_SCHEMA:
@@ -135,7 +104,7 @@ def finished_results(path: Path, data: TrainingData, settings: QualitySettings) 
         }
         there["settings"].pop("seeds")
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not a report of `stamp-profile quality`; {remedy}") from None
+        raise ValueError(f"{path}: not a report of this version of `stamp-profile quality`; {remedy}") from None
 
     here = _describe(data, settings)
     here["settings"].pop("seeds")
@@ -145,53 +114,12 @@ def finished_results(path: Path, data: TrainingData, settings: QualitySettings) 
     for name, by_seed in results.items():
         for seed in by_seed:
             if name not in settings.configurations or seed >= settings.seeds:
-                raise ValueError(f"{path}: has {name} from seed {seed}, which is not asked for; {remedy}")
+                raise ValueError(f"{path}: has {name} from seed {seed}, which the settings do not have; {remedy}")
     return results
 
 
-def reference_metrics(data: TrainingData) -> dict[str, dict[str, float]]:
-    """Metrics of the test split without training: what the recommenders have to beat.
-
-    Items that share a semantic ID count as one, as in `evaluate`.
-
-    Returns:
-        By name: "chance", the expectation of a random order; "popularity", semantic IDs by how often they occur in the
-        training part, equal ones in their own order; "popularity, unseen", the same without what the user had before.
-        Each has recall@k and ndcg@k for k of CUTOFFS.
-    """
-    interactions = data.interactions
-    _, id_of_item = np.unique(data.semantic_ids, axis=0, return_inverse=True)
-    ids = id_of_item.reshape(-1)[interactions.items]
-    num_ids = int(id_of_item.max()) + 1
-    popularity = np.bincount(ids[in_training_part(interactions)], minlength=num_ids)
-    rank_of_id = np.empty(num_ids, dtype=np.int64)
-    rank_of_id[np.argsort(-popularity, kind="stable")] = np.arange(num_ids)
-
-    user = np.repeat(np.arange(interactions.num_users), np.diff(interactions.offsets))
-    is_target = np.zeros(len(ids), dtype=bool)
-    is_target[data.test_rows.target] = True
-    ranks = rank_of_id[ids[is_target]]  # one a user, in their order
-    had_user, had_rank = np.unique(np.stack([user[~is_target], rank_of_id[ids[~is_target]]]), axis=1)
-    # What the user had moves up from before the target; the target itself, where it was had, is not recommended at all.
-    moved_up = np.bincount(had_user[had_rank < ranks[had_user]], minlength=interactions.num_users)
-    unseen_ranks = ranks - moved_up
-    unseen_ranks[had_user[had_rank == ranks[had_user]]] = num_ids + max(CUTOFFS)  # below every cut-off
-    return {
-        "chance": _metrics_of_ranks(np.arange(num_ids)),
-        "popularity": _metrics_of_ranks(ranks),
-        "popularity, unseen": _metrics_of_ranks(unseen_ranks),
-    }
-
-
-def _metrics_of_ranks(ranks: np.ndarray) -> dict[str, float]:
-    """recall@k and ndcg@k of targets at these ranks, which count from 0."""
-    gains = 1 / np.log2(ranks + 2)
-    recall = {f"recall@{k}": float((ranks < k).mean()) for k in CUTOFFS}
-    return recall | {f"ndcg@{k}": float(np.where(ranks < k, gains, 0).mean()) for k in CUTOFFS}
-
-
 def _describe(data: TrainingData, settings: QualitySettings) -> dict[str, Any]:
-    """What the results depend on, as the report says it."""
+    """What the results depend on, as the report shows it."""
     return {
         "device": describe_device(settings.device),
         "versions": describe_versions(),
@@ -201,7 +129,7 @@ def _describe(data: TrainingData, settings: QualitySettings) -> dict[str, Any]:
 
 
 def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Where two reports' descriptions differ, in words."""
+    """The differences between the descriptions of two reports, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = {**there, **here}
         return [line for key in keys for line in _differences(there.get(key), here.get(key), key)]

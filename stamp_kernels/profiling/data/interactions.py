@@ -1,9 +1,7 @@
-"""Who interacted with what, in time order: the files that the profile reads.
+"""Who interacted with what, in time order, from the files that the profile reads.
 
-No data set is shipped with the package: the caller names a file, or installs `recbole` for MovieLens-100K.
+The package ships no data set: the caller names a file, or installs `recbole` for MovieLens-100K.
 """
-
-from __future__ import annotations
 
 import importlib.metadata
 import zipfile
@@ -13,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["HELD_OUT", "Interactions", "in_training_part", "load_interactions", "offsets_of_lengths"]
-
-MINIMUM_INTERACTIONS = 3  # leave-one-out takes one each for training, validation and test
-HELD_OUT = 2
+MIN_INTERACTIONS = 3  # leave-one-out takes one each for training, validation and test
+HELD_OUT = 2  # of each user, for validation and test
 
 MOVIELENS = "dataset_example/ml-100k/ml-100k.inter"
 
@@ -27,14 +23,14 @@ class Interactions:
 
     Attributes:
         name: short name of the data set.
-        items: int64 [total], item numbers in [0, num_items), each user's in time order.
-        offsets: int64 [num_users + 1]; user `u` has `items[offsets[u]:offsets[u + 1]]`, at least 3 of them.
-        num_items: number of items, those that nobody interacted with included.
-        semantic_ids: int64 [num_items, codes_per_item], codes of at least 0, or None.
+        items: int64 `[total]`, item numbers in [0, num_items), each user's in time order.
+        offsets: int64 `[num_users + 1]`; user `u` has `items[offsets[u]:offsets[u + 1]]`, at least 3 of them.
+        num_items: the number of items, including those that nobody interacted with.
+        semantic_ids: int64 `[num_items, codes_per_item]`, codes of at least 0, or None.
         source: where the data came from and how much of it there is, in words.
 
     Raises:
-        ValueError: for other dtypes or shapes, and contents that break one of these rules.
+        ValueError: another dtype or shape, or contents that break one of these rules.
     """
 
     name: str
@@ -48,16 +44,16 @@ class Interactions:
         for field in ("items", "offsets"):
             array = getattr(self, field)
             if array.dtype != np.int64 or array.ndim != 1:
-                raise ValueError(f"{self.name}: {field} is {_describe(array)}, expected int64 with 1 dimension")
+                raise ValueError(f"{self.name}: {field} must be int64 with 1 dimension, got {_describe(array)}")
         if self.semantic_ids is not None and self.semantic_ids.dtype != np.int64:
-            raise ValueError(f"{self.name}: semantic_ids is {_describe(self.semantic_ids)}, expected int64")
+            raise ValueError(f"{self.name}: semantic_ids must be int64, got {_describe(self.semantic_ids)}")
         _check_sequences(self.name, self.items, self.offsets, self.num_items, self.semantic_ids)
         if self.num_users == 0:
             raise ValueError(f"{self.name}: found no users, expected at least one")
         shortest = np.diff(self.offsets).min()
-        if shortest < MINIMUM_INTERACTIONS:
+        if shortest < MIN_INTERACTIONS:
             raise ValueError(
-                f"{self.name}: a user has {shortest} interactions, expected at least {MINIMUM_INTERACTIONS}"
+                f"{self.name}: found a user with {shortest} interactions, expected at least {MIN_INTERACTIONS}"
             )
 
     @property
@@ -66,26 +62,26 @@ class Interactions:
 
 
 def load_interactions(path: str | Path | None) -> Interactions:
-    """Reads interaction sequences from a file.
+    """Read interaction sequences from a file.
 
-    Formats, told apart by suffix and content:
+    The suffix and the content decide which format it is:
 
-    - `.npz`: `seq_items` [total], `seq_offsets` [num_users + 1] and, where there are semantic IDs, `sids`
-      [num_items, codes_per_item], all of an integer dtype; items are 0-based;
-    - RecBole's atomic `.inter`: tab-separated columns, among them `user_id:token` and `item_id:token`. Rows are ordered
-      by `timestamp` (equal ones as in the file), without that column as in the file. Items are numbered in the order of
-      their tokens as text;
+    - `.npz`: `seq_items` `[total]`, `seq_offsets` `[num_users + 1]` and, if there are semantic IDs, `sids`
+      `[num_items, codes_per_item]`, all of an integer dtype; items count from 0;
+    - RecBole's atomic `.inter`: tab-separated columns, among them `user_id:token` and `item_id:token`. Rows are sorted
+      by `timestamp`; equal ones stay in the file's order, and so do all rows of a file without that column. Items are
+      numbered in the order of their tokens as text;
     - any other text: a line `user item item ...` of integers per user, items in time order. Items are numbered in the
       order of their ids.
 
-    Users with fewer than 3 interactions are dropped, their items keep their numbers.
+    Users with fewer than 3 interactions are dropped; their items keep their numbers.
 
     Args:
-        path: the file; None takes MovieLens-100K from the installed `recbole` distribution, which is not imported.
+        path: the file. None: MovieLens-100K from the installed `recbole` distribution, which is not imported.
 
     Raises:
-        FileNotFoundError: if there is no such file, or `path` is None and `recbole` is not installed.
-        ValueError: if the file cannot be read as one of the formats, or no user is left.
+        FileNotFoundError: there is no such file, or `path` is None and `recbole` is not installed.
+        ValueError: the file cannot be read as one of the formats, or no user is left.
     """
     path = _find_movielens() if path is None else Path(path)
     if not path.exists():
@@ -106,11 +102,11 @@ def load_interactions(path: str | Path | None) -> Interactions:
             items, offsets, num_items = _read_text(path.name, lines)
 
     lengths = np.diff(offsets)
-    kept = lengths >= MINIMUM_INTERACTIONS
+    kept = lengths >= MIN_INTERACTIONS
     if not kept.any():
         raise ValueError(
-            f"{path.name}: none of the {len(lengths)} users has {MINIMUM_INTERACTIONS} interactions or more, "
-            "expected at least one (training, validation and test take one each)"
+            f"{path.name}: none of the {len(lengths)} users has {MIN_INTERACTIONS} interactions or more, "
+            "expected at least one (training, validation and test need one each)"
         )
     items = items[np.repeat(kept, lengths)]
     offsets = offsets_of_lengths(lengths[kept])
@@ -124,6 +120,7 @@ def _describe(array: np.ndarray) -> str:
 
 
 def offsets_of_lengths(lengths: np.ndarray) -> np.ndarray:
+    """int64 `[n + 1]`, where each sequence starts, and the total."""
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
@@ -137,7 +134,7 @@ def _check_sequences(
         user = int(np.argmax(np.diff(offsets) < 0))
         raise ValueError(
             f"{name}: offsets decrease from {offsets[user]} to {offsets[user + 1]} at user {user}, "
-            "expected them never to decrease"
+            "expected offsets that never decrease"
         )
     if offsets[-1] != len(items):
         raise ValueError(f"{name}: offsets end with {offsets[-1]}, expected the number of interactions, {len(items)}")
@@ -189,7 +186,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | Non
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        # Not str.splitlines: a token may hold one of the Unicode line separators that it splits at.
+        # Not str.splitlines: it also splits at Unicode line separators, which a token may contain.
         return path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -234,8 +231,11 @@ def _read_inter(name: str, lines: list[str]) -> tuple[np.ndarray, np.ndarray, in
 
     user_tokens, user_numbers = np.unique(users, return_inverse=True)
     item_tokens, item_numbers = np.unique(items, return_inverse=True)
-    # Both sorts are stable: what the keys leave open stays as in the file.
-    order = np.argsort(user_numbers, kind="stable") if time_column is None else np.lexsort((times, user_numbers))
+    # Both sorts are stable: rows with equal keys stay in the file's order.
+    if time_column is None:
+        order = np.argsort(user_numbers, kind="stable")
+    else:
+        order = np.lexsort((np.array(times), user_numbers))
     offsets = offsets_of_lengths(np.bincount(user_numbers, minlength=len(user_tokens)))
     return item_numbers[order].astype(np.int64), offsets, len(item_tokens)
 
@@ -277,13 +277,13 @@ def _find_movielens() -> Path:
         if file.as_posix().endswith(MOVIELENS) and path.is_file():
             return path
     raise FileNotFoundError(
-        f"MovieLens-100K was not found: it is read from the installed recbole distribution ({MOVIELENS}). "
+        f"MovieLens-100K was not found: the installed recbole distribution contains it ({MOVIELENS}). "
         "Run `pip install --no-deps recbole`, or name a file of interactions"
     )
 
 
 def in_training_part(interactions: Interactions) -> np.ndarray:
-    """bool [total]: whether an interaction is none of its user's last two."""
+    """bool `[total]`: False for the last two interactions of every user."""
     mask = np.ones(len(interactions.items), dtype=bool)
     for held_out in range(1, HELD_OUT + 1):
         mask[interactions.offsets[1:] - held_out] = False

@@ -1,5 +1,5 @@
-"""What a peer raises where it cannot be compared."""
+"""What a peer raises if it cannot be compared."""
 
 
 class PeerUnavailableError(RuntimeError):
-    """A peer does not run here, or cannot do what is asked; the text says why."""
+    """A peer does not run here, or does not solve this problem; the message says why."""

@@ -1,4 +1,4 @@
-"""What a user would run instead of this package, each written at its best."""
+"""T5 on padded batches: what a user would run instead of this package, written at its best."""
 
 from collections.abc import Mapping
 
@@ -10,21 +10,25 @@ from transformers.models.t5.modeling_t5 import T5Stack
 
 
 def set_base_attention(model: T5ForConditionalGeneration, implementation: str) -> None:
-    """Choose Hugging Face's attention for both stacks; setting it on the model alone leaves the stacks as they are."""
+    """Choose the base model's attention in both stacks; setting it only on the model does not change the stacks.
+
+    Raises:
+        RuntimeError: a stack of the base model runs another attention.
+    """
     for stack in (model.encoder, model.decoder):
         stack.set_attn_implementation(implementation)
         if stack.config._attn_implementation != implementation:
             raise RuntimeError(
-                f"asked for attention {implementation!r}, the host runs {stack.config._attn_implementation!r}"
+                f"the base model's attention must be {implementation!r}, got {stack.config._attn_implementation!r}"
             )
 
 
 def padded_topk_prune(
     hidden: Tensor, attention_mask: Tensor, attention_weights: Tensor, keep_ratio: float
 ) -> tuple[Tensor, Tensor]:
-    """Pruning as the padded trainers do it (RASTP, arXiv 2511.16943): one k for all rows, from the padded length.
+    """Pruning as in the padded trainers (RASTP, arXiv 2511.16943): one k for all rows, from the padded length.
 
-    Padded query rows vote, the weights are those after dropout, and rows shorter than k keep padding.
+    The centrality also sums over padded queries, over the weights after dropout, and rows shorter than k keep padding.
 
     Args:
         hidden: `[B, S, D]` output of the block.
@@ -35,26 +39,26 @@ def padded_topk_prune(
         hidden `[B, k, D]` and mask `[B, k]` of the kept tokens in their original order.
     """
     k = max(1, int(hidden.shape[1] * keep_ratio))
-    importance = attention_weights.sum(dim=(1, 2)) * hidden.abs().sum(-1)
-    kept = (
-        importance.masked_fill(attention_mask == 0, -torch.inf).topk(k, dim=1, sorted=False).indices.sort(dim=1).values
-    )
+    centrality = attention_weights.sum(dim=(1, 2))
+    importance = (centrality * hidden.abs().sum(-1)).masked_fill(attention_mask == 0, -torch.inf)
+    kept = importance.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
     return hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1])), attention_mask.gather(1, kept)
 
 
 def encode_padded_pruned(
     encoder: T5Stack, input_ids: Tensor, attention_mask: Tensor, pruning: Mapping[int, float]
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """T5's encoder on a padded batch, eager, pruned after the given blocks.
+    """T5's encoder on a padded batch with eager attention, pruned after the given blocks.
 
-    As in the predecessor's code the blocks after a pruning point have no position bias: only block 0 owns the table.
+    As in the predecessor's code, the blocks after the first pruning have no position bias: only block 0 has the table.
 
     Args:
+        encoder: of the base model, with eager attention.
         input_ids, attention_mask: `[B, S]`.
-        pruning: block number, counted from 1, to keep ratio.
+        pruning: keep_ratio by the number of the block after which to prune; blocks count from 1.
 
     Returns:
-        states `[B, S', D]`, their mask `[B, S']`, and the padded tokens that entered each block.
+        states `[B, S', D]`, their mask `[B, S']`, and the number of padded tokens that entered each block.
     """
     hidden = encoder.dropout(encoder.embed_tokens(input_ids))
     position_bias = None
@@ -64,8 +68,8 @@ def encode_padded_pruned(
         mask = create_bidirectional_mask(config=encoder.config, inputs_embeds=hidden, attention_mask=attention_mask)
         attention_weights: list[Tensor] = []
         if block_number in pruning:
-            # The block does not return its attention map, the layer inside it does.
-            handle = block.layer[0].register_forward_hook(
+            # The block does not return its attention map, but the layer inside it does.
+            handle = block.get_submodule("layer.0").register_forward_hook(
                 lambda module, inputs, outputs, kept=attention_weights: kept.append(outputs[-1])
             )
         hidden, position_bias, _ = block(hidden, mask, position_bias)

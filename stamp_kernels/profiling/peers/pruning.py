@@ -18,25 +18,30 @@ class PackedSelection(NamedTuple):
 
 
 def num_kept(length: int, keep_ratio: float) -> int:
+    """Tokens that a sequence of this length keeps."""
     return max(1, math.ceil(keep_ratio * length)) if length > 0 else 0
 
 
 def topk_per_sequence(importance: Tensor, lengths: list[int], keep_ratio: float) -> PackedSelection:
-    """A loop over the sequences, with the lengths on the host: `topk`, and a sort back into the original order."""
+    """A loop over the sequences, with the lengths on the CPU: `topk`, and a sort back into the original order."""
     indices, offsets, start = [], [0], 0
-    for scores in importance.split(lengths):
-        kept = num_kept(len(scores), keep_ratio)
-        indices.append(scores.topk(kept, sorted=False).indices.sort().values + start)
+    for of_sequence in importance.split(lengths):
+        kept = num_kept(len(of_sequence), keep_ratio)
+        indices.append(of_sequence.topk(kept, sorted=False).indices.sort().values + start)
         offsets.append(offsets[-1] + kept)
-        start += len(scores)
+        start += len(of_sequence)
     return PackedSelection(torch.cat(indices), torch.tensor(offsets, dtype=torch.int32, device=importance.device))
 
 
 def padded_topk(importance: Tensor, max_kept: int) -> Tensor:
-    """Columns `[B, max_kept]` of each row's best, ascending: all that a padded trainer computes.
+    """Columns `[B, max_kept]` of each row's most important tokens, ascending, as a padded trainer computes them.
 
-    One k for all rows, as `topk` takes; scores come padded, `[B, S]` with -inf on padding. Which of the columns a row
-    with a smaller budget gives up again is not in it.
+    `topk` has one k for all rows. What a row with a smaller budget would have to drop from these columns is not
+    computed.
+
+    Args:
+        importance: `[B, S]`, -inf on padding.
+        max_kept: the k.
     """
     return importance.topk(max_kept, dim=1, sorted=False).indices.sort(dim=1).values
 
@@ -44,19 +49,23 @@ def padded_topk(importance: Tensor, max_kept: int) -> Tensor:
 def sort_within_sequences(
     importance: Tensor, sequence: Tensor, cu_seqlens: Tensor, kept: Tensor, total_kept: int
 ) -> PackedSelection:
-    """Packed and without a loop: one sort, by sequence and falling score, gives every token its rank in its sequence.
+    """Packed and without a loop: one sort by sequence and falling importance ranks every token in its sequence.
 
     Args:
         importance: fp32 `[T]`.
-        sequence: int64 `[T]`, the number of every token's sequence.
-        cu_seqlens: int64 `[B + 1]`; kept: int64 `[B]`, tokens that each sequence keeps; total_kept: their sum.
+        sequence: int64 `[T]`, the index of every token's sequence.
+        cu_seqlens: int64 `[B + 1]`.
+        kept: int64 `[B]`, the number of tokens that each sequence keeps.
+        total_kept: the sum of `kept`.
     """
     bits = importance.view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the scores
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the importances
     order = ((sequence << 32) - ordered.long()).argsort()
-    rank = torch.arange(len(order), device=order.device) - cu_seqlens[sequence]  # of order's entries: sequences stay
+    rank = (
+        torch.arange(len(order), device=order.device) - cu_seqlens[sequence]
+    )  # of order[i]: the sort leaves each sequence in its place
     stays = torch.empty_like(order, dtype=torch.bool)
     stays[order] = rank < kept[sequence]
-    # As many indices as are known to come, so that no size has to be read from the device.
+    # Their number is known, so no size has to be read from the device.
     indices = torch.nonzero_static(stays, size=total_kept).flatten()
     return PackedSelection(indices, torch.nn.functional.pad(kept.cumsum(0), (1, 0)).to(torch.int32))

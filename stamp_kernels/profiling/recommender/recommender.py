@@ -1,12 +1,13 @@
 """The recommender of the TIGER/GRID setting, in the configurations that `stamp-profile train` compares.
 
-Hugging Face's T5ForConditionalGeneration reads a history of semantic-ID tokens and writes the next item's. Every
-configuration has the same parameters under the same names (`model.*`), so that one seed gives all the same weights.
+Hugging Face's T5ForConditionalGeneration reads a history of semantic-ID tokens and generates those of the next item.
+Every configuration has the same parameters under the same names (`model.*`), so one seed gives all the same weights.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, apply_stamp
 from stamp_kernels.integrations.transformers.t5 import head_inputs
+from stamp_kernels.ops._checks import check_choice
 from stamp_kernels.packed import PackedBatch
-from stamp_kernels.profiling.data.batches import Batch, Vocabulary
+from stamp_kernels.profiling.data.batches import Batch
+from stamp_kernels.profiling.data.vocabulary import Vocabulary
 from stamp_kernels.profiling.peers.padded_t5 import encode_padded_pruned, set_base_attention
 
 CONFIGURATIONS = ("padded-eager", "padded-sdpa", "padded-prune", "packed", "packed+sap", "packed+sap+map")
@@ -27,10 +30,11 @@ class RecommenderSettings:
     """Sizes of the model and of STAMP's two modules.
 
     Attributes:
-        codes_per_item, codebook_size: semantic-ID codes_per_item and codes per level.
-        num_layers: blocks of the encoder, and as many of the decoder.
-        keep_ratio, prune_after_block: SAP keeps ceil(keep_ratio * n) tokens after this block, counted from 1.
-        auxiliary_steps, auxiliary_weight: MAP predicts so many items beyond the next; lambda.
+        codes_per_item, codebook_size: codes of an item's semantic ID, one per level, and the number of codes per level.
+        num_layers: the number of blocks of the encoder, and of the decoder.
+        keep_ratio, prune_after_block: SAP keeps ceil(keep_ratio * n) tokens after this block, which counts from 1.
+        auxiliary_steps: the number of items that MAP predicts beyond the next one.
+        auxiliary_weight: lambda, the weight of their loss.
     """
 
     codes_per_item: int = 4
@@ -51,9 +55,9 @@ class RecommenderOutput(NamedTuple):
     """What a training step needs.
 
     Attributes:
-        loss: scalar, what the step minimises, the auxiliary loss included.
-        next_item_loss: scalar, its part that all configurations share.
-        tokens_per_block: tokens that entered each block of the encoder, padding included.
+        loss: scalar, what the step minimises, including the auxiliary loss.
+        next_item_loss: scalar, the part of it that all configurations share.
+        tokens_per_block: the number of tokens that entered each block of the encoder, including padding.
     """
 
     loss: Tensor
@@ -61,13 +65,8 @@ class RecommenderOutput(NamedTuple):
     tokens_per_block: list[int]
 
 
-class Recommender(nn.Module):
-    """What the configurations share: the host model, and the search's view of it.
-
-    Subclasses give `forward(batch) -> RecommenderOutput`, `encode(batch)`, and
-    `next_token_logits(encoded, prefixes)` with prefixes int64 `[B, beams, t]` (t >= 0 codes already chosen), which
-    returns `[B, beams, V]`.
-    """
+class Recommender(nn.Module, ABC):
+    """What the configurations share: the base model, the training step and the two functions of the beam search."""
 
     def __init__(self, settings: RecommenderSettings) -> None:
         super().__init__()
@@ -89,6 +88,18 @@ class Recommender(nn.Module):
             )
         )
 
+    @abstractmethod
+    def forward(self, batch: Batch) -> RecommenderOutput:
+        """The losses of a training step."""
+
+    @abstractmethod
+    def encode(self, batch: Batch) -> Any:
+        """The encoder's states of the histories, in the form that `next_token_logits` takes."""
+
+    @abstractmethod
+    def next_token_logits(self, encoded: Any, prefixes: Tensor) -> Tensor:
+        """Logits `[B, beams, V]` of the token after each prefix, int64 `[B, beams, t]`; t may be 0."""
+
     def decoder_inputs(self, prefixes: Tensor) -> Tensor:
         """Prefixes `[..., t]` with the start token before them: `[..., t + 1]`."""
         start = prefixes.new_full((*prefixes.shape[:-1], 1), self.model.config.decoder_start_token_id)
@@ -96,14 +107,14 @@ class Recommender(nn.Module):
 
 
 class PaddedRecommender(Recommender):
-    """The model as people train it: a padded batch through the host's own forward."""
+    """The model as people train it: a padded batch through the base model's own forward."""
 
     def __init__(self, settings: RecommenderSettings, attention: str) -> None:
         super().__init__(settings)
         set_base_attention(self.model, attention)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
-        """States `[B, S, D]`, their mask `[B, S]`, and the padded tokens entering each block."""
+        """States `[B, S, D]`, their mask `[B, S]`, and the number of padded tokens that enter each block."""
         states = self.model.encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
         return states, batch.attention_mask, [batch.input_ids.numel()] * self.settings.num_layers
 
@@ -122,7 +133,8 @@ class PaddedRecommender(Recommender):
             attention_mask=mask.repeat_interleave(num_beams, dim=0),
             decoder_input_ids=self.decoder_inputs(prefixes).flatten(0, 1),
         )
-        return output.logits[:, -1].unflatten(0, prefixes.shape[:2])
+        logits: Tensor = output.logits[:, -1].unflatten(0, prefixes.shape[:2])
+        return logits
 
 
 class PaddedPrunedRecommender(PaddedRecommender):
@@ -137,7 +149,7 @@ class PaddedPrunedRecommender(PaddedRecommender):
 
 
 class PackedRecommender(Recommender):
-    """The same model after `apply_stamp`, with SAP and MAP where asked for."""
+    """The same model after `apply_stamp`, with SAP (`prune`) and MAP (`predict`) on request."""
 
     def __init__(self, settings: RecommenderSettings, *, prune: bool, predict: bool) -> None:
         super().__init__(settings)
@@ -146,8 +158,8 @@ class PackedRecommender(Recommender):
             pruning = PruningConfig(schedule=[(settings.prune_after_block, settings.keep_ratio)])
         if predict:
             prediction = PredictionConfig(
-                settings.auxiliary_steps,
-                settings.codes_per_item,
+                num_steps=settings.auxiliary_steps,
+                codes_per_item=settings.codes_per_item,
                 lambda_=settings.auxiliary_weight,
                 vocab_ranges=[self.vocabulary.level_range(level) for level in range(settings.codes_per_item)],
             )
@@ -160,39 +172,34 @@ class PackedRecommender(Recommender):
         self._tokens_per_block[i] = inputs[0].shape[1]
 
     def encode(self, batch: Batch) -> PackedBatch:
-        return self.model.encoder(packed_inputs=self._packed_inputs(batch)).packed
-
-    def _packed_inputs(self, batch: Batch) -> PackedBatch:
-        return PackedBatch(batch.packed_ids, batch.cu_seqlens, batch.max_seqlen, lengths_cpu=batch.lengths)
+        packed: PackedBatch = self.model.encoder(packed_inputs=batch.packed_inputs).packed
+        return packed
 
     def forward(self, batch: Batch) -> RecommenderOutput:
-        output = self.model(
-            packed_inputs=self._packed_inputs(batch),
-            labels=batch.labels,
-            future_ids=batch.future_labels.flatten(1),
-        )
+        output = self.model(packed_inputs=batch.packed_inputs, labels=batch.labels, future_ids=batch.future_ids)
         return RecommenderOutput(output.loss, output.next_token_loss, list(self._tokens_per_block))
 
     def next_token_logits(self, encoded: PackedBatch, prefixes: Tensor) -> Tensor:
-        """A user's beams share the user's history: the host's own search repeats it for each."""
-        batch, num_beams = prefixes.shape[:2]
+        """All beams of a user attend to one copy of the history; the base model's own search copies it per beam."""
+        num_sequences, num_beams = prefixes.shape[:2]
         decoder_ids = self.decoder_inputs(prefixes)
         length = decoder_ids.shape[2]
         states = self.model.decoder(
             packed_inputs=PackedBatch(
-                decoder_ids.flatten(), _even_offsets(decoder_ids, batch * num_beams, length), length
+                decoder_ids.flatten(), _even_offsets(num_sequences * num_beams, length, decoder_ids.device), length
             ),
             packed_source=encoded,
-            cu_seqlens_cross=_even_offsets(decoder_ids, batch, num_beams * length),
+            cu_seqlens_cross=_even_offsets(num_sequences, num_beams * length, decoder_ids.device),
             max_seqlen_cross=num_beams * length,
         ).packed.values
-        last = states.view(batch, num_beams, length, -1)[:, :, -1]
-        return self.model.lm_head(head_inputs(self.model, last))
+        last = states.view(num_sequences, num_beams, length, -1)[:, :, -1]
+        logits: Tensor = self.model.lm_head(head_inputs(self.model, last))
+        return logits
 
 
-def _even_offsets(like: Tensor, batch: int, length: int) -> Tensor:
-    """int32 cu_seqlens of `batch` sequences of the same length."""
-    return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=like.device)
+def _even_offsets(num_sequences: int, length: int, device: torch.device) -> Tensor:
+    """int32 cu_seqlens of sequences of the same length."""
+    return torch.arange(0, num_sequences * length + 1, length, dtype=torch.int32, device=device)
 
 
 def build_recommender(name: str, settings: RecommenderSettings, *, seed: int) -> Recommender:
@@ -201,8 +208,7 @@ def build_recommender(name: str, settings: RecommenderSettings, *, seed: int) ->
     Raises:
         ValueError: there is no configuration of this name.
     """
-    if name not in CONFIGURATIONS:
-        raise ValueError(f"configuration must be one of {', '.join(CONFIGURATIONS)}, got {name!r}")
+    check_choice("configuration", name, CONFIGURATIONS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "padded-prune":

@@ -31,9 +31,10 @@ from stamp_kernels.integrations.transformers import (
     apply_stamp,
 )
 from stamp_kernels.integrations.transformers.multi_step_targets import multi_step_targets
-from stamp_kernels.profiling.data.batches import TrainingRows, Vocabulary
 from stamp_kernels.profiling.data.interactions import load_interactions
+from stamp_kernels.profiling.data.rows import TrainingRows
 from stamp_kernels.profiling.data.semantic_ids import assign_semantic_ids
+from stamp_kernels.profiling.data.vocabulary import Vocabulary
 
 LEVELS, CODEBOOK_SIZE = 4, 16
 VOCABULARY = Vocabulary(LEVELS, CODEBOOK_SIZE)
