@@ -1,4 +1,4 @@
-"""The training steps of the T5 recommender on `meta` tensors: which kernels they launch, without a GPU."""
+"""Training steps of the T5 recommender on `meta` tensors, to find the kernels that they launch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from workloads import Workload, offsets
 
 from stamp_kernels.profiling.data.batches import Batch
 from stamp_kernels.profiling.recommender.recommender import RecommenderSettings, build_recommender
+
+from .base import Workload, offsets
 
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
 class _Bfloat16Products(TorchDispatchMode):
-    """What autocast does to matrix products, for `meta` tensors, which torch's own autocast passes by."""
+    """Casts the factors of matrix products, as autocast does. torch's own autocast ignores `meta` tensors."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -29,7 +30,7 @@ class _Bfloat16Products(TorchDispatchMode):
 
 @contextmanager
 def bfloat16_autocast_on_meta() -> Iterator[None]:
-    """Products in bfloat16, and the ops of this package, which ask whether a GPU's autocast is on."""
+    """bfloat16 for matrix products, and for this package's ops, which ask whether the GPU's autocast is on."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -43,11 +44,11 @@ def bfloat16_autocast_on_meta() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TrainingStep(Workload):
-    """Forward and backward of a configuration of `stamp-profile train`, under bfloat16 autocast. For `meta` alone.
+    """Forward and backward of a configuration of `stamp-profile train` under bfloat16 autocast; only on `meta`.
 
     Attributes:
-        configuration: its name.
-        items: of each history.
+        configuration: name of the configuration.
+        items: number of items of each history.
     """
 
     configuration: str = ""
@@ -86,10 +87,14 @@ class TrainingStep(Workload):
         raise ValueError(f"{self.name}: a training step has no floor of its own")
 
 
-# Histories as `stamp-profile train` cuts them, at most 30 items, and long ones; batches of 256 and of 2,048.
+# Histories of at most 30 items, as `stamp-profile train` truncates them, and long ones. Batches of 256 and 2,048.
 TRAINING_STEPS = tuple(
-    TrainingStep(f"T5.{configuration}.{most}x{batch}", configuration=configuration, items=(most, *[5] * (batch - 1)))
-    for most in (30, 250)
-    for batch in (256, 2048)
+    TrainingStep(
+        f"T5.{configuration}.{longest}x{batch_size}",
+        configuration=configuration,
+        items=(longest, *[5] * (batch_size - 1)),
+    )
+    for longest in (30, 250)
+    for batch_size in (256, 2048)
     for configuration in ("packed", "packed+sap", "packed+sap+map")
 )
