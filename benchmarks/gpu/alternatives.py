@@ -1,8 +1,8 @@
-"""Choices that wait for a GPU, each as variants of one workload, timed next to each other.
+"""Open choices that only a GPU can decide: variants of one workload, timed one after the other.
 
     python benchmarks/gpu/alternatives.py --results FILE [--rehearse]
 
-A variant replaces the function or the constant that makes the choice, while its graph is captured.
+A variant replaces the function or the constant that makes the choice while its graph is captured.
 """
 
 import importlib
@@ -23,14 +23,14 @@ from stamp_kernels.ops._served_by_triton import ServedByTriton
 
 
 class Variant(NamedTuple):
-    """One answer; within `applied()` the package computes by it."""
+    """One answer. Within `applied()` the package uses it."""
 
     name: str
     applied: Callable[[], AbstractContextManager[Any]]
 
 
 class Question(NamedTuple):
-    """What is chosen among the variants, and the workload that shows what each costs."""
+    """A choice among variants, and the workload that shows the cost of each."""
 
     name: str
     workload: Workload
@@ -39,7 +39,7 @@ class Question(NamedTuple):
 
 @contextmanager
 def changed_result(module: str, name: str, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block the module's function returns `change(result)`. An error if nobody calls it there."""
+    """Within the block the module's function returns `change(result)`. Raises if the block does not call it."""
     owner = importlib.import_module(module)
     original = getattr(owner, name)
     calls = []
@@ -55,7 +55,7 @@ def changed_result(module: str, name: str, change: Callable[[Any], Any]) -> Iter
     finally:
         setattr(owner, name, original)
     if not calls:
-        raise RuntimeError(f"nothing called {module}.{name}: the variant is the package as it is")
+        raise RuntimeError(f"nothing called {module}.{name}: the variant changes nothing")
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def changed_constant(module: str, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-_AS_IT_IS = Variant("as it is", nullcontext)
+_UNCHANGED = Variant("unchanged", nullcontext)
 _TRITON = "stamp_kernels.triton_kernels"
 
 
@@ -82,25 +82,25 @@ def _forward_tile(name: str, **fields: object) -> Variant:
     return Variant(name, change)
 
 
-def _backward_tile(name: str, *, of_queries: bool, **fields: object) -> Variant:
+def _backward_tile(name: str, *, for_queries: bool, **fields: object) -> Variant:
     """Changes the tile of the query kernel or of the key kernel."""
 
     def change(configs: tuple[Any, Any]) -> tuple[Any, Any]:
-        for_queries, for_keys = configs
-        if of_queries:
-            return for_queries._replace(**fields), for_keys
-        return for_queries, for_keys._replace(**fields)
+        query_config, key_config = configs
+        if for_queries:
+            return query_config._replace(**fields), key_config
+        return query_config, key_config._replace(**fields)
 
     return Variant(name, partial(changed_result, f"{_TRITON}.attention.backward", "backward_config", change))
 
 
 def _cross_entropy_by_width(width: int) -> Question:
-    module, name = "stamp_kernels.ops.cross_entropy", "gradients_come_with_the_loss"
+    module, name = "stamp_kernels.ops.cross_entropy.multi_token_cross_entropy", "gradients_come_with_the_loss"
     return Question(
         f"cross-entropy of width {width}",
         CrossEntropy(f"CE.D{width}.V32000.N16k", rows=16_384, width=width, vocabulary=32_000),
         (
-            Variant("logits computed again", partial(changed_result, module, name, lambda _: False)),
+            Variant("logits recomputed", partial(changed_result, module, name, lambda _: False)),
             Variant("gradients with the loss", partial(changed_result, module, name, lambda _: True)),
         ),
     )
@@ -128,47 +128,47 @@ QUESTIONS: tuple[Question, ...] = (
         "tile of the query kernel",
         _timed("L240.bias.dropout"),
         (
-            _AS_IT_IS,
-            _backward_tile("64 x 32, one stage", of_queries=True, block_m=64, block_n=32, num_warps=4, num_stages=1),
-            _backward_tile("64 x 64", of_queries=True, block_m=64, block_n=64, num_warps=4, num_stages=1),
-            _backward_tile("128 x 32", of_queries=True, block_m=128, block_n=32, num_warps=8),
+            _UNCHANGED,
+            _backward_tile("64 x 32, one stage", for_queries=True, block_m=64, block_n=32, num_warps=4, num_stages=1),
+            _backward_tile("64 x 64", for_queries=True, block_m=64, block_n=64, num_warps=4, num_stages=1),
+            _backward_tile("128 x 32", for_queries=True, block_m=128, block_n=32, num_warps=8),
         ),
     ),
     Question(
         "tile of the key kernel",
         _timed("L240.bias.dropout"),
         (
-            _AS_IT_IS,
-            _backward_tile("64 keys, one stage", of_queries=False, num_stages=1),
-            _backward_tile("128 keys", of_queries=False, block_n=128, num_warps=8),
+            _UNCHANGED,
+            _backward_tile("64 keys, one stage", for_queries=False, num_stages=1),
+            _backward_tile("128 keys", for_queries=False, block_n=128, num_warps=8),
         ),
     ),
     Question(
         "tile of the key kernel, width 128",
         _timed("L2048.GQA.d128.causal"),
-        (_AS_IT_IS, _backward_tile("128 keys", of_queries=False, block_n=128, num_warps=8)),
+        (_UNCHANGED, _backward_tile("128 keys", for_queries=False, block_n=128, num_warps=8)),
     ),
     *(_cross_entropy_by_width(width) for width in (128, 256, 384, 512)),
     Question(
-        "logits of a chunk, V 32,000", _timed("CE.D512.V32000"), tuple(map(_chunk_bytes, (320, 80, 1280)))
+        "logits of a row chunk, V 32,000", _timed("CE.D512.V32000"), tuple(map(_chunk_bytes, (320, 80, 1280)))
     ),
     Question(
-        "logits of a chunk, V 152,960", _timed("CE.D1024.V152960"), tuple(map(_chunk_bytes, (320, 80, 1280)))
+        "logits of a row chunk, V 152,960", _timed("CE.D1024.V152960"), tuple(map(_chunk_bytes, (320, 80, 1280)))
     ),
     Question(
         "stages of the hidden gradient", _timed("CE.D128.V4096"), tuple(map(_hidden_gradient_stages, (3, 2)))
     ),
     *(
-        Question(f"who serves {name}", _timed(name), (_AS_IT_IS, Variant("Triton", ServedByTriton)))
+        Question(f"backend of {name}", _timed(name), (_UNCHANGED, Variant("Triton", ServedByTriton)))
         for name in ("prune.256x240", "gather.128")
     ),
 )  # fmt: skip
 
 
 def time_question(device: Device, question: Question, rehearse: bool) -> Iterator[Record]:
-    """Each variant, and once more the first one: what differs between those two is noise."""
+    """Times each variant, then the first one again: the difference between its two times is noise."""
     workload = shrunk(question.workload) if rehearse else question.workload
-    dtype = torch.float16 if rehearse else torch.bfloat16  # the interpreter multiplies wrongly in bf16
+    dtype = torch.float16 if rehearse else torch.bfloat16  # products in bf16 are wrong in the interpreter
     one = workload.inputs(device.device, dtype)
     inputs = [one, *(workload.inputs(device.device, dtype, i) for i in range(1, num_input_sets(device, one)))]
     failures = []
@@ -178,7 +178,7 @@ def time_question(device: Device, question: Question, rehearse: bool) -> Iterato
             with device.serve(workload, dtype), variant.applied():
                 forward = microseconds(device, workload.forward, inputs)
                 both = microseconds(device, workload.run, inputs)
-        except Exception as error:  # a tile that does not compile says nothing about the other ones
+        except Exception as error:  # the other tiles may still compile
             if isinstance(error, CaptureError) or not device.is_healthy():
                 raise
             failures.append(f"{variant.name}: {message_of(error)}")
@@ -194,9 +194,9 @@ def cases_on(device: Device, rehearse: bool) -> Iterator[Case]:
 
 
 def rehearsed_questions(device: Device) -> list[Question]:
-    """Those that the interpreter can answer, two variants of each; of several with the same variants one."""
-    asked = [q._replace(variants=q.variants[:2]) for q in QUESTIONS if device.has_launcher(q.workload)]
-    return list({tuple(variant.name for variant in q.variants): q for q in asked}.values())
+    """The last variant of each question that the interpreter can answer. Questions with the same one run once."""
+    asked = [q._replace(variants=q.variants[-1:]) for q in QUESTIONS if device.has_launcher(q.workload)]
+    return list({q.variants[0].name: q for q in asked}.values())
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
     bundle.py run [--bundle FILE] -- COMMAND ...
     bundle.py warm [--processes 16] [--results FILE]
 
-`build` packs the wheel, the data file and a Triton cache of everything that `recordable` lists. The cache's keys depend
-on the version of Triton, its binary for one version of Python, and the kernels: it is made in an environment with the
-GPU machine's Python, torch and triton, for the architecture of that machine. It has the compiled kernels and the C
-launchers that Triton would otherwise build at the first launch.
+`build` packs the wheel, the data file and a Triton cache of everything that `recordable` lists. The cache's keys
+depend on the version of Triton, on its binary (one per version of Python), and on the kernels. Therefore the cache is
+made with the GPU machine's versions of Python, torch and triton, for that machine's architecture. It contains the
+compiled kernels and the C launchers that Triton would otherwise build at the first launch.
 
-`run` unpacks it and runs a command with the package on PYTHONPATH, the cache in TRITON_CACHE_DIR and the data file in
-STAMP_KERNELS_DATA. `warm` compiles what the cache lacks, in as many processes as there are cores, and says what it had:
-on the GPU machine the answer should be everything.
+`run` unpacks the bundle and runs a command with the package on PYTHONPATH, the cache in TRITON_CACHE_DIR and the data
+file in STAMP_KERNELS_DATA. `warm` compiles what the cache lacks, in as many processes as there are cores, and reports
+what the cache had. On the GPU machine it should have everything.
 """
 
 import argparse
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUNDLE = ROOT / "build" / "gpu-bundle.tar.gz"
-# What the GPU machine has; its Python is the one that `--python` names.
+# The versions on the GPU machine; `--python` names its version of Python.
 PACKAGES = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0", "numpy")
 DEFAULT_ARCH = 90
 
@@ -74,14 +74,14 @@ def _run(command: list[str | Path], variables: dict[str, str] | None = None) -> 
 
 
 def _install(pip: list[str | Path], wheel: Path, site: Path) -> None:
-    """The wheel alone: what it depends on is there already."""
+    """Only the wheel: its dependencies are already installed."""
     shutil.rmtree(site, ignore_errors=True)
     _run([*pip, "install", "--no-index", "--no-deps", "--target", site, wheel])
 
 
 @contextmanager
 def _empty_libcuda() -> Iterator[str]:
-    """A folder with a libcuda.so.1 that launchers can be linked to where there is no driver."""
+    """A folder with a libcuda.so.1 to link launchers to on a machine without a driver."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "empty.c")
         source.write_text("int stamp_kernels_empty;\n")
@@ -94,7 +94,7 @@ def _empty_libcuda() -> Iterator[str]:
 
 
 def unpack(bundle: Path, folder: Path) -> dict[str, str]:
-    """The bundle's contents in a folder, and the environment variables that make use of them."""
+    """Unpack the bundle into a folder. Returns the environment variables that point to its contents."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with tarfile.open(bundle) as archive:
@@ -108,7 +108,7 @@ def unpack(bundle: Path, folder: Path) -> dict[str, str]:
 
 
 def relocate(cache: Path) -> None:
-    """Triton's lists of the files of a kernel have absolute paths: make them those of this folder."""
+    """Triton lists the files of each kernel with absolute paths: change them to the paths in this folder."""
     for group in cache.glob("*/__grp__*.json"):
         names = json.loads(group.read_text())["child_paths"]
         paths = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
@@ -116,7 +116,7 @@ def relocate(cache: Path) -> None:
 
 
 def run(bundle: Path, command: list[str]) -> int:
-    """A command with what the bundle has."""
+    """Run a command with the bundle's contents. Returns its exit status."""
     variables = unpack(bundle, Path(tempfile.gettempdir(), "stamp-kernels-gpu-check"))
     return subprocess.run(command, env={**os.environ, **variables}).returncode
 
@@ -125,10 +125,10 @@ def run(bundle: Path, command: list[str]) -> int:
 
 
 def warm(processes: int, results: Path | None) -> int:
-    """Compile everything that `recordable` lists into Triton's cache, and say what was there already."""
+    """Compile everything that `recordable` lists into Triton's cache, and report what was already there."""
     start = time.monotonic()
     jobs = list(range(len(_recordable())))
-    # Processes that have not loaded CUDA, and find the kernels by themselves.
+    # Fresh processes: a fork must not inherit an initialised CUDA. Each one lists the kernels itself.
     with ProcessPoolExecutor(processes) as pool:
         done = list(pool.map(_warm_one, jobs))
     record: dict[str, object] = {"part": "warm", "seconds": round(time.monotonic() - start, 1)}
@@ -145,7 +145,7 @@ def warm(processes: int, results: Path | None) -> int:
 
 
 def all_hits(done: list[dict[str, bool]]) -> dict[str, bool]:
-    """Whether the cache had each key: not where one entry had to compile what the next one then found."""
+    """Whether the cache had each key. A key that any entry had to compile counts as missing."""
     hits: dict[str, bool] = {}
     for one in done:
         for key, hit in one.items():
@@ -155,14 +155,14 @@ def all_hits(done: list[dict[str, bool]]) -> dict[str, bool]:
 
 def _recordable() -> list[tuple[str, object]]:
     """(name, run(device)) of everything that the check launches."""
-    from training_step import TRAINING_STEPS
+    from workloads.training_step import TRAINING_STEPS
 
     steps = [(step.name, lambda device, step=step: step.run({})) for step in TRAINING_STEPS]
     return [*importlib.import_module("recordable").recordable(), *steps]
 
 
 def _warm_one(index: int) -> dict[str, Any]:
-    """What one entry needs: kernels and launchers by name, and whether the cache had them."""
+    """The kernels and launchers that one entry needs, and whether the cache had each of them."""
     import torch
 
     from stamp_kernels.ops._served_by_triton import ServedByTriton
@@ -174,10 +174,10 @@ def _warm_one(index: int) -> dict[str, Any]:
     try:
         with compile_only(_architecture()) as launches, ServedByTriton():
             step(torch.device("meta"))
-    except Exception as exception:  # the others are still worth compiling
+    except Exception as exception:  # the other entries still compile
         error = f"{name}: {type(exception).__name__}: {str(exception).splitlines()[0] if str(exception) else ''}"
     kernels: dict[str, bool] = {}
-    for launch in launches:  # the first launch says whether the cache had it
+    for launch in launches:  # the first launch shows whether the cache had it
         kernels.setdefault(launch.kernel.hash, launch.is_hit)
     unique = {launch.kernel.hash: launch.kernel for launch in launches}
     launchers = dict([_store_utilities(), *map(_store_launcher, unique.values())])
@@ -185,7 +185,7 @@ def _warm_one(index: int) -> dict[str, Any]:
 
 
 def _architecture() -> int:
-    """Of this machine's GPU, or the one that the bundle is made for."""
+    """That of this machine's GPU; without a GPU, the one that bundles are made for."""
     import torch
 
     if not torch.cuda.is_available():
@@ -195,14 +195,14 @@ def _architecture() -> int:
 
 
 def _store_launcher(kernel: "CompiledKernel") -> tuple[str, bool]:
-    """(name, whether the cache had it) of the C function that passes a kernel's arguments to the driver."""
+    """Compile the C function that passes a kernel's arguments to the driver: (key, whether the cache had it)."""
     from triton.backends.nvidia.driver import CudaLauncher
 
     return _store_module(lambda: CudaLauncher(kernel.src, kernel.metadata))
 
 
 def _store_utilities() -> tuple[str, bool]:
-    """The same of the C module through which Triton loads kernels."""
+    """The same for the C module that loads Triton's kernels."""
     from triton.backends.nvidia import driver
 
     source = Path(driver.dirname, "driver.c").read_text()
@@ -211,7 +211,7 @@ def _store_utilities() -> tuple[str, bool]:
 
 
 def _store_module(compile_module: Callable[[], object]) -> tuple[str, bool]:
-    """(key, whether the cache had it) of the module that the call compiles; it is not loaded: that takes a driver."""
+    """Compile a module without loading it, which needs a driver: (key, whether the cache had it)."""
     from triton.runtime import build
 
     asked: list[tuple[str, bool]] = []

@@ -1,22 +1,23 @@
-"""Everything that wants a GPU, in two short runs on a machine without a network: `make gpu-check STAGE=1`, then 2.
+"""Everything that needs a GPU, in two short runs on a machine without a network: `make gpu-check STAGE=1`, then 2.
 
     python benchmarks/gpu/check.py --stage 1|2 [--data FILE] [--output DIR] [--only PART,PART] [--rehearse]
     python benchmarks/gpu/check.py --convert FILE [--output DIR]
 
-Each part is a process with a time limit of its own, and what it measures is a line of DIR/stage-N.jsonl as soon as it
-is known. A part that runs out of time is interrupted, one that dies is started again behind the case that killed it,
-and the others go on. A summary comes last, also where the whole run is interrupted. `--rehearse` runs the same on a CPU
-with small inputs, but for `warm`, which `make gpu-bundle` has run by then. `--convert` makes a file for
-benchmarks/results of the lines, and prints their summary again.
+Each part is a process with its own time limit. Every measurement becomes a line of DIR/stage-N.jsonl immediately. A
+part that runs out of time is interrupted. A part that dies is started again after the case that killed it. The other
+parts run in any case, and a summary comes last, even if the whole run is interrupted.
 
-Seconds on an H100 with 16 cores. They are estimates: of what was counted, and of what cases take on two CPU cores,
-without arithmetic. A stage as a whole ends after 200 and 240, whatever its parts have left.
+`--rehearse` runs the same on a CPU with small inputs, except for `warm`, which `make gpu-bundle` has already run.
+`--convert` makes a file for benchmarks/results from the lines, and prints their summary again.
 
-    stage  part          expected  limit  what takes them
-    1      environment         12     25  two starts of Python with torch, 4 s each, and CUDA's
-    1      warm                15     45  153 recordings took two cores 8 s with all in Triton's cache; what it lacks
+Seconds on an H100 with 16 cores. They are estimates, from counts and from what the cases take on two CPU cores apart
+from arithmetic. A whole stage ends after 200 or 240 seconds, whatever its parts have left.
+
+    stage  part          expected  limit  where the time goes
+    1      environment         12     25  Python and torch start twice, 4 s each; CUDA starts
+    1      warm                15     45  153 recordings: 8 s on two cores with everything in Triton's cache
     1      correctness         45     70  4 s to start; 99 cases, 0.4 s each: up to six runs, a reference, a graph
-    1      sanitizer           20     40  the start of torch under two tools at once
+    1      sanitizer           20     40  torch starts under two tools at once
     1      timings             75     90  7 s to start; 29 workloads and 36 peers, 1 s each for two graphs
     2      environment         12     25
     2      warm                15     45
@@ -49,19 +50,19 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SCHEMA = "stamp-gpu-check/1"
 PACKAGES = ("stamp_kernels", "torch", "triton", "transformers", "numpy")
-# What decides whether Triton's cache serves, and what is under test; by package, as patterns.
+# Files, by package, that decide whether Triton's cache is valid or that are under test. Patterns.
 HASHED = {"stamp_kernels": ("*.so",), "triton": ("_C/libtriton.so", "backends/nvidia/bin/ptxas")}
 GPU_FACTS = ("name", "driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
 STAGE_SECONDS = {1: 200, 2: 240}
-REHEARSAL_FACTOR = 4  # of all limits: a rehearsal shares its two cores with whatever else runs there
-RESTART = 75  # as in cases.py, which imports torch
+REHEARSAL_FACTOR = 4  # multiplies all limits: a rehearsal shares its two cores with other programs
+RESTART = 75  # equals cases.RESTART, which cannot be imported without torch
 MAX_RESTARTS = 10
-# Between SIGINT, SIGTERM and SIGKILL; a process that hangs in the driver may survive all three.
+# Seconds between SIGINT, SIGTERM and SIGKILL. A process that hangs in the driver may survive all three.
 GRACE_SECONDS = 5
 
 
 class Part(NamedTuple):
-    """A script of this folder, its further arguments, and its limit."""
+    """A script in this folder with its arguments, and its time limit."""
 
     name: str
     arguments: tuple[str, ...]
@@ -86,7 +87,7 @@ STAGES = {
 }
 
 
-# What it runs on
+# The machine
 
 
 def head(stage: int, rehearse: bool) -> Record:
@@ -105,7 +106,7 @@ def head(stage: int, rehearse: bool) -> Record:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, None where there is no git."""
+    """The commit that is checked out; None without git."""
     try:
         run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
@@ -114,7 +115,7 @@ def commit() -> str | None:
 
 
 def gpu_facts() -> dict[str, str]:
-    """Of the first GPU, as the driver has them."""
+    """What the driver reports about the first GPU."""
     query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
@@ -135,7 +136,7 @@ def package_versions() -> dict[str, str]:
 
 
 def hashes() -> dict[str, str]:
-    """Sixteen digits each, by path."""
+    """The first 16 hex digits of each file's SHA-256, by path."""
     found = {}
     for package, patterns in HASHED.items():
         spec = importlib.util.find_spec(package)
@@ -157,7 +158,11 @@ def sha256(file: Path) -> str:
 
 
 def run_part(part: Part, results: Results, log: IO[str], seconds: float, extra: list[str], rehearse: bool) -> str:
-    """Run it, anew behind each case that ends its process. How it ended: "finished", or why it did not."""
+    """Run a part, and restart it after each case that ends its process.
+
+    Returns:
+        How the part ended: "finished", or why it did not finish.
+    """
     command = [sys.executable, str(HERE / part.arguments[0]), *part.arguments[1:], "--results", str(results.file)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"PYTHONUNBUFFERED": "1", **({"TRITON_INTERPRET": "1"} if rehearse else {})}
@@ -184,7 +189,7 @@ def run_part(part: Part, results: Results, log: IO[str], seconds: float, extra: 
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End it and its children: by an interrupt, by SIGTERM, by SIGKILL."""
+    """End the process and its children: by SIGINT, then SIGTERM, then SIGKILL."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -208,7 +213,7 @@ def end_of(part: Part, ended: str, seconds: float, file: Path) -> Record:
 def run_stage(
     stage: int, parts: list[Part], file: Path, log: IO[str], extra: dict[str, list[str]], rehearse: bool
 ) -> bool:
-    """Every part, one after the other; whether all are as they should be."""
+    """Run the parts one after the other. Returns whether all of them are ok."""
     factor = REHEARSAL_FACTOR if rehearse else 1
     deadline = time.monotonic() + factor * STAGE_SECONDS[stage]
     all_ok = True
@@ -231,7 +236,7 @@ def run_stage(
 
 
 def convert(file: Path, folder: Path) -> Path:
-    """The lines as one file for benchmarks/results: the head, the parts, and what each has measured."""
+    """One file for benchmarks/results from the lines: the head, the parts, and their measurements."""
     first, *records = read_records(file)
     content = {key: value for key, value in first.items() if key not in KEYS_OF_ALL}
     content["parts"] = {
@@ -263,10 +268,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--stage", type=int, choices=STAGES)
-    what.add_argument("--convert", type=Path, metavar="FILE", help="make a file for benchmarks/results of these lines")
-    parser.add_argument("--data", type=Path, help="for the training; default STAMP_KERNELS_DATA, or made-up histories")
-    parser.add_argument("--output", type=Path, help="folder; default build/gpu-check, or benchmarks/results")
-    parser.add_argument("--only", help="parts, comma-separated; default all")
+    what.add_argument("--convert", type=Path, metavar="FILE", help="make a file for benchmarks/results from FILE")
+    parser.add_argument("--data", type=Path, help="training data; default: STAMP_KERNELS_DATA, else random")
+    parser.add_argument("--output", type=Path, help="folder; default: build/gpu-check or benchmarks/results")
+    parser.add_argument("--only", help="comma-separated parts; default: all")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small inputs")
     arguments = parser.parse_args()
 
@@ -278,7 +283,7 @@ def main() -> int:
     names = [part.name for part in STAGES[arguments.stage]]
     chosen = arguments.only.split(",") if arguments.only else names
     if unknown := sorted(set(chosen) - set(names)):
-        parser.error(f"--only: stage {arguments.stage} has {', '.join(names)}, and no {', '.join(unknown)}")
+        parser.error(f"--only: stage {arguments.stage} has {', '.join(names)}, but not {', '.join(unknown)}")
     parts = [part for part in STAGES[arguments.stage] if part.name in chosen]
     if arguments.rehearse:
         parts = [part for part in parts if part.name != WARM.name]

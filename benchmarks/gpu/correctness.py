@@ -1,15 +1,15 @@
-"""Every kernel on the device against the float64 reference on the same device, bf16 included.
+"""Compares every kernel on the device with the float64 reference on the same device, in bf16, fp16 and fp32.
 
     python benchmarks/gpu/correctness.py --results FILE [--rehearse]
 
-Each workload of CHECKED, in bf16, then fp16, then fp32:
+For each workload of CHECKED, in bf16, then fp16, then fp32:
 
-- outputs and gradients within the bounds below, integers equal, infinities in the same places, no NaN: also where the
-  memory that the op allocates holds NaN beforehand;
+- outputs and gradients are within the bounds below, integers are equal, infinities are in the same places, and there is
+  no NaN, even if the memory that the op allocates holds NaN;
 - a second run gives the same bits;
-- in bf16, a CUDA graph of the whole step, replayed on other contents, gives the bits that the step gives.
+- in bf16, a CUDA graph of the whole step, replayed on other contents, gives the same bits as the step.
 
-What a compiled library serves is checked a second time on Triton, which serves it elsewhere.
+Ops that the compiled library serves are checked again on Triton, which serves them where that library is absent.
 """
 
 from collections.abc import Iterator
@@ -23,26 +23,26 @@ from recordable import CHECKED_DTYPES
 from records import Record
 from rehearsal import rehearsed
 from torch import Tensor
-from workloads import CHECKED, Gather, Prune, Score, Workload
+from workloads import CHECKED, Gather, ImportanceAndSelection, Prune, Workload
 
 from stamp_kernels import use_backend
 from stamp_kernels.ops._served_by_triton import ServedByTriton
 
 Outputs = dict[str, Tensor]
 
-# ||out - ref|| / ||ref||, as in tests/closeness.py. Sums that kernels keep in fp32 have its bound in every dtype.
+# ||out - ref|| / ||ref||, as in tests/closeness.py. What kernels keep in fp32 has the fp32 bound in every dtype.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 IN_FP32 = ("lse", "centrality", "importance", "loss", "step_losses")
-SERVED_BY_A_LIBRARY = (Prune, Gather, Score)
+SERVED_BY_A_LIBRARY = (Prune, Gather, ImportanceAndSelection)
 
 
 class WrongError(Exception):
-    """An output is not what it should be."""
+    """An output is wrong."""
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory that is allocated within the block is full of NaN, integers of the largest value."""
+    """Within the block, new floating-point memory is NaN and new integer memory is the largest value."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -52,13 +52,16 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def reference(workload: Workload, x: Outputs) -> Outputs:
-    """The outputs in float64, of the same numbers."""
+    """The reference's outputs in float64 for the same inputs."""
     with use_backend("reference"):
         return workload.run({name: t.double() if t.is_floating_point() else t for name, t in x.items()})
 
 
 def error_of(out: Tensor, ref: Tensor) -> float:
-    """The relative norm of the difference; infinite for another shape, NaN, infinities elsewhere, other integers."""
+    """The relative norm of the difference.
+
+    It is infinite if shapes or integers differ, if there is a NaN, or if infinities are in other places.
+    """
     if out.shape != ref.shape:
         return torch.inf
     if not ref.is_floating_point():
@@ -81,12 +84,12 @@ def bound_of(name: str, ref: Tensor, dtype: torch.dtype) -> float:
 
 
 def different(left: Outputs, right: Outputs) -> list[str]:
-    """Names of the outputs that are not equal, bit for bit."""
+    """Names of the outputs that are not bitwise equal."""
     return [name for name in left if not torch.equal(left[name], right[name])]
 
 
 def different_in_graph(device: Device, workload: Workload, dtype: torch.dtype, x: Outputs) -> list[str]:
-    """The same of a graph's outputs, on other contents, and the step's."""
+    """Names of the outputs that differ between a graph, replayed on other contents, and the step."""
     captured = device.capture(lambda: workload.run(x))
     for name, other in workload.inputs(device.device, dtype, seed=1).items():
         x[name].copy_(other)
@@ -97,7 +100,7 @@ def different_in_graph(device: Device, workload: Workload, dtype: torch.dtype, x
 def check(
     device: Device, workload: Workload, dtype: torch.dtype, served: AbstractContextManager[object], suffix: str = ""
 ) -> Iterator[Record]:
-    """One measurement; an error after it if anything is wrong. The suffix says by whom it is served."""
+    """Yields one measurement, then raises if anything is wrong. The suffix says what serves the op."""
     x = workload.inputs(device.device, dtype)
     with served:
         with poisoned_memory():
@@ -111,7 +114,7 @@ def check(
     if dtype == torch.bfloat16:
         with served:
             wrong += [f"{name} differs in a graph" for name in different_in_graph(device, workload, dtype, x)]
-    # Infinite errors are strings: JSON has no such number.
+    # JSON has no infinity: write a string.
     shown = {name: error if error < torch.inf else "inf" for name, error in errors.items()}
     about = {"workload": workload.name, "suffix": suffix, "dtype": dtype_name(dtype)}
     yield {**about, "errors": shown, "bounds": bounds, "wrong": wrong}

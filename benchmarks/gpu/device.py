@@ -1,6 +1,6 @@
-"""The device that the check runs on: a GPU, or in a rehearsal the CPU, which stands in for it step by step.
+"""The device that the check runs on: a GPU, or the CPU in a rehearsal.
 
-Whatever asks for CUDA stands here, so that a rehearsal runs every other line of the check.
+All use of CUDA is in this file, so that a rehearsal runs every other line of the check.
 """
 
 import gc
@@ -14,14 +14,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from workloads import Prune, Score, Workload
+from workloads import ImportanceAndSelection, Prune, Workload
 
 from stamp_kernels.ops._served_by_triton import ServedByTriton
 from stamp_kernels.profiling.measure import describe_device
 
 T = TypeVar("T")
 
-FEWEST_REPLAYS, MAX_REPLAYS = 5, 40
+MIN_REPLAYS, MAX_REPLAYS = 5, 40
 
 
 class CaptureError(RuntimeError):
@@ -32,8 +32,8 @@ class Captured(Generic[T]):
     """A captured step.
 
     Attributes:
-        replay: computes the step anew, from what its inputs then contain.
-        outputs: what the step returns, written by each replay.
+        replay: computes the step again from the current contents of its inputs.
+        outputs: what the step returned; each replay overwrites it.
     """
 
     def __init__(self, replay: Callable[[], object], outputs: T | None) -> None:
@@ -42,11 +42,11 @@ class Captured(Generic[T]):
 
 
 class Device(ABC):
-    """What the parts ask of it.
+    """What the parts need from a device.
 
     Attributes:
-        device: where tensors are.
-        cache_bytes: of the last cache before memory.
+        device: torch's device, for tensors.
+        cache_bytes: size of the last-level cache.
     """
 
     device: torch.device
@@ -54,7 +54,7 @@ class Device(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, object]:
-        """What a reader of the results wants to know of it."""
+        """What the results report about it."""
 
     @abstractmethod
     def synchronize(self) -> None: ...
@@ -65,14 +65,14 @@ class Device(ABC):
 
     @abstractmethod
     def free_memory(self) -> int:
-        """Give back what no tensor holds; the bytes that can then be allocated."""
+        """Release unused memory. Returns the number of bytes that can be allocated."""
 
     def has_launcher(self, workload: Workload) -> bool:
         """Whether Triton can serve the workload's ops for tensors of this device."""
         return True
 
     def serve(self, workload: Workload, dtype: torch.dtype) -> AbstractContextManager[Any]:
-        """Within the block the kernels under test serve the workload's ops."""
+        """Within the block, the kernels under test serve the workload's ops."""
         return nullcontext()
 
     @abstractmethod
@@ -80,23 +80,23 @@ class Device(ABC):
         """Run the step once, then capture it.
 
         Raises:
-            CaptureError: that is not allowed for something in it.
+            CaptureError: the step does something that a capture does not allow.
         """
 
     @abstractmethod
     def replay_times(self, captured: Captured[Any], seconds: float) -> list[float]:
-        """Microseconds of replays in a row, as many as fit in `seconds`, at least FEWEST_REPLAYS."""
+        """Microseconds of each of several consecutive replays: as many as fit in `seconds`, at least MIN_REPLAYS."""
 
     @abstractmethod
     def profile(self, steps: Callable[[], object]) -> list[tuple[str, float]]:
-        """Name and microseconds of everything that the device does in the steps."""
+        """Name and microseconds of each kernel and copy on the device during the steps."""
 
 
 class Gpu(Device):
     def __init__(self) -> None:
         self.device = torch.device("cuda", 0)
         self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
-        # One for all captures: cuBLAS has a workspace for each stream that it has seen.
+        # One stream for all captures: cuBLAS keeps a workspace per stream.
         self._side_stream = torch.cuda.Stream(self.device)
 
     def facts(self) -> dict[str, object]:
@@ -118,7 +118,7 @@ class Gpu(Device):
         try:
             torch.cuda.synchronize()
             return torch.ones(2, device=self.device).sum().item() == 2
-        except RuntimeError:  # after an illegal access every call raises
+        except RuntimeError:  # every call raises after an illegal access
             return False
 
     def free_memory(self) -> int:
@@ -131,7 +131,7 @@ class Gpu(Device):
 
     def capture(self, step: Callable[[], T]) -> Captured[T]:
         current = torch.cuda.current_stream()
-        self._side_stream.wait_stream(current)  # the inputs are written there
+        self._side_stream.wait_stream(current)  # the current stream writes the inputs
         with torch.cuda.stream(self._side_stream):
             step()
         current.wait_stream(self._side_stream)
@@ -140,10 +140,10 @@ class Gpu(Device):
             with torch.cuda.graph(graph, stream=self._side_stream):
                 outputs = step()
         except Exception as error:
-            cause = error.__context__ or error  # the end of a failed capture raises, too, and says less
+            cause = error.__context__ or error  # ending a failed capture raises a second, less specific error
             raise CaptureError(f"{type(cause).__name__}: {cause}") from error
         finally:
-            torch.cuda.set_stream(current)  # which a capture that failed does not do
+            torch.cuda.set_stream(current)  # a failed capture does not restore it
         return Captured(graph.replay, outputs)
 
     def replay_times(self, captured: Captured[Any], seconds: float) -> list[float]:
@@ -154,9 +154,9 @@ class Gpu(Device):
         end.record()
         torch.cuda.synchronize()
         once = 1e-3 * start.elapsed_time(end)
-        count = min(MAX_REPLAYS, max(FEWEST_REPLAYS, int(seconds / once)))
+        count = min(MAX_REPLAYS, max(MIN_REPLAYS, int(seconds / once)))
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        captured.replay()  # the GPU is busy from here on, so that no interval has the launch of a graph in it
+        captured.replay()  # keeps the GPU busy, so that no interval includes the launch of a graph
         for mark in marks[:-1]:
             mark.record()
             captured.replay()
@@ -176,7 +176,10 @@ class Gpu(Device):
 
 
 class StandIn(Device):
-    """The CPU. Triton's interpreter serves fp16; it is slow, and wrong in bf16, which the C++ kernels serve."""
+    """The CPU.
+
+    Triton's interpreter serves fp16. It is slow, and wrong in bf16, so the C++ kernels serve the other dtypes.
+    """
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -195,8 +198,8 @@ class StandIn(Device):
         return 2**36
 
     def has_launcher(self, workload: Workload) -> bool:
-        # How many tokens are kept follows from lengths on the CPU, where launchers of a selection expect a number.
-        return not isinstance(workload, (Prune, Score))
+        # For tensors on the CPU the op itself counts the kept tokens; the launchers need the count as an argument.
+        return not isinstance(workload, (Prune, ImportanceAndSelection))
 
     def serve(self, workload: Workload, dtype: torch.dtype) -> AbstractContextManager[Any]:
         is_interpreted = dtype == torch.float16 and self.has_launcher(workload)
@@ -224,5 +227,5 @@ def open_device(rehearse: bool) -> Device:
     if rehearse:
         return StandIn()
     if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device; --rehearse runs the check on the CPU")
+        raise SystemExit("no CUDA device found; --rehearse runs the check on the CPU")
     return Gpu()

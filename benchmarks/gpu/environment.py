@@ -1,4 +1,4 @@
-"""What the check runs on, as torch sees it, and who serves the ops there.
+"""The machine as torch sees it, and which backend serves each op on it.
 
 python benchmarks/gpu/environment.py --results FILE [--rehearse]
 """
@@ -23,7 +23,7 @@ print(round(time.perf_counter() - start, 3))
 
 
 def import_seconds() -> Iterator[Record]:
-    """Of the package in a process of its own, after torch."""
+    """Seconds to import the package after torch, in a new process."""
     run = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
     if run.returncode != 0:
         raise ImportError(run.stderr.strip().rpartition("\n")[2])
@@ -35,7 +35,7 @@ def facts(device: Device) -> Iterator[Record]:
 
 
 def servers(device: Device) -> Iterator[Record]:
-    """Each op by who serves it: the compiled library, Triton or the reference."""
+    """The backend of each op: the compiled library, Triton or the reference."""
     yield {"served_by": served_by("CUDA" if device.device.type == "cuda" else "CPU")}
 
 

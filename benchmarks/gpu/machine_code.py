@@ -1,13 +1,14 @@
-"""What the compiler makes of every kernel that T5, Qwen and the benchmarks launch: `make aot`.
+"""The machine code of every kernel that T5, Qwen and the benchmarks launch: `make aot`.
 
     python benchmarks/gpu/machine_code.py [--arch 90 ...] [--workloads NAME ...] [--processes 2] [--write]
 
-The public functions run on `meta` tensors of the workloads' shapes, forward and backward, and so does a training step
-of the T5 recommender; each launch is compiled for every architecture as its launcher asks for it, and nothing runs. A
-specialisation that several workloads launch is shown with the first. The exit status is 1 if a kernel does not
-compile, does not fit the chip, spills, misses the matrix units, or differs from the committed table machine_code.csv
-(registers, shared memory, instructions of the loops), so that a regression shows in review; --write brings the table
-up to date. Needs no GPU, and a process without TRITON_INTERPRET.
+The public functions run on `meta` tensors of the workloads' shapes, forward and backward. So does a training step of
+the T5 recommender. Each launch is compiled for every architecture with its launcher's arguments, and no kernel runs. A
+specialisation that several workloads launch is listed with the first one.
+
+The exit status is 1 if a kernel does not compile, does not fit the chip, spills, does not use the matrix units, or
+differs from the committed table machine_code.csv (registers, shared memory, instructions of the loops), so that a
+regression shows in review. --write updates the table. This needs no GPU, and a process without TRITON_INTERPRET.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 import triton
-from training_step import TRAINING_STEPS
 from workloads import COMPILED, TIMED, Workload
+from workloads.training_step import TRAINING_STEPS
 
 from stamp_kernels.ops._served_by_triton import ServedByTriton
 from stamp_kernels.triton_kernels.aot import TARGETS, Launch, compile_only, machine_code, specialisation
@@ -32,14 +33,14 @@ from stamp_kernels.triton_kernels.aot import TARGETS, Launch, compile_only, mach
 TABLE = Path(__file__).parent / "machine_code.csv"
 META = torch.device("meta")
 DTYPE = torch.bfloat16
-# The step with SAP and MAP launches what the steps without them do, and so does a larger batch; longer histories launch
-# what L200 and L240 launch.
+# The step with SAP and MAP also launches all kernels of the steps without them. Larger batches launch the same kernels,
+# and longer histories those of L200 and L240.
 _STEPS = [step for step in TRAINING_STEPS if step.name == "T5.packed+sap+map.30x256"]
 WORKLOADS: tuple[Workload, ...] = (*TIMED, *COMPILED, *_STEPS)
 
 
 class Row(NamedTuple):
-    """One specialisation on one architecture, in the order of the table's columns; all of them text."""
+    """One specialisation on one architecture: the table's columns in order, all as text."""
 
     workload: str
     kernel: str
@@ -55,17 +56,17 @@ class Row(NamedTuple):
 
 
 def launches_of(run: Callable[[], object], arch: int) -> list[Launch]:
-    """Every launch of `run`, compiled, each specialisation once, in the order of their first launch."""
+    """Compiles every launch of `run`. Each specialisation comes once, in the order of first launches."""
     with compile_only(arch) as launches, ServedByTriton():
         run()
     return list({(launch.name, specialisation(launch.kernel)): launch for launch in launches}.values())
 
 
 def rows_of(workload: Workload, arch: int) -> dict[str, Row]:
-    """The table's rows of a workload by specialisation; one that says so where it does not compile."""
+    """The table's rows of a workload by specialisation; one row with the error if it does not compile."""
     try:
         launches = launches_of(lambda: workload.run(workload.inputs(META, DTYPE)), arch)
-    except Exception as error:  # whatever the compiler says of one, the others are still of interest
+    except Exception as error:  # the other workloads still compile
         message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return {workload.name: Row(workload.name, "", str(arch), *[""] * 7, message)}
     rows = {}
@@ -89,12 +90,12 @@ def rows_of(workload: Workload, arch: int) -> dict[str, Row]:
 
 
 def _rows_of_index(index: int, arch: int) -> dict[str, Row]:
-    """Workloads by their place, so that a process need not be sent one."""
+    """Takes the workload's index, so that no workload is sent to another process."""
     return rows_of(WORKLOADS[index], arch)
 
 
 def all_rows(arches: list[int], names: list[str], processes: int) -> Iterator[list[Row]]:
-    """The rows of each workload and architecture, in the table's order, each specialisation once."""
+    """The rows of each workload and architecture in the table's order. Each specialisation comes once."""
     indices = [i for i, workload in enumerate(WORKLOADS) if workload.name in names]
     jobs = list(itertools.product(indices, arches))
     seen = set()
@@ -106,7 +107,7 @@ def all_rows(arches: list[int], names: list[str], processes: int) -> Iterator[li
 
 
 def _numbered(rows: list[Row]) -> list[Row]:
-    """A kernel's second specialisation in a workload is called `kernel.2`, and so on."""
+    """Names a kernel's second specialisation in a workload `kernel.2`, the third `kernel.3`, and so on."""
     counts: dict[str, int] = {}
     numbered = []
     for row in rows:
@@ -117,12 +118,12 @@ def _numbered(rows: list[Row]) -> list[Row]:
 
 
 def compiler() -> str:
-    """What the table depends on besides the kernels."""
+    """The compiler version, which the table depends on too."""
     return f"triton {triton.__version__}"
 
 
 def read_table() -> tuple[str, list[Row]]:
-    """(compiler, rows) of the committed table."""
+    """The committed table: (compiler, rows)."""
     with open(TABLE, newline="") as file:
         made_by = file.readline().removeprefix("# ").strip()
         return made_by, [Row(*row) for row in csv.reader(file)][1:]
@@ -138,7 +139,7 @@ def write_table(rows: list[Row]) -> None:
 
 
 def differences(rows: list[Row], committed: list[Row], is_whole: bool) -> list[str]:
-    """What is new or other than in the committed table, and if `is_whole` what is gone from it."""
+    """Rows that are new or changed since the committed table and, if `is_whole`, those that are missing."""
 
     def by_specialisation(some: list[Row]) -> dict[tuple[str, ...], Row]:
         return {(row.arch, row.kernel.partition(".")[0], row.specialisation): row for row in some}
@@ -155,7 +156,7 @@ def differences(rows: list[Row], committed: list[Row], is_whole: bool) -> list[s
 
 def _figures(row: Row | None) -> str:
     if row is None:
-        return "not there"
+        return "none"
     return f"{row.registers} registers, {row.shared} B shared, {row.spilled} B spilled, loops {row.loop_instructions}"
 
 
@@ -164,7 +165,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--workloads", nargs="+", choices=_NAMES, default=_NAMES, metavar="NAME")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="bring the committed table up to date")
+    parser.add_argument("--write", action="store_true", help="update the committed table")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
@@ -181,15 +182,15 @@ def main() -> int:
     is_whole = options.arch == list(TARGETS) and options.workloads == _NAMES
     if options.write:
         if not is_whole:
-            parser.error("--write takes all architectures and workloads")
+            parser.error("--write needs all architectures and workloads")
         write_table(rows)
         return bool(problems)
     made_by, committed = read_table()
     if made_by != compiler():
-        print(f"{TABLE.name} was made by {made_by}, this is {compiler()}: not compared")
+        print(f"{TABLE.name} was made by {made_by}, but this is {compiler()}: not compared")
         return bool(problems)
     changed = differences(rows, committed, is_whole)
-    print("\n".join([f"{len(changed)} differ from {TABLE.name}, which --write brings up to date", *changed]))
+    print("\n".join([f"{len(changed)} differ from {TABLE.name}; --write updates it", *changed]))
     return bool(problems or changed)
 
 

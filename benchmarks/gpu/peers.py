@@ -1,7 +1,7 @@
-"""What the timed workloads are compared with: the peers of stamp_kernels.profiling on the same inputs.
+"""The peers of stamp_kernels.profiling on the inputs of the timed workloads.
 
-A peer is given the workload's inputs and lays them out as it wants before it is timed. None has dropout, and for all of
-them every target of a cross-entropy is valid.
+A peer gets the workload's inputs and brings them into its own layout before the timing starts. No peer has dropout. For
+all peers, every target of a cross-entropy is valid.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from stamp_kernels.profiling.peers.pruning import num_kept, sort_within_sequence
 
 Inputs = dict[str, Tensor]
 
-# A padded map, of which the peers hold several; larger ones would take seconds.
+# One padded attention map. The peers hold several of them, and larger ones would take seconds.
 MAX_MAP_BYTES = 4 * 2**30
-# Of each logit: itself, the softmax, the gradients of both, all in 16 bits, and twice that for temporaries.
+# The logit, its softmax and the gradients of both, all in 16 bits, and as much again for temporaries.
 BYTES_PER_LOGIT = 16
 
 
 class Steps(NamedTuple):
-    """What is timed; `both` is the forward and the backward, None where there is no backward."""
+    """The timed functions. `both` is forward and backward, None if there is no backward."""
 
     forward: Callable[[], object]
     both: Callable[[], object] | None
@@ -45,7 +45,7 @@ def ours(workload: Workload) -> Peer:
 
 
 def peers_of(workload: Workload, device: Device) -> dict[str, Peer]:
-    """By name. Preparing one raises SkipError where it would not fit."""
+    """Peers by name. A peer raises SkipError if it would not fit into memory."""
     if isinstance(workload, Attention):
         return _attention_peers(workload)
     if isinstance(workload, CrossEntropy):
@@ -58,7 +58,7 @@ def peers_of(workload: Workload, device: Device) -> dict[str, Peer]:
 
 
 def _with_backward(loss_or_out: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor | None) -> Steps:
-    """Steps of a function of leaves."""
+    """The steps of a function of `inputs`, which need gradients."""
 
     def forward() -> object:
         with torch.no_grad():
@@ -71,8 +71,8 @@ def _with_backward(loss_or_out: Callable[..., Tensor], inputs: tuple[Tensor, ...
 
 
 def _attention_peers(workload: Attention) -> dict[str, Peer]:
-    """Of self-attention without positions, which is what they know."""
-    if workload.query_lengths is not None or workload.positions:
+    """Peers for self-attention without positions; they support nothing else."""
+    if workload.lengths_q is not None or workload.positions:
         return {}
 
     def peer(prepare: Callable[[AttentionProblem], PreparedAttention]) -> Peer:
@@ -87,18 +87,19 @@ def _attention_peers(workload: Attention) -> dict[str, Peer]:
 
 def _attention(workload: Attention, prepare: Callable[[AttentionProblem], PreparedAttention], x: Inputs) -> Steps:
     if workload.bias:
-        map_bytes = len(workload.lengths) * workload.heads * max(workload.lengths) ** 2 * x["q"].element_size()
+        map_bytes = len(workload.lengths) * workload.num_heads * max(workload.lengths) ** 2 * x["q"].element_size()
         if map_bytes > MAX_MAP_BYTES:
-            raise SkipError(f"a padded map has {map_bytes / 2**30:.1f} GiB")
+            raise SkipError(f"a padded map takes {map_bytes / 2**30:.1f} GiB")
     problem = AttentionProblem(
         x["q"], x["k"], x["v"], workload.lengths, workload.causal, scale=1.0 if workload.bias else None,
-        bias_table=x["table"].to(x["q"].dtype) if workload.bias else None,
+        bias_table=x["bias_table"].to(x["q"].dtype) if workload.bias else None,
     )  # fmt: skip
     prepared = prepare(problem)
 
     def attend(*inputs: Tensor) -> Tensor:
         result = prepared.attend(*inputs)
-        return result[0] if isinstance(result, tuple) else result  # with the centrality, which has no gradient
+        # A peer with centrality returns a tuple; the centrality has no gradient.
+        return result[0] if isinstance(result, tuple) else result
 
     grad = problem.pad(x["grad"]) if prepared.padded else x["grad"]
     return _with_backward(attend, prepared.inputs, grad)
@@ -108,14 +109,13 @@ def _attention(workload: Attention, prepare: Callable[[AttentionProblem], Prepar
 
 
 def _cross_entropy(workload: CrossEntropy, device: Device, x: Inputs) -> Steps:
-    softmaxes = workload.steps if workload.hidden_per_step or workload.codebooks else 1
-    num_bytes = BYTES_PER_LOGIT * softmaxes * workload.rows * workload.classes
+    num_bytes = BYTES_PER_LOGIT * workload.num_softmaxes * workload.rows * workload.num_classes
     free = device.free_memory()
     if num_bytes > free:
-        raise SkipError(f"logits would take {num_bytes / 2**30:.0f} GiB of {free / 2**30:.0f}")
-    first_class = workload.classes * torch.arange(workload.steps, device=x["targets"].device) * workload.codebooks
+        raise SkipError(f"the logits would take {num_bytes / 2**30:.0f} GiB of {free / 2**30:.0f} GiB")
+    first_class = workload.num_classes * torch.arange(workload.steps, device=x["targets"].device) * workload.codebooks
     targets = torch.where(x["targets"] < 0, first_class, x["targets"])
-    sizes = (workload.classes,) * workload.steps if workload.codebooks else None
+    sizes = (workload.num_classes,) * workload.steps if workload.codebooks else None
     problem = CrossEntropyProblem(x["hidden"], x["weight"], targets, sizes)
     return _with_backward(cross_entropy_peers.full_logits(problem), problem.leaves(), None)
 
@@ -129,8 +129,8 @@ def _index_select(x: Inputs) -> Steps:
 
 
 def _copy(workload: Gather, x: Inputs) -> Steps:
-    """As many rows, one after the other: what an index costs is the difference."""
-    return Steps(lambda: x["x"][: workload.kept].clone(), None)
+    """Copies as many contiguous rows: the difference is the cost of the index."""
+    return Steps(lambda: x["x"][: workload.num_kept].clone(), None)
 
 
 def _sorted_prune(workload: Prune, x: Inputs) -> Steps:

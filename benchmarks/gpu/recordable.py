@@ -1,4 +1,4 @@
-"""Everything that the GPU check launches, so that its kernels can be compiled where there is no GPU: see bundle.py."""
+"""Everything that the GPU check launches, so that bundle.py can compile its kernels on a machine without a GPU."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -7,12 +7,12 @@ import torch
 from alternatives import QUESTIONS, Question, Variant
 from workloads import CHECKED, TIMED, Workload
 
-CHECKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order in which they are checked
+CHECKED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # in the order of the check
 TIMED_DTYPE = torch.bfloat16
 
 
 def recordable() -> Iterator[tuple[str, Callable[[torch.device], object]]]:
-    """(name, what it runs on a device) of each workload in its dtypes and of each alternative; training is apart."""
+    """Yields (name, run(device)) for each workload in its dtypes and for each alternative, without the training."""
     for workload in TIMED:
         yield f"{workload.name} timed", partial(_run_both, workload, TIMED_DTYPE)
     for dtype in CHECKED_DTYPES:
@@ -28,7 +28,7 @@ def _run(workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def _run_both(workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
-    """Without gradients a cross-entropy may launch other kernels."""
+    """Runs the forward separately too: without gradients a cross-entropy may launch other kernels."""
     x = workload.inputs(device, dtype)
     workload.forward(x)
     workload.run(x)

@@ -1,7 +1,7 @@
-"""The results file of a check: JSON lines, each written as soon as it is known. Without third-party imports.
+"""The results file of a check: JSON lines, each written immediately. This file has no third-party imports.
 
-Records name their `part`. Those with a `status` are about a case of the part (or the whole part, without `case`):
-"begun", then "ok", "failed" or "skipped". The others are measurements.
+Every record names its `part`. A record with a `status` is about one case of the part, or about the whole part if it has
+no `case`. The status is "begun", then "ok", "failed" or "skipped". All other records are measurements.
 """
 
 import json
@@ -14,24 +14,24 @@ KEYS_OF_ALL = ("part", "status", "case")
 
 
 class Results:
-    """What one part appends to the results file."""
+    """Appends the records of one part to the results file."""
 
     def __init__(self, file: Path, part: str) -> None:
         self.file = file
         self.part = part
 
     def add(self, **record: Any) -> None:
-        with open(self.file, "a") as file:  # closed, and so flushed, at once
+        with open(self.file, "a") as file:  # closing flushes it
             file.write(json.dumps({"part": self.part, **record}) + "\n")
 
     def begun(self) -> set[str]:
-        """The cases that this part has begun, in this process or before it."""
+        """The cases that this part has begun, in this process or an earlier one."""
         records = read_records(self.file)
         return {record["case"] for record in records if record["part"] == self.part and record["status"] == "begun"}
 
 
 def read_records(file: Path) -> list[Record]:
-    """Every whole line; the last one may have been cut off. Missing statuses read as None."""
+    """The complete lines: the last one may be truncated. Missing keys of KEYS_OF_ALL are None."""
     return list(_whole_lines(file)) if file.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""Launches every CUDA C++ kernel on short, long and odd shapes, and few of torch's: what sanitizer.py watches.
+"""Launches every CUDA C++ kernel on short, long and odd shapes, and few kernels of torch, for sanitizer.py.
 
 python benchmarks/gpu/sanitized.py [--rehearse]
 """

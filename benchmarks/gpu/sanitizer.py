@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/sanitizer.py --results FILE [--rehearse]
 
-Each tool runs sanitized.py, which launches every one of those kernels on short, long and odd shapes. Both run at once:
-most of their time is the start of torch under the tool.
+Each tool runs sanitized.py, which launches every one of those kernels on short, long and odd shapes. Both tools run at
+the same time, since most of their time is the start of torch.
 """
 
 import os
@@ -24,15 +24,15 @@ from records import Record
 TOOLS = ("memcheck", "racecheck")
 SCRIPT = Path(__file__).with_name("sanitized.py")
 NAME = "compute-sanitizer"
-# Only kernels of our namespace: torch's are many, and calls of the driver that fail without harm are its own.
+# Only kernels in our namespace, since torch has many. API errors are off: some of torch's calls fail without harm.
 OPTIONS = ("--kernel-name", "kernel_substring=stamp", "--report-api-errors", "no", "--error-exitcode", "9")
 SHOWN_CHARACTERS = 2000
-# Every tensor in an allocation of its own, so that its bounds are seen.
+# Each tensor gets its own allocation, so that the tool knows its bounds.
 VARIABLES = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 class FoundError(Exception):
-    """The tool has found something, or did not come to its end."""
+    """The tool found an error, or did not finish."""
 
 
 def command_of(tool: str, rehearse: bool) -> list[str]:
@@ -41,13 +41,13 @@ def command_of(tool: str, rehearse: bool) -> list[str]:
         return [*script, "--rehearse"]
     program = shutil.which(NAME) or shutil.which(NAME, path="/usr/local/cuda/bin")
     if program is None:
-        raise SkipError(f"there is no {NAME}")
+        raise SkipError(f"{NAME} is not installed")
     return [program, "--tool", tool, *OPTIONS, *script]
 
 
 def run_tools(rehearse: bool) -> Iterator[Record]:
-    """One measurement for each tool; an error after them if one has found anything."""
-    tools = TOOLS[:1] if rehearse else TOOLS  # without the tools both are the same
+    """Yields one measurement per tool, then raises if a tool found an error."""
+    tools = TOOLS[:1] if rehearse else TOOLS  # without the tools both runs would be the same
     found = []
     with ThreadPoolExecutor(len(tools)) as pool:
         for record in pool.map(partial(run_tool, rehearse=rehearse), tools):

@@ -1,4 +1,4 @@
-"""Time of a step by replays of a CUDA graph, each call on inputs that no cache holds."""
+"""Measures the time of a step by replays of a CUDA graph. Each call reads inputs that are not in the cache."""
 
 import math
 import statistics
@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 from device import Device
 from torch import Tensor
 
-SECONDS = 0.12  # of replays that are timed, for each graph
+SECONDS = 0.12  # of timed replays per graph
 MAX_SETS = 40
-# A graph has several calls, so that the gap between two graphs, some 2 us, is a small part of it.
+# A graph has several calls, so that the gap of about 2 us between two graphs is a small part of its time.
 MICROSECONDS_PER_GRAPH = 400
 
 
 class Microseconds(NamedTuple):
-    """Of one call: the median, and the quartiles of the replays."""
+    """The time of one call: the median and the quartiles over the replays."""
 
     median: float
     p25: float
     p75: float
 
     def minus(self, other: "Microseconds") -> "Microseconds":
-        """Of what the one does and the other does not; the quartiles are those of the medians' difference at worst."""
+        """The difference of the medians, with the widest quartiles that the two permit."""
         return Microseconds(self.median - other.median, self.p25 - other.p75, self.p75 - other.p25)
 
     def record(self) -> dict[str, float]:
@@ -30,18 +30,18 @@ class Microseconds(NamedTuple):
 
 
 def num_input_sets(device: Device, one: dict[str, Tensor]) -> int:
-    """As many as together exceed twice the cache, so that every set has left it when its turn comes again."""
+    """Enough input sets to exceed twice the cache, so that no set is still cached at its next turn."""
     num_bytes = sum(x.numel() * x.element_size() for x in one.values())
     return max(1, min(MAX_SETS, math.ceil(2 * device.cache_bytes / num_bytes)))
 
 
 def microseconds(device: Device, step: Callable[[Any], object], input_sets: Sequence[Any]) -> Microseconds:
-    """Of one call of the step, the input sets in turn."""
+    """The time of one call of the step. The calls take the input sets in turn."""
 
     def in_turn(rounds: int) -> None:
         for _ in range(rounds):
             for inputs in input_sets:
-                step(inputs)  # what it returns is freed, and its memory used again, within the graph, too
+                step(inputs)  # the result is freed, and the graph reuses its memory
 
     captured = device.capture(lambda: in_turn(1))
     times = device.replay_times(captured, 0)

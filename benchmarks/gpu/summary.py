@@ -1,6 +1,6 @@
-"""The tables that end a check, failures first, in a few screens. Without third-party imports.
+"""The tables at the end of a check, failures first, in a few screens. This file has no third-party imports.
 
-The reply of a GPU machine carries the last 12,000 characters of the output: the summary has to fit in there.
+The reply of a GPU machine has the last 12,000 characters of the output, and the summary has to fit into them.
 """
 
 from collections.abc import Iterable
@@ -11,19 +11,19 @@ REASON_CHARACTERS = 170
 
 
 def summary_of(records: list[Record]) -> str:
-    """Of a whole results file, however far it has come."""
+    """The summary of a results file, complete or not."""
     sections = (_head, _failures, _environment, _correctness, _sanitizer, _timings, _training, _alternatives, _parts)
     texts = []
     for section in sections:
         try:
             texts.append(section(records))
-        except (KeyError, ValueError) as error:  # a line that says something else must not cost the other tables
+        except (KeyError, ValueError) as error:  # a malformed line must not hide the other tables
             texts.append(f"{section.__name__}: {error!r}")
     return "\n\n".join(text for text in texts if text)
 
 
 def _of(records: Iterable[Record], part: str) -> list[Record]:
-    """A part's measurements."""
+    """The measurements of a part."""
     return [record for record in records if record["part"] == part and not record["status"]]
 
 
@@ -36,7 +36,7 @@ def _head(records: list[Record]) -> str:
 
 
 def _failures(records: list[Record]) -> str:
-    """Cases that failed, and those that their process did not survive or had no time for."""
+    """Cases that failed, and cases that did not finish because their process died or ran out of time."""
     last = {(record["part"], record["case"]): record for record in records if record["case"] and record["status"]}
     lines = []
     for (part, case), record in last.items():
@@ -69,7 +69,7 @@ def _environment(records: list[Record]) -> str:
 
 
 def _correctness(records: list[Record]) -> str:
-    """The error that comes closest to its bound, by workload and dtype."""
+    """The error that is closest to its bound, by workload and dtype."""
     rows: dict[str, dict[str, str]] = {}
     for record in _of(records, "correctness"):
         shares = {
@@ -84,7 +84,7 @@ def _correctness(records: list[Record]) -> str:
     if not rows:
         return ""
     dtypes = ("bfloat16", "float16", "float32")
-    lines = [f"{'worst error, of its bound':<34}" + "".join(f"{dtype:<26}" for dtype in dtypes)]
+    lines = [f"{'worst error, share of bound':<34}" + "".join(f"{dtype:<26}" for dtype in dtypes)]
     in_order = sorted(rows.items(), key=lambda row: not any("WRONG" in text for text in row[1].values()))
     lines += [f"{name:<34}" + "".join(f"{row.get(dtype, ''):<26}" for dtype in dtypes) for name, row in in_order]
     return "\n".join(line.rstrip() for line in lines)
@@ -98,7 +98,7 @@ def _sanitizer(records: list[Record]) -> str:
 
 
 def _timings(records: list[Record]) -> str:
-    """A line for each workload: each direction, its prediction, its floor, and the best peer's time in ours."""
+    """A line per workload. Each direction has our time, prediction, floor, its share, and best peer / ours."""
     timed = _of(records, "timings")
     lines = [
         f"card: {r['flops_per_second'] / 1e12:.0f} TFLOP/s, {r['bytes_per_second'] / 1e12:.2f} TB/s"
@@ -136,7 +136,7 @@ def _timing(ours: Record | None, peers: dict[str, dict[str, Record]], direction:
 
 
 def _best(peers: dict[str, dict[str, Record]], direction: str) -> tuple[str, float]:
-    """The fastest peer and its time; a copy is not one, since it does not do the same."""
+    """The fastest peer and its time. A copy does not count, since it computes something else."""
     times = {name: by_direction[direction]["us"] for name, by_direction in peers.items() if direction in by_direction}
     times.pop("copy", None)
     return min(times.items(), key=lambda item: item[1]) if times else ("", 0.0)
@@ -146,7 +146,7 @@ def _training(records: list[Record]) -> str:
     measured = _of(records, "training")
     if not measured:
         return ""
-    columns = f"{'ms':>9}{'quartiles':>20}{'host':>9}{'kernels':>9}{'launches':>9}{'peak GiB':>9}"
+    columns = f"{'ms':>9}{'quartiles':>20}{'CPU':>9}{'kernels':>9}{'launches':>9}{'peak GiB':>9}"
     lines = [f"{'training step':<22}{columns}"]
     for r in measured:
         name, quartiles = f"{r['configuration']} {r['batch_size']}", f"{r['p25_ms']:.2f}-{r['p75_ms']:.2f}"

@@ -1,10 +1,10 @@
-"""Time of every workload of TIMED in bf16 beside its floor, its prediction and its peers.
+"""Measures every workload of TIMED in bf16 and records its time with its floor, its prediction and its peers.
 
     python benchmarks/gpu/timings.py --results FILE [--rehearse]
 
-First what the card reaches: a copy and a matrix product, which the floors are computed from. Then each workload by
-replays of a CUDA graph, forward, and forward and backward; the backward is the difference. Its peers follow it, in the
-same process.
+A copy and a matrix product come first; the floors follow from their rates. Then each workload is timed by replays of a
+CUDA graph: the forward, then forward and backward together. The time of the backward is the difference. The peers of a
+workload follow it in the same process.
 """
 
 import json
@@ -27,7 +27,7 @@ from stamp_kernels.profiling.peers.availability import PeerUnavailableError
 
 PREDICTIONS = json.loads(Path(__file__).with_name("predictions.json").read_text())["microseconds"]
 
-# What says most comes first, since the part may run out of time; the rest in the order of TIMED.
+# The most informative workloads come first, since the part may run out of time. The others follow in TIMED's order.
 FIRST = (
     "L120.bias.dropout", "CE.D128.V4096", "L240.bias.dropout", "prune.256x240", "L120", "L1024.H8", "ragged.L94.bias",
     "CE.D1024.V152960", "L120.bias", "L240.bias", "L240", "L120.bias.dropout.centrality", "gather.128", "ragged.L94",
@@ -40,7 +40,7 @@ SMALL_PRODUCT_SIZE, SMALL_COPY_BYTES = 32, 2**10
 
 @cache
 def card_rates(device: Device, rehearse: bool) -> Rates:
-    """A bf16 product of random matrices, which take more power than zeros, and a copy from memory to memory."""
+    """Rates of a bf16 matrix product and of a memory copy. The matrices are random: zeros would take less power."""
     size, num_bytes = (SMALL_PRODUCT_SIZE, SMALL_COPY_BYTES) if rehearse else (PRODUCT_SIZE, COPY_BYTES)
     left, right = (torch.randn(size, size, device=device.device).to(torch.bfloat16) for _ in range(2))
     product = torch.empty_like(left)
@@ -55,7 +55,7 @@ def record_rates(device: Device, rehearse: bool) -> Iterator[Record]:
 
 
 def time_steps(device: Device, workload: Workload, implementation: str, peer: Peer) -> Iterator[Record]:
-    """Forward, both, and the backward as their difference."""
+    """Times the forward and both directions; the backward is the difference."""
     one = workload.inputs(device.device, TIMED_DTYPE)
     inputs = [one, *(workload.inputs(device.device, TIMED_DTYPE, i) for i in range(1, num_input_sets(device, one)))]
     try:
@@ -76,7 +76,7 @@ def time_steps(device: Device, workload: Workload, implementation: str, peer: Pe
 
 
 def time_ours(device: Device, workload: Workload, rehearse: bool) -> Iterator[Record]:
-    """With the floor and the prediction of each direction."""
+    """Adds the floor and the prediction of each direction."""
     rates = card_rates(device, rehearse)
     floors = [1e6 * rates.floor_seconds(*work) for work in workload.work(TIMED_DTYPE.itemsize)]
     floor_us = dict(zip(("forward", "backward"), floors, strict=True)) | {"both": sum(floors)}

@@ -1,10 +1,11 @@
-"""Training steps of the six configurations of `stamp-profile train`, in bfloat16 autocast, in small and large batches.
+"""Measures training steps of the six configurations of `stamp-profile train` under bfloat16 autocast.
 
     python benchmarks/gpu/training.py --results FILE [--data FILE] [--rehearse]
 
-Each configuration by itself: time from one synchronisation to the next, how much of it the host took to launch, and how
-much kernels took, by torch's profiler over a few more steps; the number of launches; peak memory. Histories as
-`stamp-profile train` cuts them. Without a data file they are made up: as many items, and lengths up to 30.
+Each configuration runs in small and in large batches. Its measurements are the time between two synchronisations, the
+part of it until the CPU has launched everything, the time of the kernels and the number of launches (torch's profiler,
+over a few more steps), and the peak memory. Histories are truncated as in `stamp-profile train`. Without a data file
+they are random, and are truncated to the same length.
 """
 
 import gc
@@ -35,7 +36,7 @@ SHOWN_KERNELS, SHOWN_CHARACTERS = 8, 60
 
 
 class Sizes(NamedTuple):
-    """Of a whole part."""
+    """What the part runs, in full or in a rehearsal."""
 
     batch_sizes: tuple[int, ...]
     max_items: int
@@ -74,13 +75,13 @@ def settings_of(sizes: Sizes, batch_size: int, device: torch.device) -> TrainSet
 
 @cache
 def training_data(file: Path | None, sizes: Sizes) -> TrainingData:
-    """The rows are the same for every batch size."""
+    """The same rows serve every batch size."""
     interactions = made_interactions(sizes.users) if file is None else load_interactions(file)
     return prepare_data(interactions, settings_of(sizes, 1, torch.device("cpu")))
 
 
 def batches_on(device: Device, data: TrainingData, settings: TrainSettings) -> list[Batch]:
-    """One for each step of the warm-up and each timed one; they begin again where the data has fewer."""
+    """One batch per warm-up step and timed step. They repeat if the data has fewer."""
     epoch = batches(data.training_set, settings.batch_size, settings.seed, settings.model.auxiliary_steps)
     return [batch.to(device.device) for batch in islice(cycle(epoch), settings.warmup + settings.steps)]
 
@@ -104,8 +105,8 @@ def measure(device: Device, configuration: str, batch_size: int, sizes: Sizes, f
 
 
 def step_times(device: Device, trainee: Trainee, training_batches: list[Batch], warmup: int) -> Record:
-    """Milliseconds of a step until the device is done, and until the host is."""
-    wall, host = [], []
+    """Milliseconds of a step until the device has finished, and until the CPU has."""
+    until_done, until_launched = [], []
     gc.collect()
     gc.disable()
     try:
@@ -116,22 +117,22 @@ def step_times(device: Device, trainee: Trainee, training_batches: list[Batch], 
             launched = time.perf_counter()
             device.synchronize()
             if i >= warmup:
-                wall.append(1e3 * (time.perf_counter() - start))
-                host.append(1e3 * (launched - start))
+                until_done.append(1e3 * (time.perf_counter() - start))
+                until_launched.append(1e3 * (launched - start))
     finally:
         gc.enable()
-    p25, median, p75 = statistics.quantiles(wall, n=4, method="inclusive")
+    p25, median, p75 = statistics.quantiles(until_done, n=4, method="inclusive")
     return {
         "step_ms": round(median, 3),
         "p25_ms": round(p25, 3),
         "p75_ms": round(p75, 3),
-        "host_ms": round(statistics.median(host), 3),
-        "timed_steps": len(wall),
+        "host_ms": round(statistics.median(until_launched), 3),
+        "timed_steps": len(until_done),
     }
 
 
 def kernel_times(device: Device, trainee: Trainee, profiled: list[Batch]) -> Record:
-    """What the device did in a step: its milliseconds, the launches, and the kernels that took most."""
+    """The milliseconds and launches of a step on the device, and the kernels that take the most time."""
 
     def steps() -> None:
         for batch in profiled:
@@ -149,7 +150,7 @@ def kernel_times(device: Device, trainee: Trainee, profiled: list[Batch]) -> Rec
 
 
 def peak_of(device: Device, trainee: Trainee, training_batches: list[Batch]) -> int:
-    """Bytes at the peak of a step on the largest batch, with what the model and its optimizer hold."""
+    """Peak bytes of a step on the largest batch, including the model and its optimizer."""
     largest = max(training_batches, key=lambda batch: batch.size)
     held = resident_bytes(trainee.recommender, trainee.optimizer)
     return peak_bytes(partial(trainee.step, largest), device.device, resident_bytes=held)

@@ -1,15 +1,15 @@
-"""Attention family: packed_attention and what a user would run instead, at three distributions of lengths.
+"""Attention family: packed_attention and what a user would run instead, on three distributions of lengths.
 
-pytest benchmarks/micro/bench_attention.py --benchmark-only --benchmark-json=attention.json
-python benchmarks/table.py attention.json
+    pytest benchmarks/micro/bench_attention.py --benchmark-only --benchmark-json=attention.json
+    python benchmarks/table.py attention.json
 
-Padded implementations get q, k, v and the mask padded and ready, as a padded model holds them: padding is not in their
-time. T5's bias is computed in every step, as it has a gradient. All inputs have the layout of a model's projections,
-`[B, S, H, D]` or `[T, H, D]`. fp32 on a CPU, bf16 on a GPU.
+Padded implementations get padded q, k, v and mask, as in a padded model: padding is not in their time. T5's bias is
+computed in every step, since it has a gradient. All inputs have the layout of a model's projections, `[B, S, H, D]` or
+`[T, H, D]`. They are fp32 on a CPU and bf16 on a GPU.
 
-The floor counts the pairs that the sequences have. Forward: q, k, v read, output and lse written, two products.
-Backward: q, k, v, out, its gradient and lse read, three gradients written, five products. Where a case is small enough
-for the caches, its share of the floor may exceed 100 %; where arithmetic decides it cannot, unless the rate is wrong.
+The floor counts the query-key pairs of the sequences. Forward: q, k, v are read, output and lse written; two products.
+Backward: q, k, v, out, its gradient and lse are read, three gradients written; five products. The share of the floor
+may exceed 100 % in a case that fits into the caches. In a case bound by arithmetic it cannot, unless the rate is wrong.
 """
 
 from collections.abc import Callable
@@ -36,10 +36,10 @@ from stamp_kernels.profiling.peers.attention import (
 )
 from stamp_kernels.profiling.peers.availability import PeerUnavailableError
 
-HEADS, HEAD_DIM = 6, 64
+NUM_HEADS, HEAD_DIM = 6, 64
 NUM_BUCKETS = 32
 ON_GPU = torch.cuda.is_available()
-# The padded maps of a whole batch have to fit; a CPU gets batches that the padded peers finish within the second.
+# The padded maps of a batch have to fit into memory. On a CPU the padded peers should finish a batch in a second.
 LENGTHS = {
     "lognormal 8-400": lognormal_lengths(512 if ON_GPU else 64),
     "long tail to 1024": long_tail_lengths(256 if ON_GPU else 8),
@@ -51,10 +51,10 @@ DIRECTIONS = ["forward", "forward+backward"]
 
 
 def packed(problem: AttentionProblem) -> PreparedAttention:
-    def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor | None = None) -> Tensor:
         bias = None
-        if table is not None:
-            bias = RelativePositionBias(table, bidirectional=not problem.causal, max_distance=problem.max_distance)
+        if bias_table is not None:
+            bias = RelativePositionBias(bias_table, not problem.causal, problem.max_distance)
         return packed_attention(
             q,
             k,
@@ -78,7 +78,7 @@ def packed_with_centrality(problem: AttentionProblem) -> PreparedAttention:
 
 
 def packed_then_centrality(problem: AttentionProblem) -> PreparedAttention:
-    """The op for attention that comes from elsewhere, after the fact."""
+    """The separate op, for attention that another kernel has computed."""
     lengths = dict(cu_seqlens_q=problem.cu_seqlens, max_seqlen_q=problem.max_seqlen)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,18 +118,18 @@ def make_problem(
 ) -> AttentionProblem:
     generator = torch.Generator().manual_seed(0)
     total = int(lengths.sum())
-    q, k, v = (torch.randn(total, HEADS, HEAD_DIM, generator=generator).to(device, dtype) for _ in range(3))
+    q, k, v = (torch.randn(total, NUM_HEADS, HEAD_DIM, generator=generator).to(device, dtype) for _ in range(3))
     if not bias:
         return AttentionProblem(q, k, v, tuple(lengths.tolist()), causal=causal)
-    table = torch.randn(NUM_BUCKETS, HEADS, generator=generator).to(device, dtype)
-    # T5 does not scale its scores: its queries come out smaller.
-    return AttentionProblem(q * HEAD_DIM**-0.5, k, v, tuple(lengths.tolist()), causal, scale=1.0, bias_table=table)
+    bias_table = torch.randn(NUM_BUCKETS, NUM_HEADS, generator=generator).to(device, dtype)
+    # T5 does not scale q.k, so its queries are smaller.
+    return AttentionProblem(q * HEAD_DIM**-0.5, k, v, tuple(lengths.tolist()), causal, scale=1.0, bias_table=bias_table)
 
 
 def work(problem: AttentionProblem, direction: str) -> list[KernelWork]:
     pairs = sum(n * (n + 1) // 2 if problem.causal else n * n for n in problem.lengths)
-    product = 2 * pairs * HEADS * HEAD_DIM
-    rows, lse = problem.q.nbytes, 4 * problem.q.shape[0] * HEADS
+    product = 2 * pairs * NUM_HEADS * HEAD_DIM
+    rows, lse = problem.q.nbytes, 4 * problem.q.shape[0] * NUM_HEADS
     forward = KernelWork(2 * product, 4 * rows + lse)
     backward = KernelWork(5 * product, 8 * rows + lse)
     return [forward] if direction == "forward" else [forward, backward]
@@ -137,7 +137,7 @@ def work(problem: AttentionProblem, direction: str) -> list[KernelWork]:
 
 def prepare(peer: Callable[[AttentionProblem], PreparedAttention], problem: AttentionProblem) -> PreparedAttention:
     if problem.q.device.type == "cpu" and peer in (nested_sdpa, flex):
-        pytest.skip("on a CPU torch pads it or runs it uncompiled, several times slower than the loop")
+        pytest.skip("on a CPU torch pads or does not compile it: several times slower than the loop")
     try:
         return peer(problem)
     except PeerUnavailableError as error:
@@ -171,22 +171,31 @@ def run(
     )
 
 
-# Of stacked decorators the first varies fastest: the implementations of one case run next to each other.
+# In stacked decorators the first parameter varies fastest: the implementations of one case run next to each other.
 
 
 @pytest.mark.parametrize("implementation", WITHOUT_BIAS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("distribution", LENGTHS)
-def test_attention(measured, device, dtype, distribution, direction, implementation):
+def test_attention(
+    measured: Callable[..., None],
+    device: torch.device,
+    dtype: torch.dtype,
+    distribution: str,
+    direction: str,
+    implementation: str,
+) -> None:
     if implementation == "flex_attention" and distribution != "lognormal 8-400":
-        pytest.skip("compiled anew for every batch, which takes longer than everything else here: one is enough")
+        pytest.skip("it compiles again for every batch, which takes longer than all other cases: one is enough")
     problem = make_problem(LENGTHS[distribution], device, dtype)
     run(measured, problem, WITHOUT_BIAS, implementation, f"attention, {distribution}", direction)
 
 
 @pytest.mark.parametrize("implementation", [name for name in WITHOUT_BIAS if name != "flex_attention"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_causal(measured, device, dtype, direction, implementation):
+def test_causal(
+    measured: Callable[..., None], device: torch.device, dtype: torch.dtype, direction: str, implementation: str
+) -> None:
     problem = make_problem(LENGTHS["lognormal 8-400"], device, dtype, causal=True)
     run(measured, problem, WITHOUT_BIAS, implementation, "causal attention, lognormal 8-400", direction)
 
@@ -194,24 +203,35 @@ def test_causal(measured, device, dtype, direction, implementation):
 @pytest.mark.parametrize("implementation", WITH_BIAS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("distribution", LENGTHS)
-def test_bias(measured, device, dtype, distribution, direction, implementation):
+def test_bias(
+    measured: Callable[..., None],
+    device: torch.device,
+    dtype: torch.dtype,
+    distribution: str,
+    direction: str,
+    implementation: str,
+) -> None:
     if implementation == "flex_attention, bias" and distribution != "lognormal 8-400":
-        pytest.skip("compiled anew for every batch, which takes longer than everything else here: one is enough")
+        pytest.skip("it compiles again for every batch, which takes longer than all other cases: one is enough")
     problem = make_problem(LENGTHS[distribution], device, dtype, bias=True)
     run(measured, problem, WITH_BIAS, implementation, f"T5 bias, {distribution}", direction)
 
 
 @pytest.mark.parametrize("implementation", CENTRALITY)
-def test_centrality(measured, device, dtype, implementation):
-    """The baseline is a forward pass without centrality: the ratio is what centrality costs."""
+def test_centrality(
+    measured: Callable[..., None], device: torch.device, dtype: torch.dtype, implementation: str
+) -> None:
+    """The baseline is a forward without centrality, so the ratio shows the cost of centrality."""
     problem = make_problem(LENGTHS["lognormal 8-400"], device, dtype)
     run(measured, problem, CENTRALITY, implementation, "centrality, lognormal 8-400", "forward")
 
 
 @pytest.mark.parametrize("length", SWEEP_LENGTHS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_length_sweep(measured, device, dtype, direction, length):
-    """As many tokens in sequences of one length each: the time per token has no cliff."""
+def test_length_sweep(
+    measured: Callable[..., None], device: torch.device, dtype: torch.dtype, direction: str, length: int
+) -> None:
+    """The same number of tokens in sequences of one length: the time per token should have no jump."""
     problem = make_problem(fixed_lengths(SWEEP_TOKENS // length, length), device, dtype)
     measured(
         make_step(problem, packed(problem), direction),

@@ -3,8 +3,8 @@
     pytest benchmarks/micro/bench_cross_entropy.py --benchmark-only --benchmark-json=cross_entropy.json
     python benchmarks/table.py cross_entropy.json
 
-The floor counts three products for the logits and the two gradients, and no logits in memory. Where all targets share
-their logits they count once.
+The floor counts three products, for the logits and the two gradients, and no logits in memory. Logits that all targets
+share count once.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from stamp_kernels.profiling.peers.cross_entropy import CrossEntropyProblem, Los
 
 ON_GPU = torch.cuda.is_available()
 ROWS = 32_768 if ON_GPU else 4096
-LARGE_FLOPS = 1e11  # from here on a CPU takes around a second for a step
+LARGE_FLOPS = 1e11  # from here on a step takes about a second on a CPU
 
 
 class Case(NamedTuple):
-    """Rows, width, vocabulary; steps, and what they do not share."""
+    """Rows, width and vocabulary; the steps, and what each of them has for itself."""
 
     rows: int
     width: int
@@ -64,9 +64,9 @@ def minimal(problem: CrossEntropyProblem) -> LossFunction:
 
 
 def whole_vocabulary(problem: CrossEntropyProblem) -> LossFunction:
-    """What is run where levels are not known: another loss, whose softmax has the other levels' codes too."""
+    """Without known codebooks: another loss, whose softmax also has the codes of the other codebooks."""
     if problem.codebook_sizes is None:
-        raise PeerUnavailableError("has no codebooks")
+        raise PeerUnavailableError("the case has no codebooks")
     return peers.full_logits(dataclasses.replace(problem, codebook_sizes=None))
 
 
@@ -87,7 +87,7 @@ if ON_GPU:
         "cut_cross_entropy": peers.cut_cross_entropy,
     }
 COMPILED = ("compiled F.cross_entropy", "compiled chunked torch")
-# Compiling takes longer than everything else: one case for each way that the work is divided.
+# Compilation takes longer than all other cases: one case for each way to divide the work.
 CASES_TO_COMPILE = ("vocabulary 1,024", "vocabulary 32,000", "4 tiny heads", "a language model's head")
 
 
@@ -106,10 +106,10 @@ def make_problem(case: Case, device: torch.device, dtype: torch.dtype) -> CrossE
 def prepare(implementation: str, name: str, problem: CrossEntropyProblem) -> LossFunction:
     is_large = CASES[name].vocabulary > 4096
     if implementation in COMPILED and name not in CASES_TO_COMPILE:
-        pytest.skip("compiling takes longer than everything else here")
+        pytest.skip("compilation takes longer than all other cases")
     if implementation == "chunked torch, recomputed" and is_large:
-        pytest.skip("the weight's gradient, made anew for every chunk, takes longer than everything else here")
-    if implementation == "cut_cross_entropy":  # all cases in one child process
+        pytest.skip("the weight's gradient, computed again for every row chunk, takes longer than all other cases")
+    if implementation == "cut_cross_entropy":  # one child process probes all cases
         problems = (make_problem(case, torch.device("meta"), problem.hidden.dtype) for case in CASES.values())
         peers.probe_cut_cross_entropy([shape for other in problems for shape in other.shapes()])
     try:
@@ -118,7 +118,7 @@ def prepare(implementation: str, name: str, problem: CrossEntropyProblem) -> Los
         pytest.skip(str(error))
 
 
-# Of stacked decorators the first varies fastest: the implementations of one case run next to each other.
+# In stacked decorators the first parameter varies fastest: the implementations of one case run next to each other.
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

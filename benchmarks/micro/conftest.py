@@ -1,10 +1,10 @@
-"""What the micro-benchmarks share: the device, how a step is measured, and what the results say about themselves.
+"""What the micro-benchmarks share: the device, the measurement of a step, and the description of the machine.
 
-pytest-benchmark runs one implementation after the other, so a machine that changes its speed meanwhile shows in the
-ratios. Against that the implementations of one case run next to each other, for a fraction of a second each, and the
-table shows medians with their quartiles. On a GPU a round is many calls and one synchronisation, so that the time is
-the device's wherever the device is slower than Python. The same inputs are read again and again: what fits into a
-cache comes from there, and a small case may beat its floor.
+pytest-benchmark runs one implementation after the other, so a change in the machine's speed changes the ratios. To
+limit this, the implementations of one case run next to each other for a fraction of a second each, and the table shows
+medians with quartiles. On a GPU a round is many calls and one synchronisation, so that the time is the device's
+whenever the device is slower than Python. Every call reads the same inputs. Inputs that fit into a cache stay there,
+and a small case may be faster than its floor.
 """
 
 import math
@@ -28,13 +28,13 @@ from stamp_kernels.profiling.measure import (
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SECONDS_PER_BENCHMARK = 0.1 if DEVICE.type == "cuda" else 0.3
-SECONDS_PER_ROUND = 2e-3  # at least, so that neither the timer nor the synchronisation counts
+SECONDS_PER_ROUND = 2e-3  # at least, so that timer and synchronisation do not count
 WARM_HEAP_BYTES = 2**31
 RATES = pytest.StashKey[Rates]()
 
 
 def device_time() -> float:
-    """Seconds, once the device has done what it was asked to do."""
+    """The time in seconds after the device has finished all work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -47,10 +47,13 @@ def seconds_of(step: Callable[[], object]) -> float:
 
 
 def settled_seconds(step: Callable[[], object], last: float) -> float:
-    """Call it until two calls in a row take about as long (a heap that still grows takes its time), six times at most.
+    """Seconds of a call, after calls until two in a row take about the same time, at most six.
+
+    The first calls are slower while the heap grows.
 
     Args:
-        last: seconds that the call before took.
+        step: the call.
+        last: seconds that the previous call took.
     """
     for _ in range(6):
         seconds = seconds_of(step)
@@ -74,7 +77,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: object, outp
         "dtype": str(DTYPE).removeprefix("torch."),
         **(rates._asdict() if rates is not None else {}),
     }
-    # Results are published: what names the machine, or repeats every single round, stays behind.
+    # Results are published, so nothing that identifies the machine is kept, and no single rounds.
     output_json["machine_info"] = {}
     output_json["commit_info"] = {"id": output_json["commit_info"].get("id")}
     for benchmark in output_json["benchmarks"]:
@@ -83,7 +86,7 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: object, outp
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    # Otherwise padded implementations, whose maps are large, pay for cleared pages, in every call or in the first ones.
+    # Without this, padded implementations, whose maps are large, would pay for cleared pages in the first or all calls.
     if DEVICE.type == "cpu" and keep_freed_memory():
         torch.ones(WARM_HEAP_BYTES, dtype=torch.uint8)
     return DEVICE
@@ -97,13 +100,13 @@ def dtype() -> torch.dtype:
 
 @pytest.fixture(scope="session")
 def rates(request: pytest.FixtureRequest, device: torch.device, dtype: torch.dtype) -> Rates:
-    """What the machine reaches, measured once."""
+    """The machine's rates, measured once."""
     return request.config.stash.setdefault(RATES, measured_rates(device, dtype))
 
 
 @pytest.fixture
 def measured(benchmark: Any, device: torch.device, rates: Rates) -> Callable[..., None]:
-    """Measures time and peak memory of a step, and records them beside the floor."""
+    """Measures time and peak memory of a step, and records them with the floor."""
 
     def measure(
         step: Callable[[], object],
@@ -118,13 +121,13 @@ def measured(benchmark: Any, device: torch.device, rates: Rates) -> Callable[...
         """Record one row of the table.
 
         Args:
-            step: what is timed; it leaves nothing behind.
-            case: what is computed: rows of one case compare.
-            implementation: by what.
-            kernels: the least that has to be done, one after the other.
-            tokens: rows that are not padding.
-            is_baseline: whether the other rows of the case are shown relative to this one.
-            min_rounds: however long they take.
+            step: the timed function, without side effects.
+            case: what is computed. The table compares the rows of one case.
+            implementation: what computes it.
+            kernels: the minimum work, kernel by kernel.
+            tokens: number of rows that are not padding.
+            is_baseline: whether the ratios of the case are relative to this row.
+            min_rounds: lower bound of the rounds, even if they take long.
         """
         try:
             first = seconds_of(step)  # compiles, fills caches

@@ -1,4 +1,4 @@
-"""The least that a kernel has to do, from which its floor follows."""
+"""The minimum work of a kernel, which gives its floor."""
 
 from typing import NamedTuple
 

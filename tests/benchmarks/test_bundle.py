@@ -1,4 +1,4 @@
-"""The bundle for a GPU machine: a Triton cache that hits where it is unpacked."""
+"""The bundle for a GPU machine: its Triton cache hits in the folder where it is unpacked."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ print([launch.is_hit for launch in launches])
 
 
 def test_cache_hits_in_another_folder(tmp_path):
-    """Triton's own lists hold absolute paths: only after `relocate` does the moved cache serve."""
+    """Triton lists absolute paths, so a moved cache hits only after `relocate`."""
     script = tmp_path / "compile.py"
     script.write_text(COMPILE.format(scripts=str(SCRIPTS)))
 
@@ -43,8 +43,8 @@ def test_cache_hits_in_another_folder(tmp_path):
     assert hits("moved") == "[True]"
 
 
-def test_relocated_groups_name_only_files_that_are_there(tmp_path):
-    """With binaries alone in the cache, the lists name intermediate representations that were not kept."""
+def test_relocated_lists_name_only_existing_files(tmp_path):
+    """In a cache with only binaries, the lists also name intermediate representations that were not stored."""
     kernel = tmp_path / "KEY"
     kernel.mkdir()
     (kernel / "k.cubin").write_bytes(b"machine code")
@@ -54,6 +54,7 @@ def test_relocated_groups_name_only_files_that_are_there(tmp_path):
     assert json.loads(group.read_text()) == {"child_paths": {"k.cubin": str(kernel / "k.cubin")}}
 
 
-def test_what_one_entry_compiled_was_not_in_the_cache():
+def test_compiled_key_does_not_count_as_hit():
+    """A key that one entry compiled and a later one found was not in the cache at the start."""
     hits = all_hits([{"a": True, "b": False}, {"b": True}, {"a": True, "c": True}])
     assert hits == {"a": True, "b": False, "c": True}

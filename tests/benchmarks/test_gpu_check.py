@@ -1,4 +1,4 @@
-"""The check for GPU machines, rehearsed on the CPU: every line but those that ask CUDA itself."""
+"""The check for GPU machines, rehearsed on the CPU: every line except those that call CUDA."""
 
 import argparse
 import importlib.metadata
@@ -10,31 +10,35 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 from unittest.mock import create_autospec
 
 import pytest
 import torch
 from gpu_scripts import SCRIPTS
+from torch import Tensor
 
 sys.path.append(str(SCRIPTS))
 import alternatives
 import check
 import timings
+from alternatives import Question, Variant
 from cases import Case, SkipError, run_part
 from correctness import WrongError, error_of
 from correctness import check as check_workload
 from device import Captured, CaptureError, Gpu, StandIn
 from recordable import CHECKED_DTYPES, recordable
-from records import Results, read_records
+from records import Record, Results, read_records
 from summary import summary_of
 from workloads import CHECKED, TIMED, Workload
 
 from stamp_kernels.profiling.recommender.recommender import CONFIGURATIONS
 
-CPU = torch.device("cpu")
+# What a rehearsal of each stage runs here. The environment is the same in both stages.
+REHEARSED = {1: ("environment", "correctness", "sanitizer", "timings"), 2: ("training", "alternatives")}
 
 
-def start_check(output: Path, *arguments: str) -> subprocess.Popen:
+def start_check(output: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(SCRIPTS / "check.py"), *arguments, "--rehearse", "--output", str(output)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -42,34 +46,51 @@ def start_check(output: Path, *arguments: str) -> subprocess.Popen:
 # The rehearsal
 
 
+class Rehearsal(NamedTuple):
+    """A finished rehearsal of one stage."""
+
+    output: str
+    status: int
+    file: Path
+
+
 @pytest.fixture(scope="module")
-def rehearsals(tmp_path_factory):
-    """By stage: exit status, output and results file. Both stages at once, as there are two cores."""
+def rehearsals(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Rehearsal]:
+    """The rehearsal of each stage. Both stages run at the same time."""
     folder = tmp_path_factory.mktemp("check")
-    runs = {stage: start_check(folder, "--stage", str(stage)) for stage in check.STAGES}
+    runs = {
+        stage: start_check(folder, "--stage", str(stage), "--only", ",".join(parts))
+        for stage, parts in REHEARSED.items()
+    }
     return {
-        stage: (run.communicate(timeout=600)[0], run.returncode, folder / f"stage-{stage}.jsonl")
+        stage: Rehearsal(run.communicate(timeout=600)[0], run.returncode, folder / f"stage-{stage}.jsonl")
         for stage, run in runs.items()
     }
 
 
-def measured(file: Path, part: str) -> list[dict]:
+def measured(file: Path, part: str) -> list[Record]:
     return [record for record in read_records(file) if record["part"] == part and not record["status"]]
 
 
+def test_rehearsals_cover_every_part():
+    """Every part of the check except `warm`, which needs a bundle, runs in one of the two rehearsals."""
+    parts = {part.name for stage in check.STAGES.values() for part in stage}
+    assert {name for names in REHEARSED.values() for name in names} == parts - {"warm"}
+
+
 @pytest.mark.parametrize("stage", check.STAGES)
-def test_every_part_is_ok_and_ends_in_the_summary(rehearsals, stage):
+def test_every_part_ends_ok_with_summary(rehearsals, stage):
+    """The output ends with the summary and fits into the reply of a GPU machine."""
     output, status, file = rehearsals[stage]
-    parts = [part.name for part in check.STAGES[stage] if part.name != "warm"]
     ends = {r["part"]: r["status"] for r in read_records(file) if r["status"] and not r["case"]}
-    assert ends == dict.fromkeys(parts, "ok"), output
+    assert ends == dict.fromkeys(REHEARSED[stage], "ok"), output
     assert status == 0
     assert output.strip().endswith(summary_of(read_records(file)).rpartition("\n")[2])
-    assert len(output) < 12_000  # what the reply of a GPU machine carries
+    assert len(output) < 12_000
 
 
-def test_every_checked_workload_has_a_line_in_every_dtype(rehearsals):
-    """In fp16, which Triton's interpreter serves, those that differ when they are small."""
+def test_checked_workloads_have_lines_in_every_dtype(rehearsals):
+    """In fp16, which Triton's interpreter serves, workloads that become equal in a rehearsal run once."""
     output, _, file = rehearsals[1]
     lines = measured(file, "correctness")
     assert {line["dtype"] for line in lines} == {"bfloat16", "float16", "float32"}
@@ -79,7 +100,7 @@ def test_every_checked_workload_has_a_line_in_every_dtype(rehearsals):
             assert any(line["workload"] == workload.name and line["dtype"] == dtype for line in lines)
 
 
-def test_every_timed_workload_has_its_lines(rehearsals):
+def test_timed_workloads_have_lines_in_each_direction(rehearsals):
     output, _, file = rehearsals[1]
     ours = [line for line in measured(file, "timings") if line.get("implementation") == "ours"]
     for workload in TIMED:
@@ -91,7 +112,7 @@ def test_every_timed_workload_has_its_lines(rehearsals):
     assert peers >= {"padded SDPA", "padded eager", "full logits", "index_select", "copy", "sort, index_select"}
 
 
-def test_every_configuration_and_question_has_lines(rehearsals):
+def test_configurations_and_questions_have_lines(rehearsals):
     output, _, file = rehearsals[2]
     assert [line["configuration"] for line in measured(file, "training")] == list(CONFIGURATIONS)
     for question in alternatives.rehearsed_questions(StandIn()):
@@ -101,8 +122,8 @@ def test_every_configuration_and_question_has_lines(rehearsals):
 
 
 @pytest.mark.parametrize("stage", check.STAGES)
-def test_results_convert(rehearsals, tmp_path, stage):
-    file = rehearsals[stage][2]
+def test_converted_results_have_every_measurement(rehearsals, tmp_path, stage):
+    file = rehearsals[stage].file
     target = check.convert(file, tmp_path)
     content = json.loads(target.read_text())
     assert target.name == f"{content['date'][:10]}-cpu-gpu-check-stage-{stage}.json"
@@ -112,10 +133,11 @@ def test_results_convert(rehearsals, tmp_path, stage):
         assert len(content[part]) == len(measured(file, part)) > 0
 
 
-# What goes wrong
+# Interruptions and failures
 
 
-def test_interruption_keeps_what_was_measured(tmp_path):
+def test_interruption_keeps_measurements(tmp_path):
+    """The results file and the summary have every measurement that came before the interrupt."""
     run = start_check(tmp_path, "--stage", "1", "--only", "correctness")
     file = tmp_path / "stage-1.jsonl"
     deadline = time.monotonic() + 120
@@ -132,7 +154,7 @@ def test_interruption_keeps_what_was_measured(tmp_path):
 
 
 def part_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> tuple[str, Results, float]:
-    """How a part with this code ends that may take three seconds, its results, and how long it took."""
+    """Runs a part with this code and a limit of three seconds: (how it ended, its results, its seconds)."""
     script = tmp_path / "part.py"
     script.write_text(f"import sys\nsys.path.append({str(SCRIPTS)!r})\n{code}")
     monkeypatch.setattr(check, "GRACE_SECONDS", 0.5)
@@ -157,7 +179,8 @@ for case in ("first", "second", "third"):
 
 
 @pytest.mark.parametrize("death", ["os.kill(os.getpid(), signal.SIGSEGV)", f"os._exit({check.RESTART})"])
-def test_a_part_goes_on_behind_the_case_that_killed_it(tmp_path, monkeypatch, death):
+def test_part_restarts_after_fatal_case(tmp_path, monkeypatch, death):
+    """A part whose process dies continues with the next case in a new process."""
     ended, results, _ = part_of(tmp_path, monkeypatch, BEGIN_CASES.format(death=death))
     assert ended == "finished"
     end = check.end_of(check.Part("made", (), 3), ended, 1.0, results.file)
@@ -165,24 +188,25 @@ def test_a_part_goes_on_behind_the_case_that_killed_it(tmp_path, monkeypatch, de
     assert (end["cases"]["ok"], end["cases"]["begun"]) == (2, 1)
 
 
-def test_a_part_that_dies_before_its_cases_is_not_repeated(tmp_path, monkeypatch):
+def test_part_without_cases_is_not_restarted(tmp_path, monkeypatch):
+    """A part that dies before its first case would die again."""
     assert part_of(tmp_path, monkeypatch, "sys.exit(1)")[0] == "exit status 1"
 
 
-def test_a_part_that_ignores_interrupts_ends_all_the_same(tmp_path, monkeypatch):
+def test_part_that_ignores_interrupts_is_killed(tmp_path, monkeypatch):
     code = "import signal, time\nfor s in (2, 15): signal.signal(s, signal.SIG_IGN)\ntime.sleep(60)"
     ended, _, seconds = part_of(tmp_path, monkeypatch, code)
     assert ended == "time limit" and seconds < 10
 
 
 def statuses_of(tmp_path: Path, cases: list[Case]) -> dict[str, str]:
-    """By case, after a run through them in this process."""
+    """Runs the cases in this process. Returns the last status of each."""
     arguments = argparse.Namespace(results=tmp_path / "results.jsonl", rehearse=True)
     assert run_part("made", arguments, lambda device: cases) == 0
     return {r["case"]: r["status"] for r in read_records(arguments.results) if r["status"]}
 
 
-def test_a_case_that_fails_does_not_stop_the_others(tmp_path):
+def test_failed_case_does_not_stop_others(tmp_path):
     def good():
         yield {"us": 1.0}
 
@@ -205,15 +229,15 @@ def test_a_case_that_fails_does_not_stop_the_others(tmp_path):
 
 
 @dataclass(frozen=True)
-class Made(Workload):
-    """Doubles its input, but for the fault."""
+class Double(Workload):
+    """Doubles its input, with a fault."""
 
     fault: str = ""
 
-    def inputs(self, device, dtype, seed=0):
+    def inputs(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
         return {"x": torch.arange(1, 5, device=device).to(dtype) + seed}
 
-    def forward(self, x):
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         out = 2 * x["x"]
         if x["x"].dtype == torch.float64:  # the reference
             return {"out": out}
@@ -225,12 +249,13 @@ class Made(Workload):
             out[0] += 1
         return {"out": out}
 
-    def work(self, element_size):
+    def work(self, element_size: int) -> NoReturn:
         raise NotImplementedError
 
 
 def outcome(fault: str) -> str:
-    workload = Made("made", fault=fault)
+    """The message of the error that the check raises for this fault."""
+    workload = Double("double", fault=fault)
     records = check_workload(StandIn(), workload, torch.bfloat16, nullcontext())
     next(records)
     with pytest.raises(WrongError) as error:
@@ -238,15 +263,15 @@ def outcome(fault: str) -> str:
     return str(error.value)
 
 
-def test_a_wrong_output_is_found():
+def test_finds_wrong_output():
     assert outcome("wrong") == "out is off by 0.091"
 
 
-def test_an_unwritten_output_is_found():
+def test_finds_unwritten_output():
     assert "out is off by inf" in outcome("unwritten")
 
 
-def test_an_output_that_differs_from_run_to_run_is_found():
+def test_finds_nondeterministic_output():
     assert "out differs in a second run; out differs in a graph" in outcome("random")
 
 
@@ -274,11 +299,34 @@ def test_error_of(out, ref, expected):
     assert error_of(torch.tensor(out), torch.tensor(ref)) == pytest.approx(expected)
 
 
-# What asks CUDA
+# Alternatives
+
+
+def failing() -> NoReturn:
+    raise ValueError("this tile does not compile")
+
+
+def test_question_times_first_variant_twice():
+    """The second time of the first variant shows the noise."""
+    variants = tuple(Variant(name, nullcontext) for name in ("one", "two", "three"))
+    records = list(alternatives.time_question(StandIn(), Question("made", Double("double"), variants), rehearse=True))
+    assert [record["variant"] for record in records] == ["one", "two", "three", "one"]
+    assert all(record["forward_us"] > 0 and record["both_us"] > 0 for record in records)
+
+
+def test_failed_variant_does_not_stop_others():
+    variants = (Variant("good", nullcontext), Variant("bad", failing))
+    records = alternatives.time_question(StandIn(), Question("made", Double("double"), variants), rehearse=True)
+    assert [next(records)["variant"] for _ in range(2)] == ["good", "good"]
+    with pytest.raises(RuntimeError, match="bad: ValueError: this tile does not compile"):
+        next(records)
+
+
+# What calls CUDA
 
 
 class FakeEvent:
-    """Each comes a millisecond after the one before it."""
+    """Each event comes a millisecond after the one before it."""
 
     count = 0
 
@@ -295,14 +343,15 @@ class FakeEvent:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A stand-in for torch.cuda in device.py, without a device; what does not exist there does not exist in it."""
+    """A fake torch.cuda with the same functions, which needs no device."""
     fake = create_autospec(torch.cuda)
     fake.Event = FakeEvent
     monkeypatch.setattr(torch, "cuda", fake)
     return fake
 
 
-def test_capture_warms_up_behind_the_current_stream(cuda):
+def test_capture_warms_up_after_current_stream(cuda):
+    """The step runs once on the side stream, after the current stream has written the inputs."""
     steps = []
     cuda.graph.return_value.__enter__.side_effect = lambda: steps.append("capture")
     captured = Gpu().capture(lambda: steps.append("step") or "outputs")
@@ -316,7 +365,9 @@ def test_capture_warms_up_behind_the_current_stream(cuda):
     cuda.CUDAGraph.return_value.replay.assert_called_once_with()
 
 
-def test_a_capture_that_fails_says_why_and_leaves_the_stream(cuda):
+def test_failed_capture_names_cause_and_restores_stream(cuda):
+    """The error of the step is reported, not the later one that the end of the capture raises."""
+
     def end(*args):
         raise RuntimeError("the capture has failed")
 
@@ -326,22 +377,22 @@ def test_a_capture_that_fails_says_why_and_leaves_the_stream(cuda):
     def step():
         calls.append(None)
         if len(calls) == 2:
-            raise ValueError("copies from the host")
+            raise ValueError("copies from the CPU")
 
-    with pytest.raises(CaptureError, match="ValueError: copies from the host"):
+    with pytest.raises(CaptureError, match="ValueError: copies from the CPU"):
         Gpu().capture(step)
     cuda.set_stream.assert_called_once_with(cuda.current_stream.return_value)
 
 
-def test_times_of_replays_are_between_events_in_a_row(cuda):
+def test_replay_times_are_between_consecutive_events(cuda):
     replays = []
     times = Gpu().replay_times(Captured(lambda: replays.append(None), None), seconds=0.02)
-    assert times == [1000.0] * 20  # as many as fit, a millisecond each
-    assert len(replays) == 23  # and two before, and one so that the device is busy
+    assert times == [1000.0] * 20  # as many replays of a millisecond as fit
+    assert len(replays) == 23  # two more for the estimate, and one that keeps the device busy
     assert Gpu().replay_times(Captured(lambda: None, None), seconds=0) == [1000.0] * 5
 
 
-def test_a_broken_gpu_is_seen(cuda):
+def test_broken_gpu_is_not_healthy(cuda):
     cuda.synchronize.side_effect = RuntimeError("illegal memory access")
     gpu = Gpu()
     assert not gpu.is_healthy()
@@ -349,25 +400,25 @@ def test_a_broken_gpu_is_seen(cuda):
     assert gpu.free_memory() == 0
 
 
-# What the other scripts rely on
+# Names that the scripts share
 
 
-def test_predictions_are_of_timed_workloads():
+def test_predictions_name_timed_workloads():
     names = {workload.name for workload in TIMED}
     assert timings.PREDICTIONS.keys() <= names and set(timings.FIRST) <= names
     for directions in timings.PREDICTIONS.values():
         assert directions.keys() <= {"forward", "backward", "both"}
 
 
-def test_recordable_has_everything_once():
+def test_recordable_lists_everything_once():
     names = [name for name, _ in recordable()]
     assert len(names) == len(set(names))
     variants = sum(len(question.variants) for question in alternatives.QUESTIONS)
     assert len(names) == len(TIMED) + len(CHECKED) * len(CHECKED_DTYPES) + variants
 
 
-def test_variants_change_what_there_is():
-    """Every name that a variant replaces exists; one that nobody asks is an error."""
+def test_variants_replace_existing_names():
+    """Every name that a variant replaces exists. A variant that nothing calls raises."""
     for question in alternatives.QUESTIONS:
         for variant in question.variants:
             try:

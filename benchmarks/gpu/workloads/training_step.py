@@ -1,4 +1,4 @@
-"""The training steps of the T5 recommender on `meta` tensors: which kernels they launch, without a GPU."""
+"""Training steps of the T5 recommender on `meta` tensors, to find the kernels that they launch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from workloads import Workload, offsets
 
 from stamp_kernels import PackedBatch
 from stamp_kernels.profiling.data.batches import Batch
 from stamp_kernels.profiling.recommender.recommender import RecommenderSettings, build_recommender
 
+from .base import Workload, offsets
+
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
 
 class _Bfloat16Products(TorchDispatchMode):
-    """What autocast does to matrix products, for `meta` tensors, which torch's own autocast passes by."""
+    """Casts the factors of matrix products, as autocast does. torch's own autocast ignores `meta` tensors."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -30,7 +31,7 @@ class _Bfloat16Products(TorchDispatchMode):
 
 @contextmanager
 def bfloat16_autocast_on_meta() -> Iterator[None]:
-    """Products in bfloat16, and the ops of this package, which ask whether a GPU's autocast is on."""
+    """bfloat16 for matrix products, and for this package's ops, which ask whether the GPU's autocast is on."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -44,11 +45,11 @@ def bfloat16_autocast_on_meta() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TrainingStep(Workload):
-    """Forward and backward of a configuration of `stamp-profile train`, under bfloat16 autocast. For `meta` alone.
+    """Forward and backward of a configuration of `stamp-profile train` under bfloat16 autocast; only on `meta`.
 
     Attributes:
-        configuration: its name.
-        items: of each history.
+        configuration: name of the configuration.
+        items: number of items of each history.
     """
 
     configuration: str = ""
@@ -67,7 +68,7 @@ class TrainingStep(Workload):
     def _batch(self, sizes: RecommenderSettings) -> Batch:
         meta = torch.device("meta")
         lengths = torch.tensor(self.items) * sizes.codes_per_item
-        batch, longest = len(self.items), int(lengths.max())
+        num_sequences, longest = len(self.items), int(lengths.max())
 
         def tokens(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=meta)
@@ -76,20 +77,24 @@ class TrainingStep(Workload):
             packed_inputs=PackedBatch(
                 tokens(int(lengths.sum())), offsets(lengths.tolist(), meta), longest, lengths_cpu=lengths
             ),
-            input_ids=tokens(batch, longest),
-            attention_mask=tokens(batch, longest),
-            labels=tokens(batch, sizes.codes_per_item),
-            future_ids=tokens(batch, sizes.auxiliary_steps * sizes.codes_per_item),
+            input_ids=tokens(num_sequences, longest),
+            attention_mask=tokens(num_sequences, longest),
+            labels=tokens(num_sequences, sizes.codes_per_item),
+            future_ids=tokens(num_sequences, sizes.auxiliary_steps * sizes.codes_per_item),
         )
 
     def work(self, element_size: int) -> Any:
         raise ValueError(f"{self.name}: a training step has no floor of its own")
 
 
-# Histories as `stamp-profile train` cuts them, at most 30 items, and long ones; batches of 256 and of 2,048.
+# Histories of at most 30 items, as `stamp-profile train` truncates them, and long ones. Batches of 256 and 2,048.
 TRAINING_STEPS = tuple(
-    TrainingStep(f"T5.{configuration}.{most}x{batch}", configuration=configuration, items=(most, *[5] * (batch - 1)))
-    for most in (30, 250)
-    for batch in (256, 2048)
+    TrainingStep(
+        f"T5.{configuration}.{longest}x{batch_size}",
+        configuration=configuration,
+        items=(longest, *[5] * (batch_size - 1)),
+    )
+    for longest in (30, 250)
+    for batch_size in (256, 2048)
     for configuration in ("packed", "packed+sap", "packed+sap+map")
 )
