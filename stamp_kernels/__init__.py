@@ -1,8 +1,7 @@
 """Fused ops that make STAMP (arXiv 2604.05329) cheap for generative recommenders, on packed sequences.
 
-SAP (Semantic Adaptive Pruning) keeps the most important tokens of each sequence. MAP (Multi-step Auxiliary Prediction)
-predicts several future tokens or items with a fused linear cross-entropy. Importing this package loads neither Triton
-nor a model library, and does not query any device.
+SAP keeps the most important tokens of each sequence. MAP predicts several future tokens or items through a fused linear
+cross-entropy. Importing this package loads neither Triton nor a model library, and queries no device.
 """
 
 from stamp_kernels._backend import use_backend

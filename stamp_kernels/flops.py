@@ -1,6 +1,6 @@
-"""FLOP counts of the ops: after `import stamp_kernels.flops`, torch.utils.flop_counter.FlopCounterMode knows them.
+"""FLOP counts of the ops: `import stamp_kernels.flops` registers them with torch.utils.flop_counter.
 
-Apart from `import stamp_kernels` because torch's counter imports Triton, which takes seconds.
+`import stamp_kernels` does not do so because torch's counter imports Triton, which takes seconds.
 
 Example:
 
@@ -12,8 +12,8 @@ Example:
         loss.backward()
     counter.get_total_flops()
 
-Attention counts the query-key pairs that the batch really has, not the padded ones (an upper bound from max_seqlen
-under fake tensors). To read the lengths it waits for the device.
+Attention counts the query-key pairs of the batch, without padding (under fake tensors an upper bound from max_seqlen).
+Reading the lengths waits for the device.
 """
 
 from torch.utils.flop_counter import flop_registry

@@ -189,7 +189,7 @@ class PackedBatch:
             raise ValueError(
                 "nested must be contiguous, with the ragged dimension second and no holes: call .contiguous() first"
             )
-        return cls._from_offsets(nested.values(), nested.offsets())
+        return cls._from_offsets(nested.values(), nested.offsets())  # type: ignore[attr-defined]  # of jagged tensors
 
     def to_nested(self) -> Tensor:
         """A nested tensor `[B, ragged, ...]` with the layout torch.jagged over the same values, without a copy.

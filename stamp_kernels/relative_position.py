@@ -1,4 +1,4 @@
-"""T5's relative-position bias: the table, and the bucket of a distance."""
+"""T5's relative-position bias: its table, and the bucket of a distance."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from torch import Tensor
 def relative_position_bucket(
     relative_position: Tensor, *, num_buckets: int, max_distance: int, bidirectional: bool
 ) -> Tensor:
-    """The bucket of each distance, exactly as Hugging Face's T5 counts them (Raffel et al. 2020, section 2.1).
+    """The bucket of each distance, exactly as in Hugging Face's T5 (Raffel et al. 2020, section 2.1).
 
-    Half of the buckets stand for one distance each, the other half for logarithmically growing ranges up to
-    `max_distance`, beyond which everything shares the last bucket. Bidirectional: keys after the query have buckets
-    of their own. Otherwise they share the bucket of distance 0.
+    Half of the buckets hold one distance each; the other half hold logarithmically growing ranges up to `max_distance`.
+    All distances beyond share the last bucket. If bidirectional, keys after the query have buckets of their own;
+    otherwise they share the bucket of distance 0.
 
     Args:
         relative_position: integers of any shape, position of the key minus position of the query.
@@ -30,7 +30,7 @@ def relative_position_bucket(
     else:
         distance = (-relative_position).clamp(min=0)
     num_exact = num_buckets // 2
-    # The logarithm is taken in fp32, as the host does: another precision puts distances into other buckets.
+    # The logarithm is in fp32, as in Hugging Face's T5: another precision puts some distances into other buckets.
     octaves = torch.log(distance.clamp(min=1).float() / num_exact) / math.log(max_distance / num_exact)
     logarithmic = num_exact + (octaves * (num_buckets - num_exact)).to(torch.int64)
     return offset + torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
@@ -41,14 +41,14 @@ class RelativePositionBias:
     """T5's learned bias on attention scores, by the bucket of `positions_k - positions_q`.
 
     Attributes:
-        table: `[num_buckets, num_heads_q]`, any floating dtype; its gradient is exact, accumulated in fp32 and cast
-            to the table's dtype at the end.
-        bidirectional: True for encoders; False for causal decoders, where later keys share bucket 0.
-        max_distance: distance from which on all share the last bucket.
+        table: `[num_buckets, num_heads_q]`, any floating dtype. Its gradient is exact: accumulated in fp32 and cast to
+            the table's dtype at the end.
+        bidirectional: True for encoders. False for causal decoders, where later keys share bucket 0.
+        max_distance: all distances from this one on share the last bucket.
 
     Raises:
-        ValueError: the table is not a floating matrix, num_buckets is too small to hold one exact bucket and one
-            logarithmic one per direction, or max_distance is not beyond the exact buckets.
+        ValueError: the table is not a floating matrix, num_buckets is too small for one exact and one logarithmic
+            bucket per direction, or max_distance is not beyond the exact buckets.
     """
 
     table: Tensor

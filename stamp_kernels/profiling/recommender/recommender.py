@@ -73,7 +73,7 @@ class Recommender(nn.Module, ABC):
         self.settings = settings
         self.vocabulary = Vocabulary(settings.codes_per_item, settings.codebook_size)
         self.model = T5ForConditionalGeneration(
-            T5Config(
+            T5Config(  # type: ignore[call-arg]  # transformers declares only some of the arguments
                 vocab_size=self.vocabulary.size,
                 d_model=settings.d_model,
                 d_kv=settings.d_kv,
