@@ -71,14 +71,6 @@ constexpr int64_t kMinParts = 8, kMaxParts = 16, kMinRowsPerPart = 64;
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
-int64_t divide_up(int64_t n, int64_t divisor) {
-  return (n + divisor - 1) / divisor;
-}
-
-int64_t round_up(int64_t n, int64_t multiple) {
-  return divide_up(n, multiple) * multiple;
-}
-
 // The arguments that all ops have.
 struct Inputs {
   DType dtype;
@@ -105,10 +97,6 @@ bool is_per_step(const Tensor& x, int64_t shared_dims) {
 
 Tensor with_contiguous_rows(const Tensor& x) {
   return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
-}
-
-ScalarType compute_type(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
 void check_targets(const Inputs& inputs) {

@@ -1,11 +1,11 @@
-// Gather of the kept rows, forward and backward, by one kernel (gather_kernels.cuh).
+// gather_tokens on CUDA: one kernel for forward and backward (gather_kernels.cuh).
 //
-//   forward   y[j] = x[indices[j]]                         indices [T'] int64, -1 on tail rows
-//   backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse [T] int32, -1 where token t was dropped
+//   forward   y[j] = x[indices[j]]                         indices int64 [total_kept], -1 on tail rows
+//   backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse int32 [total], -1 where token t is dropped
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/rows.h"
+#include "common/row_copies.h"
 #include "cuda/core/arguments.cuh"
 #include "cuda/pruning/gather_kernels.cuh"
 
