@@ -36,6 +36,7 @@ AttentionInputs attention_inputs(const AttentionArguments& arguments) {
   problem.head_dim = q.size(2);
   problem.num_heads = q.size(1);
   problem.num_heads_kv = k.size(1);
+  problem.gqa_group_size = q.size(1) / k.size(1);
   problem.total_q = q.size(0);
   problem.total_k = k.size(0);
   problem.q = head_rows(q, inputs.held);

@@ -186,7 +186,7 @@ struct BlockPlace {
 // Prefetches what the same block of the next KV head will read.
 inline void prefetch_block(const BackwardPass& pass, const BlockPlace& block) {
   const AttentionProblem& problem = pass.problem;
-  const int64_t gqa_group_size = problem.gqa_group_size();
+  const int64_t gqa_group_size = problem.gqa_group_size;
   const int64_t num_keys = block.end_key - block.start_key, start_row_k = block.sequence.first_k + block.start_key;
   for (const HeadRows* rows : {&problem.k, &problem.v}) {
     prefetch_rows(*rows, problem.dtype, start_row_k, num_keys, block.head_kv + 1, problem.head_dim);
@@ -220,7 +220,7 @@ void backward_block(
   __builtin_memset(scratch.dk, 0, num_keys * row * sizeof(scalar));
   __builtin_memset(scratch.dv, 0, num_keys * row * sizeof(scalar));
 
-  const int64_t gqa_group_size = problem.gqa_group_size();
+  const int64_t gqa_group_size = problem.gqa_group_size;
   for (int64_t h = 0; h < gqa_group_size; ++h) {
     const int64_t head = block.head_kv * gqa_group_size + h;
     double* dbias_of_head = dbias == nullptr ? nullptr : dbias + h * problem.bias.num_buckets;
@@ -249,7 +249,7 @@ template <typename V>
 void backward(const BackwardPass& pass, const AttentionTask& task, char* scratch_memory) {
   const AttentionProblem& problem = pass.problem;
   const BackwardScratch<V> scratch(problem, scratch_memory);
-  const int64_t dbias_head_kv_size = problem.gqa_group_size() * problem.bias.num_buckets;
+  const int64_t dbias_head_kv_size = problem.gqa_group_size * problem.bias.num_buckets;
   double* dbias = nullptr;
   if (pass.dbias_by_task != nullptr) {
     dbias = pass.dbias_by_task + task.first_dbias_head * problem.bias.num_buckets;

@@ -78,7 +78,7 @@ void centrality_block(
   using scalar = typename V::scalar;
   const AttentionProblem& problem = pass.problem;
   const int64_t num_keys = end_key - start_key;
-  const int64_t gqa_group_size = problem.gqa_group_size();
+  const int64_t gqa_group_size = problem.gqa_group_size;
   fill_rest<V>(scratch.sums, 0, num_keys, 0);
   for (int64_t head_kv = 0; head_kv < problem.num_heads_kv; ++head_kv) {
     // K [num_keys, head_dim]

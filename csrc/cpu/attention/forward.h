@@ -167,7 +167,7 @@ void forward_sequence(
     const ForwardScratch<V>& scratch) {
   using scalar = typename V::scalar;
   const AttentionProblem& problem = pass.problem;
-  const int64_t gqa_group_size = problem.gqa_group_size();
+  const int64_t gqa_group_size = problem.gqa_group_size;
   const bool fused_centrality =
       pass.centrality_by_head != nullptr && centrality_is_fused(sequence.num_q, sequence.num_k);
   if (fused_centrality) {

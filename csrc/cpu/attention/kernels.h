@@ -15,9 +15,9 @@ namespace stamp::cpu {
 
 // [rows, heads, head_dim] with a contiguous last dimension.
 struct HeadRows {
-  void* data = nullptr;
-  int64_t row_stride = 0;
-  int64_t head_stride = 0;
+  void* data;
+  int64_t row_stride;
+  int64_t head_stride;
 };
 
 // The relative position bias, tabulated by the distance position_k - position_q, clamped to +-max_distance.
@@ -43,8 +43,9 @@ struct Dropout {
 struct AttentionProblem {
   DType dtype;  // of q, k, v, out and their gradients
   int64_t head_dim;
-  int64_t num_heads;     // of q
-  int64_t num_heads_kv;  // divides num_heads
+  int64_t num_heads;  // of q
+  int64_t num_heads_kv;
+  int64_t gqa_group_size;  // num_heads / num_heads_kv
   int64_t total_q;
   int64_t total_k;
   int64_t num_sequences;
@@ -59,10 +60,6 @@ struct AttentionProblem {
   bool causal;
   RelativeBias bias;
   Dropout dropout;
-
-  int64_t gqa_group_size() const {
-    return num_heads / num_heads_kv;
-  }
 };
 
 // The work that one thread does at a time: KV heads [first_head_kv, end_head_kv) with the query heads that share them,
@@ -119,7 +116,7 @@ constexpr int64_t kKeysPerForwardBlock = 512;  // columns of a tile of scores
 constexpr int64_t kKeysPerBlock = 256;  // the same in backward and centrality, where more matrices share the cache
 
 // Within these bounds the forward pass sees whole rows of the softmax, so it can compute the centrality too.
-constexpr bool centrality_is_fused(int64_t num_queries, int64_t num_keys) {
+static constexpr bool centrality_is_fused(int64_t num_queries, int64_t num_keys) {
   return num_queries <= kQueriesPerTask && num_keys <= kKeysPerForwardBlock;
 }
 

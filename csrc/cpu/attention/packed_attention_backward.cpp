@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_backward(
 
   int64_t num_dbias_heads = 0;
   for (const AttentionTask& task : tasks) {
-    num_dbias_heads += (task.end_head_kv - task.first_head_kv) * problem.gqa_group_size();
+    num_dbias_heads += (task.end_head_kv - task.first_head_kv) * problem.gqa_group_size;
   }
   const Tensor dbias_by_task =
       new_empty(lse, {need_dbias ? num_dbias_heads : 0, problem.bias.num_buckets}, ScalarType::Double);

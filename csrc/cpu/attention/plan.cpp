@@ -18,7 +18,7 @@ constexpr int64_t kMinCostPerHead = 1 << 20;
 
 // The cost of a sequence in one KV head: the product of the scores, the loads of q, k, v and out, and a constant.
 int64_t cost_per_head_kv(const AttentionProblem& problem, int64_t num_q, int64_t num_k) {
-  return problem.gqa_group_size() * problem.head_dim * (num_q * num_k + 4 * (num_q + num_k) + 32);
+  return problem.gqa_group_size * problem.head_dim * (num_q * num_k + 4 * (num_q + num_k) + 32);
 }
 
 }  // namespace
@@ -75,7 +75,7 @@ std::vector<AttentionTask> plan_tasks(
   int64_t num_dbias_heads = 0;
   for (AttentionTask& task : tasks) {
     task.first_dbias_head = num_dbias_heads;
-    num_dbias_heads += (task.end_head_kv - task.first_head_kv) * problem.gqa_group_size();
+    num_dbias_heads += (task.end_head_kv - task.first_head_kv) * problem.gqa_group_size;
   }
   return tasks;
 }

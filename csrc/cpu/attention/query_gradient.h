@@ -50,7 +50,7 @@ void store_dq_tile(
 // dQ of the queries of a sequence without keys, in the query heads of one KV head.
 inline void zero_dq(const BackwardPass& pass, const Sequence& sequence, int64_t head_kv) {
   const AttentionProblem& problem = pass.problem;
-  const int64_t gqa_group_size = problem.gqa_group_size();
+  const int64_t gqa_group_size = problem.gqa_group_size;
   for (int64_t query = 0; query < sequence.num_q; ++query) {
     for (int64_t head = head_kv * gqa_group_size; head < (head_kv + 1) * gqa_group_size; ++head) {
       store_row<float>(pass.dq, problem.dtype, sequence.first_q + query, head, problem.head_dim, nullptr, 1);

@@ -112,7 +112,7 @@ void set_relative_bias(AttentionInputs& inputs, const BiasArguments& arguments) 
 Tensor sum_dbias(
     const AttentionProblem& problem, const std::vector<AttentionTask>& tasks, const Tensor& dbias_by_task,
     const Tensor& bias_table) {
-  const int64_t gqa_group_size = problem.gqa_group_size();
+  const int64_t gqa_group_size = problem.gqa_group_size;
   const double* of_task = dbias_by_task.const_data_ptr<double>();
   const Tensor sums = torch::stable::new_zeros(dbias_by_task, {problem.bias.num_buckets, problem.num_heads});
   double* sum = sums.mutable_data_ptr<double>();
