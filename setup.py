@@ -201,7 +201,7 @@ class NinjaBuild(build_ext):
                     deps="gcc",
                 )
                 # The library must link where torch has no CUDA: nvcc adds the static CUDA runtime, and an empty stub
-                # stands for libtorch_cuda.so. The stub defines no symbol, so --no-as-needed keeps the linker from
+                # replaces libtorch_cuda.so. The stub defines no symbol, so --no-as-needed keeps the linker from
                 # dropping it: the library needs aoti_torch_get_current_cuda_stream from the real libtorch_cuda.so. At
                 # run time `import torch` has loaded that one, and the dynamic linker finds it by the stub's soname.
                 ninja.rule(

@@ -26,7 +26,7 @@ typename V::scalar* dq_split_row(const BackwardPass& pass, const TilePlace& tile
       (row * problem.num_heads + tile.head) * problem.head_dim;
 }
 
-// Stores dQ [num_queries, head_dim] of a tile, or adds it to that of the split's earlier blocks. Null stands for zeros.
+// Stores dQ [num_queries, head_dim] of a tile, or adds it to that of the split's earlier blocks. Null means zeros.
 template <typename V>
 void store_dq_tile(
     const BackwardPass& pass, const TilePlace& tile, int64_t split, bool is_first_block, const typename V::scalar* dq) {

@@ -14,7 +14,7 @@ bool contents_are_checked() {
 
 std::vector<int32_t> checked_cu_seqlens(
     const int32_t* cu_seqlens, int64_t num_sequences, int64_t total, int64_t max_seqlen, const Launch& launch) {
-  const std::vector<int32_t> offsets = launch.copy_to_host(cu_seqlens, num_sequences + 1, "cu_seqlens");
+  const std::vector<int32_t> offsets = launch.copy_to_cpu(cu_seqlens, num_sequences + 1, "cu_seqlens");
   check_cu_seqlens("cu_seqlens", offsets.data(), num_sequences, total, max_seqlen);
   return offsets;
 }

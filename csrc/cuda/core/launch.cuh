@@ -32,13 +32,13 @@ class Launch {
 
   // A copy of device memory in CPU memory. Waits for the stream.
   template <typename T>
-  std::vector<T> copy_to_host(const T* data, int64_t size, const char* name) const {
-    std::vector<T> host(size);
-    const cudaError_t copied = cudaMemcpyAsync(host.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost, stream_);
+  std::vector<T> copy_to_cpu(const T* data, int64_t size, const char* name) const {
+    std::vector<T> copy(size);
+    const cudaError_t copied = cudaMemcpyAsync(copy.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost, stream_);
     STD_TORCH_CHECK(
         copied == cudaSuccess && cudaStreamSynchronize(stream_) == cudaSuccess, name,
         " could not be read from the device");
-    return host;
+    return copy;
   }
 
  private:

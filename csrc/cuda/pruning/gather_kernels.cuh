@@ -44,16 +44,16 @@ __host__ __device__ inline int64_t rows_per_gather_block(const AlignedRows& tens
 }
 
 template <typename access_t, typename index_t>
-__device__ void copy_rows(const Rows& rows, const index_t* map, int64_t first_row, int64_t end_row) {
+__device__ void copy_rows(const Rows& rows, const index_t* map, int64_t start_row, int64_t end_row) {
   // 32 bits are enough: a block has at most kAccessesPerBlock accesses, or one row.
   const uint32_t accesses_per_row = static_cast<uint32_t>(rows.row_bytes / sizeof(access_t));
-  const uint32_t num_accesses = static_cast<uint32_t>(end_row - first_row) * accesses_per_row;
-  auto* destination = reinterpret_cast<access_t*>(rows.destination + first_row * rows.row_bytes);
+  const uint32_t num_accesses = static_cast<uint32_t>(end_row - start_row) * accesses_per_row;
+  auto* destination = reinterpret_cast<access_t*>(rows.destination + start_row * rows.row_bytes);
 #pragma unroll 4
   for (uint32_t i = threadIdx.x; i < num_accesses; i += kGatherThreads) {
     const uint32_t row = i / accesses_per_row;
     const uint32_t column = i - row * accesses_per_row;
-    const int64_t source_row = static_cast<int64_t>(map[first_row + row]);
+    const int64_t source_row = static_cast<int64_t>(map[start_row + row]);
     access_t value{};
     if (source_row >= 0) {
       value = __ldg(reinterpret_cast<const access_t*>(rows.source + source_row * rows.source_stride) + column);
@@ -70,22 +70,22 @@ __global__ void __launch_bounds__(kGatherThreads)
     gather_rows_kernel(const __grid_constant__ TensorList list, const index_t* __restrict__ map, int64_t num_rows) {
   const AlignedRows& tensor = list.tensors[blockIdx.y];
   const Rows& rows = tensor.rows;
-  const int64_t first_row = blockIdx.x * rows_per_gather_block(tensor);
-  const int64_t end_row = min(num_rows, first_row + rows_per_gather_block(tensor));
-  if (first_row >= end_row) {
+  const int64_t start_row = blockIdx.x * rows_per_gather_block(tensor);
+  const int64_t end_row = min(num_rows, start_row + rows_per_gather_block(tensor));
+  if (start_row >= end_row) {
     return;
   }
   switch (tensor.access_bytes) {
     case 16:
-      return copy_rows<uint4>(rows, map, first_row, end_row);
+      return copy_rows<uint4>(rows, map, start_row, end_row);
     case 8:
-      return copy_rows<uint2>(rows, map, first_row, end_row);
+      return copy_rows<uint2>(rows, map, start_row, end_row);
     case 4:
-      return copy_rows<uint32_t>(rows, map, first_row, end_row);
+      return copy_rows<uint32_t>(rows, map, start_row, end_row);
     case 2:
-      return copy_rows<uint16_t>(rows, map, first_row, end_row);
+      return copy_rows<uint16_t>(rows, map, start_row, end_row);
     default:
-      return copy_rows<uint8_t>(rows, map, first_row, end_row);
+      return copy_rows<uint8_t>(rows, map, start_row, end_row);
   }
 }
 

@@ -21,7 +21,7 @@ std::vector<Tensor> gather_rows(const std::vector<Tensor>& sources, const Tensor
   const int64_t num_rows = map_contiguous.size(0);
   const RowCopies copies(sources, num_rows);
   if (contents_are_checked()) {
-    check_row_map(launch.copy_to_host(map, num_rows, map_name).data(), num_rows, sources[0].size(0), map_name);
+    check_row_map(launch.copy_to_cpu(map, num_rows, map_name).data(), num_rows, sources[0].size(0), map_name);
   }
   launch_gather(copies.rows, map, num_rows, launch);
   return copies.outputs;

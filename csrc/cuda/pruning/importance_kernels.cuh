@@ -135,14 +135,14 @@ __device__ inline void importance_of_rows_by(const ImportanceProblem& problem, i
   const int lanes = problem.lanes_per_row;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int rows_at_once = kImportanceThreads / lanes;
-  const int64_t first_row_of_block = block * rows_per_importance_block(problem);
-  const int64_t first_row = first_row_of_block + threadIdx.x / lanes;
+  const int64_t start_row_of_block = block * rows_per_importance_block(problem);
+  const int64_t start_row = start_row_of_block + threadIdx.x / lanes;
   const int64_t end_rows =
       problem.cu_seqlens == nullptr ? problem.total : __ldg(problem.cu_seqlens + problem.num_sequences);
-  if (first_row_of_block >= end_rows) {
+  if (start_row_of_block >= end_rows) {
     for (int i = static_cast<int>(threadIdx.x); i < rows_per_importance_block(problem); i += kImportanceThreads) {
-      if (first_row_of_block + i < problem.total) {
-        importance[first_row_of_block + i] = 0;
+      if (start_row_of_block + i < problem.total) {
+        importance[start_row_of_block + i] = 0;
       }
     }
     return;
@@ -152,7 +152,7 @@ __device__ inline void importance_of_rows_by(const ImportanceProblem& problem, i
   scalar factors[kRowsInFlight];
 #pragma unroll
   for (int i = 0; i < kRowsInFlight; ++i) {
-    const int64_t row = first_row + (lane + i * lanes) * rows_at_once;
+    const int64_t row = start_row + (lane + i * lanes) * rows_at_once;
     factors[i] = 0;
     if (lane + i * lanes < kRowsInFlight && row < end_rows) {
       factors[i] = problem.centrality_is_double
@@ -168,7 +168,7 @@ __device__ inline void importance_of_rows_by(const ImportanceProblem& problem, i
 #pragma unroll
   for (int r = 0; r < kRowsInFlight; ++r) {
     // Past the end the last row is read again, which costs less than a condition at every load.
-    rows[r] = problem.hidden + min(first_row + r * rows_at_once, end_rows - 1) * problem.row_stride;
+    rows[r] = problem.hidden + min(start_row + r * rows_at_once, end_rows - 1) * problem.row_stride;
   }
 
   scalar sums[kRowsInFlight][kSums] = {};
@@ -210,7 +210,7 @@ __device__ inline void importance_of_rows_by(const ImportanceProblem& problem, i
     for (int r = 1; r < kRowsInFlight; ++r) {
       norm = r == mine ? norms[r] : norm;
     }
-    const int64_t row = first_row + mine * rows_at_once;
+    const int64_t row = start_row + mine * rows_at_once;
     if (mine < kRowsInFlight && row < problem.total) {
       importance[row] = row < end_rows ? (kIsL2 ? sqrt(norm) : norm) * factors[i] : scalar{0};
     }

@@ -11,8 +11,8 @@
 
 namespace stamp::cuda {
 
-// cu_seqlens_kept: the running sum of the kept lengths in tokens, threshold off where the result has no more room. One
-// block scans runs of consecutive sequences, a few of them a thread: threads by shuffles, warps through shared memory.
+// Writes cu_seqlens_kept. Called by one block, which scans rounds of consecutive sequences, kSequencesPerThread in each
+// thread: shuffles sum over the threads of a warp, shared memory over the warps.
 template <int kThreads>
 __device__ inline void write_kept_offsets(const SelectionProblem& problem) {
   constexpr int kSequencesPerThread = 4;

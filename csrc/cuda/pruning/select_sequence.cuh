@@ -58,11 +58,11 @@ __device__ inline void select_by_block(
   const Threshold<Key> threshold =
       find_threshold_by_block<Key, kThreads>(items.num_items, items.num_kept, fetch, scratch.digits);
   const int32_t items_per_warp = (items.num_items + kThreads - 1) / kThreads * kWarpSize;
-  const int32_t first_item = min(items.num_items, warp_index() * items_per_warp);
-  const int32_t end_items = min(items.num_items, first_item + items_per_warp);
+  const int32_t start_item = min(items.num_items, warp_index() * items_per_warp);
+  const int32_t end_items = min(items.num_items, start_item + items_per_warp);
 
   Placed counted = {};
-  for_keys<Key>(first_item + lane_index(), kWarpSize, end_items, fetch, [&](int32_t, Key key) {
+  for_keys<Key>(start_item + lane_index(), kWarpSize, end_items, fetch, [&](int32_t, Key key) {
     counted.above += key > threshold.key;
     counted.ties += key == threshold.key;
   });
@@ -78,7 +78,7 @@ __device__ inline void select_by_block(
     placed.ties += warp < warp_index() ? scratch.placed_by_warp[warp].ties : 0;
   }
 
-  for (int32_t first = first_item; first < end_items; first += kKeysInFlight * kWarpSize) {
+  for (int32_t first = start_item; first < end_items; first += kKeysInFlight * kWarpSize) {
     Key keys[kKeysInFlight];
     fetch(first + lane_index(), kWarpSize, end_items, keys);
 #pragma unroll

@@ -103,9 +103,9 @@ __device__ inline void select_in_long_sequences(
 // indices [total_kept], inverse [total] and index_in_sequence [total_kept] from importance [total]. The first
 // num_long_blocks blocks select in the long sequences. Each warp of the other blocks has one sequence, which it skips
 // if it is long.
-//   grid  num_long_blocks (0 if no sequence can be long) + ceil(num_sequences / kSequencesPerBlock), or more blocks if
-//   the
-//         tails need them
+//   grid  num_long_blocks (0 if no sequence can be long) + ceil(num_sequences / kSequencesPerBlock), or as many blocks
+//   as
+//         the tails need
 template <typename T, typename Tiling>
 __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocksPerMultiprocessor)
     select_tokens_kernel(const SelectionProblem problem, const T* __restrict__ importance, int32_t num_long_blocks) {

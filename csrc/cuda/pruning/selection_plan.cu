@@ -19,12 +19,12 @@ void check_contents(const SelectionProblem& problem, int64_t max_seqlen, const L
   if (budget.keep_counts != nullptr) {
     const int64_t count_bytes = budget.kind == BudgetKind::kCounts64 ? sizeof(int64_t) : sizeof(int32_t);
     counts =
-        launch.copy_to_host(static_cast<const char*>(budget.keep_counts), num_sequences * count_bytes, "keep_count");
+        launch.copy_to_cpu(static_cast<const char*>(budget.keep_counts), num_sequences * count_bytes, "keep_count");
     budget.keep_counts = counts.data();
   }
   std::vector<uint8_t> protect;
   if (problem.protect != nullptr) {
-    protect = launch.copy_to_host(problem.protect, problem.total, "protect");
+    protect = launch.copy_to_cpu(problem.protect, problem.total, "protect");
   }
   std::vector<int32_t> kept_offsets(num_sequences + 1);
   check_keep_counts(budget, num_sequences);
