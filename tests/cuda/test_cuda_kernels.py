@@ -325,7 +325,8 @@ def test_long_sequences_that_share_a_block(kernels, thread_order):
 
 def test_incomplete_last_item_is_dropped(kernels, monkeypatch):
     """Contents are not checked here, as on a GPU."""
-    monkeypatch.setattr("stamp_kernels.reference.pruning.contents_are_checked", lambda device: False)
+    for module in ("common.contents", "reference.pruning"):
+        monkeypatch.setattr(f"stamp_kernels.{module}.contents_are_checked", lambda device: False)
     batch = RaggedBatch((2, 10, 0, 3, 31, 800, 1000), tail=3)
     protect = torch.rand(batch.total) < 0.3
     for options in (dict(), dict(protect=protect)):

@@ -78,7 +78,7 @@ void set_relative_bias(AttentionInputs& inputs, const BiasArguments& arguments) 
   problem.bias.num_buckets = table.size(0);
   const int64_t largest = largest_possible_distance(problem);
   STD_TORCH_CHECK(
-      largest <= INT32_MAX / 2, "positions_q and positions_k must be at most ", INT32_MAX / 2,
+      largest <= INT32_MAX / 2, "positions_q and positions_k must lie at most ", INT32_MAX / 2,
       " apart, got a distance of ", largest);
   // All distances from the argument max_distance on share the last bucket, and the batch has none above `largest`.
   problem.bias.max_distance = std::min(arguments.max_distance, largest);
