@@ -1,11 +1,11 @@
-// Runs the device code of csrc/cuda on the host, for tests on machines without a GPU.
+// An emulator that runs the device code of csrc/cuda on the CPU, for tests on machines without a GPU.
 //
-// The threads of a block are fibers on one OS thread; blocks run one after the other. A fiber runs until it waits for
-// others: at __syncthreads() for the block, at a collective of its warp for the lanes. If all that is left waits, the
-// threads have diverged, and the process ends with a message. A warp runs as far as it can before the next one does, in
-// rising or in falling order (reverse_threads), so that a missing barrier shows in one of the two. Shared memory is
-// filled with garbage before every block. What a GPU may do and this does not: reorder memory accesses, run blocks and
-// threads at the same time.
+// The threads of a block are fibers on one OS thread, and blocks run one after the other. A fiber runs until it waits
+// for others: at __syncthreads() for the block, at a collective of its warp for the lanes. If every remaining fiber
+// waits, the threads have diverged, and the process aborts with a message. A warp runs as far as it can before the next
+// warp starts, in rising or in falling order (reverse_threads), so that a missing barrier shows in one of the two
+// orders. Shared memory is filled with garbage before every block. Two things that a GPU may do are not emulated: it
+// reorders memory accesses, and it runs blocks and threads at the same time.
 
 #pragma once
 
@@ -28,7 +28,7 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
-// Thread-local though one OS thread runs everything: it puts shared memory, and nothing else, into the library's
+// One OS thread runs everything, so thread_local changes nothing but the place: only shared memory is in the library's
 // thread-local segment, where poison_shared_memory finds it.
 #define __shared__ static thread_local
 
@@ -57,15 +57,13 @@ inline bool reverse_threads = false;
 inline int64_t num_launches = 0;
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(
-      stderr, "CUDA on the host: %s (block %u, %u, thread %u)\n", what, blockIdx.x, blockIdx.y, threadIdx.x);
+  std::fprintf(stderr, "CUDA on the CPU: %s (block %u, %u, thread %u)\n", what, blockIdx.x, blockIdx.y, threadIdx.x);
   std::abort();
 }
 
 enum class Collective { kNone, kBarrier, kSync, kBallot, kShuffleXor, kShuffleUp, kReduceAdd };
 
-// A point where `members` threads meet. The values that they bring are kept until all have met again, when nobody can
-// still want them.
+// A point where `members` threads meet and exchange values. The values are kept until all threads meet again.
 struct Meeting {
   int members = 0;
   int arrived = 0;
@@ -108,7 +106,7 @@ inline void fiber_main() {
   _longjmp(b.scheduler, 1);
 }
 
-// Waits until all members of the meeting have come, each with a value.
+// Waits until all members of the meeting have arrived, each with a value.
 inline void meet(Meeting& meeting, Collective kind, int place, const void* value, size_t value_bytes) {
   Block& b = block();
   if (meeting.arrived == 0) {
@@ -179,13 +177,13 @@ inline int find_shared_memory(dl_phdr_info* library, size_t, void* found) {
 }
 
 inline SharedMemory shared_memory() {
-  __shared__ char touched;  // the segment comes into being when it is first used
+  __shared__ char touched;  // the segment is allocated when it is first used
   touched = 1;
   asm volatile("" : : "r"(&touched) : "memory");
   SharedMemory memory;
   dl_iterate_phdr(find_shared_memory, &memory);
   if (memory.begin == nullptr) {
-    fail("the shared memory is not where it is looked for");
+    fail("the library has no thread-local segment for shared memory");
   }
   return memory;
 }
@@ -195,7 +193,7 @@ inline void poison_shared_memory() {
   std::memset(memory.begin, 0xa5, memory.bytes);
 }
 
-// Resumes the lanes of a warp that wait for nothing; how many there were. Those that end are taken off `left`.
+// Resumes the lanes of a warp that do not wait, and returns their number. Subtracts the lanes that finish from `left`.
 inline int resume_lanes(int warp, int& left) {
   int resumed = 0;
   for (int i = 0; i < kLanes; ++i) {
@@ -241,12 +239,12 @@ inline void run_block(int threads) {
   }
 }
 
-// A launch of a kernel as the code in csrc/cuda asks for it.
+// A kernel launch, with the interface of Launch in csrc/cuda/core/launch.cuh.
 struct Launch {
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, const Arguments&... arguments) const {
     if (threads > kMaxThreads || threads % kLanes != 0 || grid.x == 0 || grid.y == 0) {
-      fail("a launch that no GPU would take, or that the emulator cannot");
+      fail("a launch that no GPU accepts, or that the emulator does not support");
     }
     ++num_launches;
     gridDim = grid;
@@ -265,12 +263,12 @@ inline int lane() {
   return static_cast<int>(threadIdx.x) % kLanes;
 }
 
-// What every lane of the warp brought, once all have come.
+// The values of all lanes of the warp, after all have arrived.
 template <typename T>
 inline const Meeting& exchange(unsigned mask, Collective kind, const T& value) {
-  static_assert(sizeof(T) <= 16, "a value that fits a lane's place");
+  static_assert(sizeof(T) <= 16, "a value must fit into 16 bytes");
   if (mask != 0xffffffffu) {
-    fail("the emulator knows collectives of whole warps alone");
+    fail("the emulator supports only collectives of whole warps");
   }
   Meeting& meeting = block().warps[threadIdx.x / kLanes];
   meet(meeting, kind, lane(), &value, sizeof(T));
@@ -342,7 +340,7 @@ inline int __popc(unsigned bits) {
 template <typename T>
 T __ldg(const T* address) {
   if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) {
-    cuda_on_host::fail("a load from an address that is not aligned to it");
+    cuda_on_host::fail("a load from an address that is not aligned to its type");
   }
   T value;
   std::memcpy(&value, address, sizeof(T));

@@ -1,6 +1,6 @@
-"""The CUDA kernels of csrc/cuda, run on the host by a small emulator (cuda_on_host.h), against the reference.
+"""The CUDA kernels of csrc/cuda, run on the CPU by a small emulator (cuda_on_host.h), against the reference.
 
-What a GPU does with them (timing, real concurrency, the ops around them) is for the tests marked `gpu`.
+The tests marked `gpu` cover what only a GPU shows: timing, real concurrency, and the ops around the kernels.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from stamp_kernels.common.budget import keep_ratio_to_q32
 from stamp_kernels.reference.pruning import token_importance
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-# Few distinct values, so that ties are everywhere; the ends of the order and their neighbours too.
+# Few distinct values, for many ties, with both ends of the order and their neighbours.
 VALUES = [-math.inf, -2.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 1.0000001, 3.4e38, math.inf, math.nan]
 FIELDS = [
     "dtype",
@@ -37,7 +37,7 @@ FIELDS = [
     "per_visible_query",
     "importance",
     "cu_seqlens",
-    "batch",
+    "num_sequences",
     "total",
     "max_seqlen",
     "budget_kind",
@@ -92,13 +92,13 @@ def kernels(tmp_path_factory) -> ctypes.CDLL:
 
 @pytest.fixture(params=[False, True], ids=["rising", "falling"])
 def thread_order(request, kernels) -> bool:
-    """The order in which the emulator resumes threads: a missing barrier shows in one of the two."""
+    """The order in which the emulator resumes threads: a missing barrier shows in one of the two orders."""
     kernels.set_thread_order(int(request.param))
     return request.param
 
 
 class Guarded:
-    """A poisoned tensor between two margins that nothing may write."""
+    """A poisoned tensor between two margins that nothing may write to."""
 
     MARGIN = 64
 
@@ -145,7 +145,7 @@ def assert_selects_like_reference(
     max_seqlen: int | None = None,
     small_tiling: bool = True,
 ) -> None:
-    """total_kept None: the exact number. Fewer cuts the last tokens off, which the reference does on a GPU only."""
+    """`total_kept` None is the exact number. A smaller one drops the last tokens, as on a GPU."""
     ratio_q32 = None if ratio is None else keep_ratio_to_q32(ratio)
     cu_seqlens = batch.cu_seqlens
     max_seqlen = batch.max_seqlen if max_seqlen is None else max_seqlen
@@ -168,7 +168,7 @@ def assert_selects_like_reference(
             small_tiling=small_tiling,
             importance=importance,
             cu_seqlens=cu_seqlens,
-            batch=batch.batch,
+            num_sequences=batch.batch,
             total=batch.total,
             max_seqlen=max_seqlen,
             **budget_arguments(ratio_q32, keep_count, keep_counts, min_keep),
@@ -232,22 +232,22 @@ def test_selection_of_small_batches(kernels, data):
     )
 
 
-# Lengths in items around the limits of the small tiling: one key a lane up to 32, four up to 128, eight up to 256,
-# then blocks, whose shared memory has room for 320 keys.
+# Lengths in items around the limits of the small tiling: one key in a lane up to 32 items, four up to 128, eight up to
+# 256. Longer sequences are for blocks, whose shared memory has room for 320 keys.
 LENGTHS = (31, 32, 33, 127, 128, 129, 0, 255, 256, 257, 1, 320, 321, 500)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scores", ["distinct", "tied", "equal", "nan"])
+@pytest.mark.parametrize("values", ["distinct", "tied", "equal", "nan"])
 @pytest.mark.parametrize("codes_per_item", [1, 3])
-def test_selection_at_the_limits_of_its_paths(kernels, thread_order, dtype, scores, codes_per_item):
+def test_selection_at_the_limits_of_its_paths(kernels, thread_order, dtype, values, codes_per_item):
     batch = whole_items(RaggedBatch(LENGTHS, tail=70), codes_per_item)
     importance = {
         "distinct": torch.randn(batch.total).to(dtype),
         "tied": tied(batch.total, dtype),
         "equal": torch.full((batch.total,), 2.5, dtype=dtype),
         "nan": torch.full((batch.total,), math.nan, dtype=dtype),
-    }[scores]
+    }[values]
     importance[batch.valid :] = math.inf
     options = dict(codes_per_item=codes_per_item)
     assert_selects_like_reference(kernels, batch, importance, ratio=1 / 3, **options)
@@ -288,7 +288,7 @@ def test_selection_of_nothing_but_a_tail(kernels):
 
 
 def test_selection_of_many_sequences(kernels, thread_order):
-    # More than the 4,096 that one round of the scan of offsets takes.
+    # More than the 4,096 sequences of one round of kept_offsets_kernel.
     batch = RaggedBatch(tuple(torch.randint(0, 9, (4500,)).tolist()), tail=7)
     importance = torch.randint(0, 4, (batch.total,)).float()
     protect = torch.rand(batch.total) < 0.1
@@ -296,7 +296,7 @@ def test_selection_of_many_sequences(kernels, thread_order):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("max_seqlen", [1024, 4000])  # below and above the limit from which blocks are looked for
+@pytest.mark.parametrize("max_seqlen", [1024, 4000])  # without and with blocks for long sequences
 def test_selection_with_the_real_tilings(kernels, thread_order, dtype, max_seqlen):
     batch = RaggedBatch((257, 1024, 511, 0, 512, 513, 256, 1023, 140, 700), tail=3)
     for importance in (torch.randn(batch.total).to(dtype), tied(batch.total, dtype)):
@@ -308,7 +308,7 @@ def test_selection_with_the_real_tilings(kernels, thread_order, dtype, max_seqle
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_selection_within_long_sequences(kernels, thread_order, dtype):
-    # The second one has more keys than fit the shared memory of the real tiling: 8,192, of fp64 4,096.
+    # 9,001 keys do not fit into the shared memory of the real tiling, which has room for 8,192 keys (4,096 of fp64).
     batch = RaggedBatch((5000, 3, 9001 if dtype != torch.float64 else 4500, 700), tail=5)
     importance = torch.randn(batch.total).to(dtype)
     protect = torch.rand(batch.total) < 0.05
@@ -317,16 +317,17 @@ def test_selection_within_long_sequences(kernels, thread_order, dtype):
 
 
 def test_long_sequences_that_share_a_block(kernels, thread_order):
-    # 128 blocks look for the long ones among 300 sequences, so that 5, 133 and 261 are one block's.
+    # 128 blocks look for the long ones among 300 sequences, so the sequences 5, 133 and 261 are in one block.
     lengths = torch.randint(0, 4, (300,))
     lengths[[5, 133, 134, 261]] = torch.tensor([258, 300, 400, 310])
     batch = RaggedBatch(tuple(lengths.tolist()), tail=1)
     assert_selects_like_reference(kernels, batch, torch.randn(batch.total), ratio=1 / 3)
 
 
-def test_a_broken_last_item_is_dropped(kernels, monkeypatch):
-    """Where contents are not checked, as on a GPU."""
-    monkeypatch.setattr("stamp_kernels.reference.pruning.contents_are_checked", lambda device: False)
+def test_incomplete_last_item_is_dropped(kernels, monkeypatch):
+    """Contents are not checked here, as on a GPU."""
+    for module in ("common.contents", "reference.pruning"):
+        monkeypatch.setattr(f"stamp_kernels.{module}.contents_are_checked", lambda device: False)
     batch = RaggedBatch((2, 10, 0, 3, 31, 800, 1000), tail=3)
     protect = torch.rand(batch.total) < 0.3
     for options in (dict(), dict(protect=protect)):
@@ -344,16 +345,21 @@ def test_launches(kernels, protected):
     assert kernels.launches_so_far() - before == 2 + protected
     before = kernels.launches_so_far()
     assert_prunes_like_reference(kernels, batch, [torch.rand(batch.total, 8)], ratio=0.5, protect=protect)
-    assert kernels.launches_so_far() - before == 3 + protected + 1  # the last is of the check: its own scoring
+    assert kernels.launches_so_far() - before == 3 + protected + 1  # the last one is that of importance_of
 
 
 # Importance
 
 
-def scoring_arguments(
-    hidden: Tensor, centrality: Tensor, batch: RaggedBatch, cu_seqlens: Tensor | None, norm_order: int,
-    per_visible_query: bool,
-) -> dict[str, int | bool | Tensor | None]:  # fmt: skip
+def importance_arguments(
+    hidden: Tensor,
+    centrality: Tensor,
+    batch: RaggedBatch,
+    *,
+    norm_order: int = 1,
+    per_visible_query: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> dict[str, int | bool | Tensor | None]:
     return dict(
         dtype=DTYPES.index(hidden.dtype),
         hidden=hidden,
@@ -365,31 +371,23 @@ def scoring_arguments(
         norm_order=norm_order,
         per_visible_query=per_visible_query,
         cu_seqlens=cu_seqlens,
-        batch=batch.batch,
+        num_sequences=batch.batch,
         total=batch.total,
     )
 
 
-def score(
-    kernels,
-    hidden: Tensor,
-    centrality: Tensor,
-    batch: RaggedBatch,
-    *,
-    norm_order: int = 1,
-    per_visible_query: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
+def importance_of(kernels, hidden: Tensor, centrality: Tensor, batch: RaggedBatch, **options) -> Tensor:
+    """What the kernel computes, with the options of `importance_arguments`."""
     importance = Guarded(batch.total, torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    arguments = scoring_arguments(hidden, centrality, batch, cu_seqlens, norm_order, per_visible_query)
+    arguments = importance_arguments(hidden, centrality, batch, **options)
     kernels.run_token_importance(Arguments(**arguments, importance=importance.tensor))
     return importance.check()
 
 
-def assert_close(scores: Tensor, expected: Tensor) -> None:
+def assert_close(importance: Tensor, expected: Tensor) -> None:
     expected = expected.double()
-    bound = 1e-12 if scores.dtype == torch.float64 else 1e-6
-    assert (scores.double() - expected).norm() <= bound * expected.norm()
+    bound = 1e-12 if importance.dtype == torch.float64 else 1e-6
+    assert (importance.double() - expected).norm() <= bound * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -400,15 +398,15 @@ def test_importance(kernels, dtype, norm_order, width):
     hidden = torch.randn(batch.total, width).to(dtype)
     centrality = torch.rand(batch.total, dtype=torch.float64 if width % 2 else torch.float32)
     expected = token_importance(hidden.double(), centrality.double(), None, norm_order, False)
-    assert_close(score(kernels, hidden, centrality, batch, norm_order=norm_order), expected)
+    assert_close(importance_of(kernels, hidden, centrality, batch, norm_order=norm_order), expected)
 
     hidden[batch.valid :] = math.nan
     centrality[batch.valid :] = math.nan
     options = dict(norm_order=norm_order, per_visible_query=True)
     expected = token_importance(hidden.double(), centrality.double(), batch.cu_seqlens, **options)
-    scores = score(kernels, hidden, centrality, batch, cu_seqlens=batch.cu_seqlens, **options)
-    assert_close(scores, expected)
-    assert (scores[batch.valid :] == 0).all()
+    importance = importance_of(kernels, hidden, centrality, batch, cu_seqlens=batch.cu_seqlens, **options)
+    assert_close(importance, expected)
+    assert (importance[batch.valid :] == 0).all()
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -418,12 +416,12 @@ def test_importance_of_named_batches(kernels, name, per_visible_query):
     hidden, centrality = torch.randn(batch.total, 16), torch.rand(batch.total)
     expected = token_importance(hidden, centrality, batch.cu_seqlens, 2, per_visible_query)
     options = dict(norm_order=2, per_visible_query=per_visible_query, cu_seqlens=batch.cu_seqlens)
-    assert_close(score(kernels, hidden, centrality, batch, **options), expected)
+    assert_close(importance_of(kernels, hidden, centrality, batch, **options), expected)
 
 
 @pytest.mark.parametrize("width", [3, 8, 300])
 def test_tail_rows_are_never_read(kernels, width):
-    """They lie in a page that nobody may read: the process would end."""
+    """They are in a page without access: reading it would end the process."""
     batch = RaggedBatch((5, 61, 0), tail=40)
     page = mmap.PAGESIZE
     pages = -(-batch.valid * width * 4 // page)
@@ -433,38 +431,40 @@ def test_tail_rows_are_never_read(kernels, width):
     hidden = numbers[pages * page // 4 - batch.valid * width :][: batch.total * width].view(batch.total, width)
     hidden[: batch.valid] = torch.randn(batch.valid, width)
     centrality = torch.rand(batch.total)
-    expected = score(kernels, hidden, centrality, batch, cu_seqlens=batch.cu_seqlens)
+    expected = importance_of(kernels, hidden, centrality, batch, cu_seqlens=batch.cu_seqlens)
     libc = ctypes.CDLL(None, use_errno=True)
     tail = ctypes.c_void_p(numbers.data_ptr() + pages * page)
     prot_none = 0
     assert libc.mprotect(tail, ctypes.c_size_t(tail_pages * page), prot_none) == 0
-    scores = score(kernels, hidden, centrality, batch, cu_seqlens=batch.cu_seqlens)
+    importance = importance_of(kernels, hidden, centrality, batch, cu_seqlens=batch.cu_seqlens)
     libc.mprotect(tail, ctypes.c_size_t(tail_pages * page), mmap.PROT_READ | mmap.PROT_WRITE)
-    assert torch.equal(scores, expected)
+    assert torch.equal(importance, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [40, 257])
-def test_importance_has_the_same_bits_alone_in_a_batch_and_at_any_alignment(kernels, dtype, width):
+def test_importance_bits_depend_only_on_the_row(kernels, dtype, width):
+    """They are the same for a row alone and in a batch, and at any alignment."""
     batch = RaggedBatch((300,), tail=0)
     centrality = torch.rand(batch.total)
     rows = torch.randn(batch.total, width + 9).to(dtype)
     aligned = rows[:, 1 : width + 1].contiguous()
-    expected = score(kernels, aligned, centrality, batch, norm_order=2)
-    assert torch.equal(score(kernels, rows[:, 1 : width + 1], centrality, batch, norm_order=2), expected)
+    expected = importance_of(kernels, aligned, centrality, batch, norm_order=2)
+    assert torch.equal(importance_of(kernels, rows[:, 1 : width + 1], centrality, batch, norm_order=2), expected)
     for row in (0, 7, 299):
-        alone = score(kernels, aligned[row : row + 1], centrality[row : row + 1], RaggedBatch((1,), 0), norm_order=2)
-        assert torch.equal(alone, expected[row : row + 1])
+        alone = slice(row, row + 1)
+        one_row = importance_of(kernels, aligned[alone], centrality[alone], RaggedBatch((1,), 0), norm_order=2)
+        assert torch.equal(one_row, expected[alone])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_number_of_16_bits_is_read_right(kernels, dtype):
+def test_every_16_bit_number_is_read_correctly(kernels, dtype):
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    scores = score(kernels, numbers[:, None], torch.ones(2**16), RaggedBatch((2**16,), 0))
-    assert torch.equal(scores.nan_to_num(nan=-1.0), numbers.float().abs().nan_to_num(nan=-1.0))
+    importance = importance_of(kernels, numbers[:, None], torch.ones(2**16), RaggedBatch((2**16,), 0))
+    assert torch.equal(importance.nan_to_num(nan=-1.0), numbers.float().abs().nan_to_num(nan=-1.0))
     assert_selects_like_reference(
         kernels, RaggedBatch((2**16,), 0), numbers, keep_count=1000, small_tiling=False
-    )  # the sign too
+    )  # the importance above is without sign
 
 
 # Pruning
@@ -489,20 +489,21 @@ def assert_prunes_like_reference(
     hidden, centrality, cu_seqlens = x[0], torch.rand(batch.total), batch.cu_seqlens
     compute_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     ratio_q32 = None if ratio is None else keep_ratio_to_q32(ratio)
-    # Scores of the kernel itself, which a sum in another order may turn around, and the rest by the reference.
-    scored = score(
-        kernels, hidden, centrality, batch, norm_order=norm_order, per_visible_query=per_visible_query,
-        cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+    options = dict(norm_order=norm_order, per_visible_query=per_visible_query, cu_seqlens=cu_seqlens)
+    # The reference selects by the kernel's own importance, since a sum in another order could swap close tokens.
+    expected_importance = importance_of(kernels, hidden, centrality, batch, **options)
     arguments = (ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item)
-    total_kept = len(reference("select_tokens")(scored, cu_seqlens, batch.max_seqlen, *arguments, None)[0]) + extra_rows
+    total_kept = (
+        len(reference("select_tokens")(expected_importance, cu_seqlens, batch.max_seqlen, *arguments, None)[0])
+        + extra_rows
+    )
+    # Hidden states of ones with an L1 norm give the importance back.
+    ones = torch.ones(batch.total, 1, dtype=compute_dtype)
     rows, *expected = reference("prune")(
-        [torch.ones(batch.total, 1, dtype=compute_dtype), *x], scored, positions, cu_seqlens, batch.max_seqlen, 1,
-        False, *arguments, total_kept,
-    )  # fmt: skip
+        [ones, *x], expected_importance, positions, cu_seqlens, batch.max_seqlen, 1, False, *arguments, total_kept
+    )
 
-    size = Guarded(total_kept, torch.int32), Guarded(total_kept, torch.int64)
-    kept_positions, indices = size
+    kept_positions, indices = Guarded(total_kept, torch.int32), Guarded(total_kept, torch.int64)
     offsets, inverse = Guarded(batch.batch + 1, torch.int32), Guarded(batch.total, torch.int32)
     importance = Guarded(batch.total, compute_dtype)
     num_protected = torch.empty(batch.batch, dtype=torch.int32)
@@ -514,7 +515,7 @@ def assert_prunes_like_reference(
         copies += [address(tensor), address(destination.tensor), tensor.stride(0) * tensor.element_size(), row_bytes]
     kernels.run_prune(
         Arguments(
-            **scoring_arguments(hidden, centrality, batch, cu_seqlens, norm_order, per_visible_query),
+            **importance_arguments(hidden, centrality, batch, **options),
             importance=importance.tensor,
             max_seqlen=batch.max_seqlen,
             **budget_arguments(ratio_q32, keep_count, keep_counts, min_keep),
@@ -531,7 +532,7 @@ def assert_prunes_like_reference(
         (ctypes.c_int64 * len(copies))(*copies),
         len(x),
     )
-    assert torch.equal(importance.check(), scored)
+    assert torch.equal(importance.check(), expected_importance)
     got = [output.check() for output in (kept_positions, indices, offsets, inverse)]
     for output, want in zip(got, expected, strict=True):
         assert torch.equal(output, want)
@@ -572,7 +573,7 @@ def test_pruning_of_long_sequences(kernels, thread_order, dtype, codes_per_item)
 
 
 def test_pruning_of_many_sequences(kernels, thread_order):
-    # More than the 1,024 that one round of the scan takes within the scoring launch.
+    # More than the 1,024 sequences of one round of importance_and_offsets_kernel.
     batch = RaggedBatch(tuple(torch.randint(0, 4, (1500,)).tolist()), tail=2)
     assert_prunes_like_reference(kernels, batch, [torch.randn(batch.total, 4)], keep_count=2)
 

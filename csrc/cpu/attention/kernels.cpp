@@ -12,10 +12,14 @@ namespace {
 
 template <typename V>
 constexpr AttentionKernels attention_kernels_of() {
-  return {
-      &forward_scratch_bytes<V>,  &forward<V>,                  &backward_scratch_bytes<V>,
-      &backward<V>,               &centrality_scratch_bytes<V>, &centrality<V>,
-  };
+  AttentionKernels kernels{};
+  kernels.forward_scratch_bytes = &forward_scratch_bytes<V>;
+  kernels.forward = &forward<V>;
+  kernels.backward_scratch_bytes = &backward_scratch_bytes<V>;
+  kernels.backward = &backward<V>;
+  kernels.centrality_scratch_bytes = &centrality_scratch_bytes<V>;
+  kernels.centrality = &centrality<V>;
+  return kernels;
 }
 
 }  // namespace
@@ -24,7 +28,7 @@ template <>
 const AttentionKernels KernelTables<AttentionKernels>::STAMP_INSTRUCTION_SET =
     attention_kernels_of<Simd<float, STAMP_FLOATS_PER_VECTOR>>();
 
-#if STAMP_FLOATS_PER_VECTOR == 4  // the portable unit
+#if STAMP_FLOATS_PER_VECTOR == 4  // the portable build
 template <>
 const AttentionKernels KernelTables<AttentionKernels>::portable_float64 = attention_kernels_of<Simd<double, 2>>();
 #endif

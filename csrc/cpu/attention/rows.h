@@ -1,45 +1,21 @@
-// Rows of q, k, v, out and gradients in memory, as the padded matrices in the compute type that the products want.
-// Internal linkage, for the reason given in simd.h.
+// Loads and stores of rows of q, k, v, out and their gradients, from and to the padded matrices in the compute type
+// that the products need. Internal linkage, for the reason given in cpu/core/simd.h.
 
 #pragma once
 
 #include <cstdint>
 
+#include "common/arithmetic.h"
 #include "cpu/attention/kernels.h"
+#include "cpu/core/dtypes.h"
 #include "cpu/core/matrix_product.h"
-#include "cpu/core/numbers.h"
 #include "cpu/core/simd.h"
 
 namespace stamp::cpu {
 namespace {
 
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
-// One thread's memory, taken piece by piece. Without a base it only counts.
-class Scratch {
- public:
-  explicit Scratch(char* base) : base_(base) {}
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + size_);
-    size_ += round_up(count * static_cast<int64_t>(sizeof(T)), kScratchAlignment);
-    return piece;
-  }
-
-  int64_t size() const {
-    return size_;
-  }
-
- private:
-  char* base_;
-  int64_t size_ = 0;
-};
-
-// Head matrices are stored with rows of this many numbers: whole vectors, and one more so that columns do not all fall
-// into the same sets of the cache.
+// The row stride of a matrix of one head: whole vectors, and one vector more so that a column does not fall into one
+// set of the cache.
 template <typename V>
 int64_t matrix_row(int64_t columns) {
   return round_up(columns, V::width) + V::width;
@@ -47,9 +23,9 @@ int64_t matrix_row(int64_t columns) {
 
 template <typename V, typename T>
 void load_rows_of(
-    typename V::scalar* to, const HeadRows& from, int64_t first_row, int64_t num_rows, int64_t head, int64_t head_dim,
+    typename V::scalar* to, const HeadRows& from, int64_t start_row, int64_t num_rows, int64_t head, int64_t head_dim,
     typename V::scalar factor) {
-  const T* row = static_cast<const T*>(from.data) + first_row * from.row_stride + head * from.head_stride;
+  const T* row = static_cast<const T*>(from.data) + start_row * from.row_stride + head * from.head_stride;
   for (int64_t i = 0; i < num_rows; ++i, row += from.row_stride, to += matrix_row<V>(head_dim)) {
     int64_t d = 0;
     if constexpr (sizeof(T) == sizeof(typename V::scalar)) {
@@ -70,32 +46,28 @@ void load_rows_of(
   }
 }
 
-// [num_rows, matrix_row(head_dim)]: factor * rows of one head, zeros up to a whole vector.
+// to [num_rows, matrix_row(head_dim)] := factor * rows of one head, with zeros up to a whole vector.
 template <typename V>
 void load_rows(
-    typename V::scalar* to, const HeadRows& from, DType dtype, int64_t first_row, int64_t num_rows, int64_t head,
+    typename V::scalar* to, const HeadRows& from, DType dtype, int64_t start_row, int64_t num_rows, int64_t head,
     int64_t head_dim, double factor = 1.0) {
   const auto f = static_cast<typename V::scalar>(factor);
   if constexpr (sizeof(typename V::scalar) == sizeof(double)) {
-    load_rows_of<V, double>(to, from, first_row, num_rows, head, head_dim, f);
+    load_rows_of<V, double>(to, from, start_row, num_rows, head, head_dim, f);
   } else if (dtype == DType::kFloat32) {
-    load_rows_of<V, float>(to, from, first_row, num_rows, head, head_dim, f);
+    load_rows_of<V, float>(to, from, start_row, num_rows, head, head_dim, f);
   } else if (dtype == DType::kFloat16) {
-    load_rows_of<V, Half>(to, from, first_row, num_rows, head, head_dim, f);
+    load_rows_of<V, Half>(to, from, start_row, num_rows, head, head_dim, f);
   } else {
-    load_rows_of<V, BFloat16>(to, from, first_row, num_rows, head, head_dim, f);
+    load_rows_of<V, BFloat16>(to, from, start_row, num_rows, head, head_dim, f);
   }
 }
 
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-// Asks for rows that will be loaded soon: those of another head lie apart, where no hardware sees them coming.
+// Prefetches rows that will be loaded soon: the rows of one head are strided, so the hardware prefetcher misses them.
 inline void prefetch_rows(
-    const HeadRows& rows, DType dtype, int64_t first_row, int64_t num_rows, int64_t head, int64_t head_dim) {
+    const HeadRows& rows, DType dtype, int64_t start_row, int64_t num_rows, int64_t head, int64_t head_dim) {
   const int64_t size = size_of(dtype);
-  const int64_t offset = first_row * rows.row_stride + head * rows.head_stride;
+  const int64_t offset = start_row * rows.row_stride + head * rows.head_stride;
   const char* row = static_cast<const char*>(rows.data) + offset * size;
   for (int64_t i = 0; i < num_rows; ++i, row += rows.row_stride * size) {
     for (int64_t byte = 0; byte < head_dim * size; byte += 64) {
@@ -115,7 +87,7 @@ void store_row_of(T* to, const scalar* from, int64_t head_dim, scalar factor) {
   }
 }
 
-// factor * one row of one head, rounded to the dtype; zeros where `from` is null.
+// One row of one head := factor * from, rounded to the dtype; zeros where `from` is null.
 template <typename scalar>
 void store_row(
     const HeadRows& to, DType dtype, int64_t row, int64_t head, int64_t head_dim, const scalar* from, scalar factor) {
@@ -134,18 +106,13 @@ void store_row(
   }
 }
 
-template <typename V>
-constexpr int64_t transposed_size(int64_t num_rows, int64_t head_dim) {
-  return round_up(num_rows, kPanelWidth<V>) * head_dim;
-}
-
-// The transpose [head_dim, num_rows] of a loaded matrix, in panels for the right of a product; zeros beyond num_rows.
+// to := the transpose [head_dim, num_rows] of a loaded matrix, in panels as the right factor of a product. Columns past
+// num_rows are zeros.
 template <typename V>
 void pack_transposed(typename V::scalar* to, const typename V::scalar* from, int64_t num_rows, int64_t head_dim) {
   const int64_t from_row = matrix_row<V>(head_dim);
   for (int64_t row = 0; row < num_rows; row += V::width) {
-    typename V::scalar* columns =
-        to + row / kPanelWidth<V> * kPanelWidth<V> * head_dim + row % kPanelWidth<V>;
+    typename V::scalar* columns = to + row / kPanelWidth<V> * kPanelWidth<V> * head_dim + row % kPanelWidth<V>;
     for (int64_t d = 0; d < head_dim; d += V::width) {
       typename V::vector block[V::width];
 #pragma GCC unroll 16
@@ -168,11 +135,13 @@ void pack_transposed(typename V::scalar* to, const typename V::scalar* from, int
   }
 }
 
+// What pack_transposed has written, as a right factor [head_dim, num_rows].
 template <typename V>
 RightMatrix<typename V::scalar> transposed(const typename V::scalar* packed, int64_t head_dim) {
   return {packed, kPanelWidth<V>, kPanelWidth<V> * head_dim};
 }
 
+// A loaded matrix, as a right factor [num_rows, head_dim].
 template <typename V>
 RightMatrix<typename V::scalar> row_major(const typename V::scalar* data, int64_t head_dim) {
   return {data, matrix_row<V>(head_dim), kPanelWidth<V>};

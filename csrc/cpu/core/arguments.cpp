@@ -16,10 +16,10 @@ void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total,
   stamp::check_cu_seqlens(name, cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.size(0) - 1, total, max_seqlen);
 }
 
-int64_t longest(const int32_t* offsets, int64_t batch) {
+int64_t longest(const int32_t* cu_seqlens, int64_t num_sequences) {
   int64_t length = 0;
-  for (int64_t i = 0; i < batch; ++i) {
-    length = std::max<int64_t>(length, offsets[i + 1] - offsets[i]);
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    length = std::max<int64_t>(length, cu_seqlens[i + 1] - cu_seqlens[i]);
   }
   return length;
 }
@@ -51,6 +51,10 @@ DType dtype_of(const char* name, const Tensor& x) {
     default:
       STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
   }
+}
+
+ScalarType compute_type(DType dtype) {
+  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
 }  // namespace stamp::cpu

@@ -1,4 +1,4 @@
-// Arguments that the ops of every family have: offsets of the sequences, dtypes.
+// Checks and conversions of arguments that the ops of every family have: offsets, dtypes, contiguous tensors.
 
 #pragma once
 
@@ -6,25 +6,30 @@
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
-#include "cpu/core/numbers.h"
+#include "cpu/core/dtypes.h"
 
 namespace stamp::cpu {
 
 using torch::stable::Tensor;
 
-// int32 [batch + 1], contiguous: a rising sequence from 0 to at most `total`, no step longer than max_seqlen.
+// cu_seqlens int32 [num_sequences + 1], contiguous: from 0 to at most `total`, never decreasing, with steps of at most
+// max_seqlen.
 void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen);
 
 // The length of the longest sequence.
-int64_t longest(const int32_t* cu_seqlens, int64_t batch);
+int64_t longest(const int32_t* cu_seqlens, int64_t num_sequences);
 
-// x, or a contiguous copy of it; `held` keeps it alive.
+// x, or a contiguous copy of it. `held` keeps it alive.
 Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held);
 
-// Rows [cu_seqlens[-1], total) of a contiguous [total, ...] tensor := 0.
+// Fills the rows [first_tail_row, total) of a contiguous [total, ...] tensor with zeros.
 void zero_tail(const Tensor& x, int64_t first_tail_row);
 
 DType dtype_of(const char* name, const Tensor& x);
+
+// float32, or float64 for float64.
+torch::headeronly::ScalarType compute_type(DType dtype);
 
 }  // namespace stamp::cpu

@@ -6,7 +6,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 namespace stamp::cpu {
-
 namespace {
 
 Capability machine_capability() {
@@ -26,19 +25,18 @@ Capability machine_capability() {
 
 Capability chosen_capability() {
   static const Capability best = machine_capability();
-  const char* wanted = std::getenv("STAMP_KERNELS_CPU_CAPABILITY");
-  if (wanted == nullptr) {
+  const char* requested = std::getenv("STAMP_KERNELS_CPU_CAPABILITY");
+  if (requested == nullptr) {
     return best;
   }
-  const std::string name = wanted;
+  const std::string name = requested;
   STD_TORCH_CHECK(
       name == "portable" || name == "avx2" || name == "avx512",
       "the environment variable STAMP_KERNELS_CPU_CAPABILITY must be portable, avx2 or avx512, got ", name);
   const Capability capability = name == "portable" ? Capability::kPortable
       : name == "avx2"                             ? Capability::kAvx2
                                                    : Capability::kAvx512;
-  STD_TORCH_CHECK(
-      capability <= best, "STAMP_KERNELS_CPU_CAPABILITY is ", name, ", which this machine does not have");
+  STD_TORCH_CHECK(capability <= best, "STAMP_KERNELS_CPU_CAPABILITY is ", name, ", which this machine does not have");
   return capability;
 }
 

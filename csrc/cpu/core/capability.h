@@ -1,4 +1,4 @@
-// Which of the instruction sets that kernels are compiled for is used.
+// The instruction set whose kernels run.
 
 #pragma once
 
@@ -6,8 +6,8 @@ namespace stamp::cpu {
 
 enum class Capability { kPortable, kAvx2, kAvx512 };
 
-// What this machine can do, or less where the environment asks for it. Read anew each time, so that a process can
-// compare them.
+// The best set that this machine has, or the one that STAMP_KERNELS_CPU_CAPABILITY names. The variable is read on every
+// call, so that one process can compare the sets.
 Capability chosen_capability();
 
 }  // namespace stamp::cpu

@@ -1,9 +1,10 @@
-// The kernels of a family exist once for each instruction set, and the processor decides at run time which ones serve.
+// The choice of kernels at run time: those of a family exist once for each instruction set, and the processor decides
+// which ones run.
 //
 // setup.py compiles <family>/kernels.cpp once for each instruction set, with its compiler flags and two macros:
-// STAMP_INSTRUCTION_SET is the member of KernelTables that the unit defines, STAMP_FLOATS_PER_VECTOR the number of
-// floats in its vectors. A table is plain data and function pointers, so that code compiled for AVX-512 shares nothing
-// else with the portable code.
+// STAMP_INSTRUCTION_SET is the member of KernelTables that the object file defines, and STAMP_FLOATS_PER_VECTOR is the
+// number of floats in its vectors. A table holds only function pointers and numbers, so that code compiled for AVX-512
+// and portable code share nothing else.
 
 #pragma once
 
@@ -16,11 +17,11 @@ struct KernelTables {
   static const Kernels portable;
   static const Kernels avx2;
   static const Kernels avx512;
-  // float64 is there for gradcheck: for any processor, without wide vectors.
+  // float64 serves gradcheck, so its kernels are compiled once, for any processor.
   static const Kernels portable_float64;
 };
 
-// The kernels for float32, float16 and bfloat16 on this machine, see chosen_capability().
+// The kernels for float32, float16 and bfloat16 that run on this machine, see chosen_capability().
 template <typename Kernels>
 const Kernels& kernels_of_machine() {
   [[maybe_unused]] const Capability capability = chosen_capability();

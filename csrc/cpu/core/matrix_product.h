@@ -1,4 +1,4 @@
-// C = A B or C += A B, blocked for registers. Internal linkage, for the reason given in simd.h.
+// C = A B or C += A B, with tiles of C in registers. Internal linkage, for the reason given in simd.h.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 namespace stamp::cpu {
 namespace {
 
-// The factor on the left: element (m, k) is data[m * row + k * column]. Its elements are broadcast one by one, so a
-// transposed matrix costs nothing.
+// The left factor A: element (m, k) is data[m * row + k * column]. Elements are broadcast one by one, so a transposed
+// matrix costs nothing.
 template <typename scalar>
 struct LeftMatrix {
   const scalar* data;
@@ -18,8 +18,8 @@ struct LeftMatrix {
   int64_t column;
 };
 
-// The factor on the right, row-major, in panels of `panel_width` columns; element (k, n) is
-// data[n / panel_width * panel + k * row + n % panel_width]. A plain row-major matrix has panel == panel_width.
+// The right factor B, row-major in panels of w = kPanelWidth columns: element (k, n) is
+// data[n / w * panel + k * row + n % w]. A plain row-major matrix has panel == w.
 template <typename scalar>
 struct RightMatrix {
   const scalar* data;
@@ -33,15 +33,17 @@ struct ResultMatrix {
   int64_t row;
 };
 
-// Rows of C in one register tile: with two vectors a row, as many as leave registers for the operands.
+// A register tile has two vectors in each row, and as many rows as leave registers for the operands.
 template <int kLanes, typename scalar>
-constexpr int kTileRows = kLanes * sizeof(scalar) == 64 ? 8 : kLanes * sizeof(scalar) == 32 ? 6 : 4;
+constexpr int kTileRows = kLanes * sizeof(scalar) == 64 ? 8
+    : kLanes * sizeof(scalar) == 32                     ? 6
+                                                        : 4;
 constexpr int kTileVectors = 2;
 template <typename V>
 constexpr int kPanelWidth = kTileVectors * V::width;
 
-// One register tile: `rows` x `vectors * width` of C over `depth` steps. Each element of C is one chain of
-// multiply-adds in the order of k, so its bits do not depend on the tile it falls into.
+// One register tile of C [rows, vectors * width]. Each element is one chain of multiply-adds in the order of k, so its
+// bits do not depend on the tile that it falls into.
 template <typename V, int rows, int vectors>
 void product_tile(
     int64_t depth, LeftMatrix<typename V::scalar> a, const typename V::scalar* b, int64_t b_row,
@@ -79,7 +81,7 @@ void product_tile(
   }
 }
 
-// The tile with `rows` rows or, by recursion, with as many as are left.
+// A tile of `rows` rows or, by recursion, of the rows that are left.
 template <typename V, int vectors, int rows>
 void product_tile_of(
     int rows_left, int64_t depth, LeftMatrix<typename V::scalar> a, const typename V::scalar* b, int64_t b_row,
@@ -105,8 +107,8 @@ void product_panel(
   }
 }
 
-// C [num_rows, num_columns] = (or +=) A [num_rows, depth] B [depth, num_columns]. Columns are computed in whole
-// vectors: B and C must have memory for them.
+// C [num_rows, num_columns] = A [num_rows, depth] B [depth, num_columns], or C += A B. Columns are computed in whole
+// vectors, so the rows of B and C must have memory up to a multiple of the width.
 template <typename V>
 void product(
     int64_t num_rows, int64_t num_columns, int64_t depth, LeftMatrix<typename V::scalar> a,

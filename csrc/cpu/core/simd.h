@@ -1,8 +1,8 @@
-// A vector of `width` numbers, on the compiler's vector extensions: the same source becomes AVX-512, AVX2 or whatever
-// the portable build allows, by the flags of the unit that includes it.
+// Vectors of `width` numbers, on the compiler's vector extensions. The flags of the file that includes this header
+// decide whether they become AVX-512, AVX2 or portable code.
 //
-// Everything here has internal linkage and no std template with code of its own is used: the linker merges equal names,
-// and could otherwise put a function compiled for AVX-512 into the portable path.
+// Everything here has internal linkage, and no std function template is used. The linker keeps one copy of functions
+// with equal names, so a function compiled for AVX-512 could otherwise end up in the portable path.
 
 #pragma once
 
@@ -46,7 +46,7 @@ struct Simd {
     return s - vector{};
   }
 
-  // NaN in `b` wins.
+  // Returns b where b is NaN.
   static vector max(vector a, vector b) {
     return a > b ? a : b;
   }
@@ -60,13 +60,13 @@ struct Simd {
   static scalar max(vector v);
 };
 
-// Lane i of the result is lane i + shift of v, round the end.
+// Lane i of the result is lane (i + shift) mod width of v.
 template <typename V, int shift, int... i>
 typename V::vector rotate(typename V::vector v, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(v, v, ((i + shift) % V::width)...);
 }
 
-// Halves are combined until every lane holds the result, always in the same order.
+// Combines all lanes, half with half, always in the same order. Every lane of the result holds the same value.
 template <typename V, int shift, typename Combine>
 typename V::vector combine_lanes(typename V::vector v, Combine combine) {
   if constexpr (shift == 0) {
@@ -86,8 +86,8 @@ scalar Simd<scalar, kLanes>::max(vector v) {
   return combine_lanes<Simd, kLanes / 2>(v, [](vector a, vector b) { return max(a, b); })[0];
 }
 
-// e^x = 2^n e^r with n = round(x / ln 2): a polynomial for e^r, the exponent's bits for 2^n. Within 2 ulp from -87 to
-// 88; 0 below, where the result would be subnormal, and NaN for NaN.
+// e^x = 2^n e^r with n = round(x / ln 2): e^r by a polynomial, 2^n by the bits of the exponent. The error is at most
+// 2 ulp from -87 to 88. Below -87, where the result would be subnormal, it is 0. NaN gives NaN.
 template <int kLanes>
 __attribute__((always_inline)) inline typename Simd<float, kLanes>::vector exp_of_floats(
     typename Simd<float, kLanes>::vector x) {
@@ -95,8 +95,8 @@ __attribute__((always_inline)) inline typename Simd<float, kLanes>::vector exp_o
   using vector = typename V::vector;
   using integers = typename V::integers;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  constexpr float kSmallest = -87.0f, kLargest = 88.0f;
-  const vector bounded = V::min(V::broadcast(kLargest), x);
+  constexpr float kMinExponent = -87.0f, kMaxExponent = 88.0f;
+  const vector bounded = V::min(V::broadcast(kMaxExponent), x);
   const vector n = (bounded * 1.44269504088896341f + kRound) - kRound;
   const vector r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
   vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -108,7 +108,7 @@ __attribute__((always_inline)) inline typename Simd<float, kLanes>::vector exp_o
   const integers bits = (__builtin_convertvector(n, integers) + 127) << 23;
   vector power;
   __builtin_memcpy(&power, &bits, sizeof(power));
-  return x < kSmallest ? vector{} : p * power;
+  return x < kMinExponent ? vector{} : p * power;
 }
 
 template <typename scalar, int kLanes>
@@ -123,13 +123,14 @@ __attribute__((always_inline)) inline typename Simd<scalar, kLanes>::vector Simd
   }
 }
 
-// The perfect shuffle of two vectors, first or second half: a0 b0 a1 b1 ...
+// The first or second half of the perfect shuffle of two vectors: a0 b0 a1 b1 ...
 template <typename V, int first, int... i>
 typename V::vector interleave(typename V::vector a, typename V::vector b, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(a, b, (first + i / 2 + (i % 2) * V::width)...);
 }
 
-// Transposes the matrix whose rows are `rows`: log2(width) perfect shuffles of its first with its second half of rows.
+// Transposes a matrix [width, width] in registers: log2(width) perfect shuffles of the first half of its rows with the
+// second half.
 template <typename V>
 void transpose(typename V::vector (&rows)[V::width]) {
   constexpr int half = V::width / 2;

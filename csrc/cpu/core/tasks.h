@@ -1,4 +1,4 @@
-// The threads that do the tasks of an op.
+// Parallel loops: the tasks of an op, and the threads that run them.
 
 #pragma once
 
@@ -8,16 +8,18 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "common/arithmetic.h"
+
 namespace stamp::cpu {
 
-// Memory of one thread, in whole cache lines.
+// The scratch memory of one thread, in whole cache lines.
 constexpr int64_t scratch_of_thread(int64_t bytes) {
   constexpr int64_t kCacheLine = 64;
-  return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+  return round_up(bytes, kCacheLine);
 }
 
-// Calls run(task, thread) for every task, from the threads 0 to num_threads - 1. Tasks cost unlike much, so threads take
-// them one by one, in rising order. `run` must not throw: the text would be lost.
+// Calls run(task, thread) for every task, from the threads 0 to num_threads - 1. Task costs vary, so each thread takes
+// the next task when it is free. `run` must not throw: an exception loses its message inside a worker thread.
 template <typename Run>
 void for_tasks_of_threads(int64_t num_tasks, int64_t num_threads, const Run& run) {
   std::atomic<int64_t> next{0};
@@ -30,7 +32,7 @@ void for_tasks_of_threads(int64_t num_tasks, int64_t num_threads, const Run& run
   });
 }
 
-// Calls run(task, scratch) likewise, thread t with the memory from t * scratch_of_thread(scratch_bytes) on.
+// The same with run(task, scratch): thread t has the memory from t * scratch_of_thread(scratch_bytes) on.
 template <typename Run>
 void for_tasks(int64_t num_tasks, int64_t num_threads, char* scratch, int64_t scratch_bytes, const Run& run) {
   for_tasks_of_threads(num_tasks, num_threads, [&](int64_t task, int64_t thread) {
@@ -38,12 +40,12 @@ void for_tasks(int64_t num_tasks, int64_t num_threads, char* scratch, int64_t sc
   });
 }
 
-// Rounds of tasks, each round when all tasks of the one before are done. One thread calls begin(round), which says how
-// many tasks the round has, then threads call run(round, task, thread) for all of them.
+// Runs rounds of tasks: a round starts when all tasks of the round before are done. One thread calls begin(round),
+// which returns the number of the round's tasks. Then the threads call run(round, task, thread) for all of them.
 //
-// Threads meet within one parallel region: where other pools of threads have made OpenMP's sleep between regions, waking
+// All rounds share one parallel region. Other thread pools can make OpenMP's threads sleep between regions, and waking
 // them for every round took up to 20 % of the time of an op with a hundred rounds. A round waits for its tasks, not for
-// threads: those that come late, or never, are not missed.
+// threads: a thread that never arrives does not block the round.
 template <typename Begin, typename Run>
 void for_rounds(int64_t num_rounds, int64_t num_threads, const Begin& begin, const Run& run) {
   if (num_threads == 1) {
@@ -55,10 +57,11 @@ void for_rounds(int64_t num_rounds, int64_t num_threads, const Begin& begin, con
     }
     return;
   }
-  // The round, its number of tasks and the next one in one word: whoever takes a task knows of which round it is.
+  // One word holds the round, its number of tasks and the next task, so that a thread that takes a task knows its
+  // round.
   constexpr uint64_t kTotal = uint64_t{1} << 20, kRound = uint64_t{1} << 40;
   std::atomic<uint64_t> next{0};
-  std::atomic<int64_t> num_left{0};  // tasks of the round that are not done
+  std::atomic<int64_t> num_left{0};  // unfinished tasks of the round
   const auto enter = [&](int64_t round) {
     int64_t num_tasks = 0;
     while (round < num_rounds && (num_tasks = begin(round)) == 0) {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cpu/core/numbers.h"
+#include "cpu/core/dtypes.h"
 
 namespace stamp::cpu {
 

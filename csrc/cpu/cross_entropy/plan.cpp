@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "common/arithmetic.h"
 #include "cpu/cross_entropy/kernels.h"
 
 namespace stamp::cpu {

@@ -47,12 +47,4 @@ struct CrossEntropyPlan {
 
 CrossEntropyPlan plan_cross_entropy(const SoftmaxSizes& sizes);
 
-constexpr int64_t divide_up(int64_t n, int64_t divisor) {
-  return (n + divisor - 1) / divisor;
-}
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) {
-  return divide_up(n, multiple) * multiple;
-}
-
 }  // namespace stamp::cpu

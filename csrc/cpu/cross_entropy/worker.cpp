@@ -31,10 +31,6 @@ const CrossEntropyKernels& cross_entropy_kernels(DType dtype) {
                                   : kernels_of_machine<CrossEntropyKernels>();
 }
 
-ScalarType compute_type(DType dtype) {
-  return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
 int64_t padded_width(const CrossEntropyInputs& inputs) {
   return round_up(inputs.width, cross_entropy_kernels(inputs.dtype).vector_width);
 }

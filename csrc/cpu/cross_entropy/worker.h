@@ -9,7 +9,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu/core/numbers.h"
+#include "common/arithmetic.h"
+#include "cpu/core/arguments.h"
+#include "cpu/core/dtypes.h"
 #include "cpu/cross_entropy/plan.h"
 
 namespace stamp::cpu {
@@ -74,8 +76,6 @@ struct CrossEntropyOutputs {
 inline bool is_per_step(const Tensor& x, int64_t shared_dims) {
   return x.dim() > shared_dims;
 }
-
-torch::headeronly::ScalarType compute_type(DType dtype);
 
 // The width in whole vectors.
 int64_t padded_width(const CrossEntropyInputs& inputs);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/contents.h"
+#include "common/kept_offsets.h"
 #include "cpu/core/tasks.h"
 
 namespace stamp::cpu {
@@ -14,21 +15,21 @@ using torch::headeronly::ScalarType;
 SelectionPlan plan_selection(
     int64_t total, const Tensor& cu_seqlens, int64_t max_seqlen, const BudgetArguments& arguments) {
   SelectionPlan plan = {};
-  plan.batch = cu_seqlens.size(0) - 1;
+  plan.num_sequences = cu_seqlens.size(0) - 1;
   plan.total = total;
   plan.codes_per_item = arguments.codes_per_item;
   const Tensor offsets = held_contiguous(cu_seqlens, plan.held);
   check_cu_seqlens("cu_seqlens", offsets, total, max_seqlen);
   plan.cu_seqlens = offsets.const_data_ptr<int32_t>();
-  plan.longest = longest(plan.cu_seqlens, plan.batch);
-  const Budget budget = budget_of(arguments, plan.batch, plan.held);
-  check_keep_counts(budget, plan.batch);
+  plan.longest = longest(plan.cu_seqlens, plan.num_sequences);
+  const Budget budget = budget_of(arguments, plan.num_sequences, plan.held);
+  check_keep_counts(budget, plan.num_sequences);
   plan.protect = protect_of(arguments, total, plan.held);
 
-  plan.cu_seqlens_kept = torch::stable::new_empty(offsets, {plan.batch + 1});
+  plan.cu_seqlens_kept = torch::stable::new_empty(offsets, {plan.num_sequences + 1});
   int32_t* kept_offsets = plan.cu_seqlens_kept.mutable_data_ptr<int32_t>();
   plan.kept_offsets = kept_offsets;
-  const int64_t kept = fill_kept_offsets(plan.cu_seqlens, plan.batch, plan.protect, budget, kept_offsets);
+  const int64_t kept = fill_kept_offsets(plan.cu_seqlens, plan.num_sequences, plan.protect, budget, kept_offsets);
   plan.total_kept = arguments.total_kept.value_or(kept);
   check_total_kept(plan.total_kept, kept);
 
@@ -37,24 +38,24 @@ SelectionPlan plan_selection(
   plan.kept_rows = plan.indices.mutable_data_ptr<int64_t>();
   plan.inverse_rows = plan.inverse.mutable_data_ptr<int32_t>();
   std::fill(plan.kept_rows + kept, plan.kept_rows + plan.total_kept, -1);
-  std::fill(plan.inverse_rows + plan.cu_seqlens[plan.batch], plan.inverse_rows + total, -1);
+  std::fill(plan.inverse_rows + plan.cu_seqlens[plan.num_sequences], plan.inverse_rows + total, -1);
   return plan;
 }
 
 void for_sequences(
-    const SelectionPlan& plan, int64_t least_tokens_per_task, int64_t scratch_bytes,
+    const SelectionPlan& plan, int64_t min_tokens_per_task, int64_t scratch_bytes,
     const std::function<void(int64_t, int64_t, char*)>& run) {
-  const int64_t tokens = plan.cu_seqlens[plan.batch];
-  const int64_t num_tasks =
-      std::clamp<int64_t>(tokens / least_tokens_per_task, 1, torch::stable::get_num_threads());
-  const Tensor scratch = torch::stable::new_empty(
-      plan.cu_seqlens_kept, {num_tasks * scratch_of_thread(scratch_bytes)}, ScalarType::Byte);
+  const int64_t tokens = plan.cu_seqlens[plan.num_sequences];
+  const int64_t num_tasks = std::clamp<int64_t>(tokens / min_tokens_per_task, 1, torch::stable::get_num_threads());
+  const Tensor scratch =
+      torch::stable::new_empty(plan.cu_seqlens_kept, {num_tasks * scratch_of_thread(scratch_bytes)}, ScalarType::Byte);
   char* memory = static_cast<char*>(scratch.mutable_data_ptr());
-  // Task t begins with the first sequence that begins at or after its share of the tokens.
+  // Task t begins with the first sequence that starts at or after token tokens * t / num_tasks.
   const auto first_sequence = [&](int64_t task) {
     return task == num_tasks
-        ? plan.batch
-        : std::lower_bound(plan.cu_seqlens, plan.cu_seqlens + plan.batch, tokens * task / num_tasks) - plan.cu_seqlens;
+        ? plan.num_sequences
+        : std::lower_bound(plan.cu_seqlens, plan.cu_seqlens + plan.num_sequences, tokens * task / num_tasks) -
+            plan.cu_seqlens;
   };
   for_tasks(num_tasks, num_tasks, memory, scratch_bytes, [&](int64_t task, char* of_thread) {
     run(first_sequence(task), first_sequence(task + 1), of_thread);

@@ -1,18 +1,19 @@
-// The best k of n keys without sorting them: the largest key that at least k keys reach, found by bisection with counts.
-// Random keys need about log2(n) counts until exactly k of them reach the middle.
+// The threshold that keeps the best k of n keys, without sorting: the largest key that at least k keys reach, found by
+// bisection. Each step counts the keys that reach the middle. For random keys exactly k reach it after about log2(n)
+// steps.
 
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu/pruning/kernels.h"
 #include "cpu/core/simd.h"
+#include "cpu/pruning/kernels.h"
 
 namespace stamp::cpu {
 namespace {
 
-// How many keys reach the threshold, which is above the lowest key.
+// How many keys reach a threshold above the lowest key.
 template <typename V>
 int64_t count_reaching(const typename V::integer* keys, int64_t n, typename V::integer threshold) {
   constexpr int kCounts = kKeysPerVector / V::width;
@@ -36,7 +37,7 @@ int64_t count_reaching(const typename V::integer* keys, int64_t n, typename V::i
 }
 
 template <typename V>
-Cut<typename V::integer> cut(const typename V::integer* keys, int64_t n, int64_t k) {
+Threshold<typename V::integer> find_threshold(const typename V::integer* keys, int64_t n, int64_t k) {
   using Key = typename V::integer;
   using Unsigned = std::make_unsigned_t<Key>;
   Key low = keys[0], high = keys[0];
@@ -48,11 +49,11 @@ Cut<typename V::integer> cut(const typename V::integer* keys, int64_t n, int64_t
   while (low < high) {
     const Unsigned distance = static_cast<Unsigned>(high) - static_cast<Unsigned>(low);
     const Key middle = static_cast<Key>(static_cast<Unsigned>(low) + (distance / 2 + distance % 2));
-    const int64_t reaching = count_reaching<V>(keys, n, middle);
-    if (reaching == k) {
+    const int64_t count = count_reaching<V>(keys, n, middle);
+    if (count == k) {
       return {middle, n};
     }
-    if (reaching > k) {
+    if (count > k) {
       low = middle;
     } else {
       high = middle - 1;

@@ -1,4 +1,4 @@
-// Arguments that the ops of every family have: offsets of the sequences, dtypes, contents that are checked on request.
+// Checks and conversions of arguments that the ops of every family have: offsets, dtypes, contents.
 
 #pragma once
 
@@ -9,28 +9,30 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "cuda/core/dtypes.cuh"
 #include "cuda/core/launch.cuh"
-#include "cuda/core/numbers.cuh"
 
 namespace stamp::cuda {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Contents are on the device; STAMP_KERNELS_CHECK=1 pays the sync that reading them costs.
+// Whether to check contents. They are on the device, so a check costs a sync, and only STAMP_KERNELS_CHECK=1 asks for
+// it.
 bool contents_are_checked();
 
-// The offsets on the host, checked: a rising sequence from 0 to at most `total`, no step longer than max_seqlen.
+// A copy of the offsets in CPU memory, checked: from 0 to at most `total`, never decreasing, with steps of at most
+// max_seqlen.
 std::vector<int32_t> checked_cu_seqlens(
-    const int32_t* cu_seqlens, int64_t batch, int64_t total, int64_t max_seqlen, const Launch& launch);
+    const int32_t* cu_seqlens, int64_t num_sequences, int64_t total, int64_t max_seqlen, const Launch& launch);
 
-// x, or a contiguous copy of it; `held` keeps it alive.
+// x, or a contiguous copy of it. `held` keeps it alive.
 Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held);
 
-// int32 [batch + 1] on the device.
+// The same for cu_seqlens, which must be int32 [num_sequences + 1].
 Tensor held_cu_seqlens(const Tensor& cu_seqlens, std::vector<Tensor>& held);
 
-// Calls run with a value of the type that the tensor's numbers have on the device.
+// Calls run with a value of the C++ type of the tensor's dtype.
 template <typename Run>
 void with_number_type(const char* name, const Tensor& x, const Run& run) {
   switch (x.scalar_type()) {

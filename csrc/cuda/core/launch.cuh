@@ -1,4 +1,4 @@
-// The launch of kernels by the ops on CUDA.
+// Kernel launches of the CUDA ops.
 
 #pragma once
 
@@ -13,10 +13,10 @@
 
 namespace stamp::cuda {
 
-// Makes a device the current one for its lifetime and launches on that device's current stream.
+// Makes a device the current one as long as it lives, and launches on that device's current stream.
 class Launch {
  public:
-  // Named in errors is `op`.
+  // `op` names the operator in error messages.
   Launch(const char* op, int32_t device_index) : op_(op), guard_(device_index) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
@@ -30,15 +30,15 @@ class Launch {
     STD_TORCH_CHECK(error == cudaSuccess, op_, " could not be launched: ", cudaGetErrorString(error));
   }
 
-  // Waits for what the device has there.
+  // A copy of device memory in CPU memory. Waits for the stream.
   template <typename T>
-  std::vector<T> copy_to_host(const T* data, int64_t size, const char* name) const {
-    std::vector<T> host(size);
-    const cudaError_t copied = cudaMemcpyAsync(host.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost, stream_);
+  std::vector<T> copy_to_cpu(const T* data, int64_t size, const char* name) const {
+    std::vector<T> copy(size);
+    const cudaError_t copied = cudaMemcpyAsync(copy.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost, stream_);
     STD_TORCH_CHECK(
-        copied == cudaSuccess && cudaStreamSynchronize(stream_) == cudaSuccess,
-        "reading ", name, " from the device failed");
-    return host;
+        copied == cudaSuccess && cudaStreamSynchronize(stream_) == cudaSuccess, name,
+        " could not be read from the device");
+    return copy;
   }
 
  private:

@@ -1,4 +1,4 @@
-// Threads of a warp together. Every lane calls.
+// Collectives of a warp. All lanes must call them.
 
 #pragma once
 
@@ -42,7 +42,7 @@ __device__ inline Key warp_max(Key x) {
   return x;
 }
 
-// The sum of x of the lanes up to this one.
+// The sum of x over the lanes up to and including this one.
 template <typename T>
 __device__ inline T warp_running_sum(T x) {
   for (int distance = 1; distance < kWarpSize; distance *= 2) {

@@ -1,6 +1,6 @@
-// Row gather for pruned sequences, several tensors in one launch: y[j] = x[map[j]], zeros where the map says -1.
+// The gather of rows, of several tensors in one launch: y[j] = x[map[j]], zeros where the map says -1.
 //
-// Every output row is written once, so there is neither a zero-fill pass nor an atomic addition.
+// Every output row is written once, so there is no zero-fill pass and no atomic addition.
 
 #pragma once
 
@@ -8,14 +8,15 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/row_layout.h"
+#include "common/arithmetic.h"
+#include "common/rows.h"
 
 namespace stamp::cuda {
 
 constexpr int kGatherThreads = 256;
-// Kernel parameters are limited to 4 KiB; a longer list takes one launch per this many tensors.
+// Kernel parameters are limited to 4 KiB, so a longer list takes one launch for every kMaxTensors tensors.
 constexpr int kMaxTensors = 64;
-// What a block moves before it retires: four loads in flight per thread to cover their latency.
+// A block makes this many accesses: each thread has four loads in flight, which hide their latency.
 constexpr int64_t kAccessesPerBlock = 4 * kGatherThreads;
 
 struct AlignedRows {
@@ -43,16 +44,16 @@ __host__ __device__ inline int64_t rows_per_gather_block(const AlignedRows& tens
 }
 
 template <typename access_t, typename index_t>
-__device__ void copy_rows(const Rows& rows, const index_t* map, int64_t first_row, int64_t end_row) {
-  // 32 bits are enough: a block holds kAccessesPerBlock or one row.
+__device__ void copy_rows(const Rows& rows, const index_t* map, int64_t start_row, int64_t end_row) {
+  // 32 bits are enough: a block has at most kAccessesPerBlock accesses, or one row.
   const uint32_t accesses_per_row = static_cast<uint32_t>(rows.row_bytes / sizeof(access_t));
-  const uint32_t num_accesses = static_cast<uint32_t>(end_row - first_row) * accesses_per_row;
-  auto* destination = reinterpret_cast<access_t*>(rows.destination + first_row * rows.row_bytes);
+  const uint32_t num_accesses = static_cast<uint32_t>(end_row - start_row) * accesses_per_row;
+  auto* destination = reinterpret_cast<access_t*>(rows.destination + start_row * rows.row_bytes);
 #pragma unroll 4
   for (uint32_t i = threadIdx.x; i < num_accesses; i += kGatherThreads) {
     const uint32_t row = i / accesses_per_row;
     const uint32_t column = i - row * accesses_per_row;
-    const int64_t source_row = static_cast<int64_t>(map[first_row + row]);
+    const int64_t source_row = static_cast<int64_t>(map[start_row + row]);
     access_t value{};
     if (source_row >= 0) {
       value = __ldg(reinterpret_cast<const access_t*>(rows.source + source_row * rows.source_stride) + column);
@@ -62,29 +63,29 @@ __device__ void copy_rows(const Rows& rows, const index_t* map, int64_t first_ro
 }
 
 // One block copies a run of consecutive output rows of one tensor.
-//   grid  (row runs of the widest tensor, tensors); blocks past a tensor's last row leave at once
+//   grid  (row runs of the widest tensor, tensors); blocks past a tensor's last row return at once
 //   map   [num_rows], the source row of each output row, or -1
 template <typename index_t>
 __global__ void __launch_bounds__(kGatherThreads)
     gather_rows_kernel(const __grid_constant__ TensorList list, const index_t* __restrict__ map, int64_t num_rows) {
   const AlignedRows& tensor = list.tensors[blockIdx.y];
   const Rows& rows = tensor.rows;
-  const int64_t first_row = blockIdx.x * rows_per_gather_block(tensor);
-  const int64_t end_row = min(num_rows, first_row + rows_per_gather_block(tensor));
-  if (first_row >= end_row) {
+  const int64_t start_row = blockIdx.x * rows_per_gather_block(tensor);
+  const int64_t end_row = min(num_rows, start_row + rows_per_gather_block(tensor));
+  if (start_row >= end_row) {
     return;
   }
   switch (tensor.access_bytes) {
     case 16:
-      return copy_rows<uint4>(rows, map, first_row, end_row);
+      return copy_rows<uint4>(rows, map, start_row, end_row);
     case 8:
-      return copy_rows<uint2>(rows, map, first_row, end_row);
+      return copy_rows<uint2>(rows, map, start_row, end_row);
     case 4:
-      return copy_rows<uint32_t>(rows, map, first_row, end_row);
+      return copy_rows<uint32_t>(rows, map, start_row, end_row);
     case 2:
-      return copy_rows<uint16_t>(rows, map, first_row, end_row);
+      return copy_rows<uint16_t>(rows, map, start_row, end_row);
     default:
-      return copy_rows<uint8_t>(rows, map, first_row, end_row);
+      return copy_rows<uint8_t>(rows, map, start_row, end_row);
   }
 }
 
@@ -103,7 +104,7 @@ void launch_gather(const std::vector<Rows>& copies, const index_t* map, int64_t 
     for (size_t i = 0; i < count; ++i) {
       list.tensors[i] = tensors[first + i];
       const int64_t per_block = rows_per_gather_block(list.tensors[i]);
-      num_blocks = std::max(num_blocks, (num_rows + per_block - 1) / per_block);
+      num_blocks = std::max(num_blocks, divide_up(num_rows, per_block));
     }
     const dim3 grid(static_cast<unsigned>(num_blocks), static_cast<unsigned>(count));
     launch(&gather_rows_kernel<index_t>, grid, kGatherThreads, list, map, num_rows);

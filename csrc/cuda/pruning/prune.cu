@@ -1,13 +1,13 @@
-// prune, scoring, selection and gather in one op: see pruning_kernels.cuh.
+// prune on CUDA: importance, selection and gather in one op. The kernels are in prune_kernels.cuh.
 
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/rows.h"
+#include "common/row_copies.h"
 #include "cuda/pruning/prune_kernels.cuh"
-#include "cuda/pruning/importance.h"
 #include "cuda/pruning/selection_plan.cuh"
+#include "cuda/pruning/token_importance.cuh"
 
 namespace stamp::cuda {
 namespace {
@@ -24,32 +24,32 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> prune(
   check_row_map_tensor(x, cu_seqlens, "cu_seqlens");
   const Launch launch("prune", hidden.get_device_index());
   std::vector<Tensor> held;
-  Scoring scoring = scoring_of(hidden, centrality, norm_order, per_visible_query, held);
-  SelectionPlan plan = plan_selection(
-      scoring.total, cu_seqlens, max_seqlen,
-      {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept}, launch);
-  SelectionProblem& problem = plan.problem;
-  const Tensor scores = new_scores(hidden);
-  scoring.importance = scores.mutable_data_ptr();
-  scoring.cu_seqlens = problem.cu_seqlens;
-  scoring.batch = problem.batch;
-  const Tensor kept_positions = torch::stable::new_empty(plan.inverse, {problem.total_kept});
-  int32_t* kept_position = kept_positions.mutable_data_ptr<int32_t>();
-  RowCopies copies(x, problem.total_kept);
+  ImportanceProblem importance_problem =
+      make_importance_problem({hidden, centrality, norm_order, per_visible_query}, held);
+  const BudgetArguments budget = {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept};
+  SelectionPlan plan = plan_selection(importance_problem.total, cu_seqlens, max_seqlen, budget, launch);
+  SelectionProblem& selection = plan.problem;
+  const Tensor importance = new_importance(hidden);
+  importance_problem.importance = importance.mutable_data_ptr();
+  importance_problem.cu_seqlens = selection.cu_seqlens;
+  importance_problem.num_sequences = selection.num_sequences;
+  const Tensor kept_positions = torch::stable::new_empty(plan.inverse, {selection.total_kept});
+  int32_t* kept_positions_data = kept_positions.mutable_data_ptr<int32_t>();
+  RowCopies copies(x, selection.total_kept);
   if (positions.has_value()) {
     STD_TORCH_CHECK(
-        positions->dim() == 1 && positions->size(0) == scoring.total,
+        positions->dim() == 1 && positions->size(0) == importance_problem.total,
         "positions must have one entry for each token");
     copies.rows.push_back(
-        rows_of_positions(held_contiguous(*positions, held).const_data_ptr<int32_t>(), kept_position));
+        rows_of_positions(held_contiguous(*positions, held).const_data_ptr<int32_t>(), kept_positions_data));
   } else {
-    problem.index_in_sequence = kept_position;
+    selection.index_in_sequence = kept_positions_data;
   }
   with_number_type("hidden", hidden, [&](auto number) {
     using T = decltype(number);
-    using Score = Compute<T>;
-    launch_prune<ShortTiling<Score>, LongTiling<Score>, T>(
-        scoring, norm_order == 2, problem, max_seqlen, copies.rows, launch);
+    using Importance = Compute<T>;
+    launch_prune<ShortTiling<Importance>, LongTiling<Importance>, T>(
+        importance_problem, norm_order == 2, selection, max_seqlen, copies.rows, launch);
   });
   return {copies.outputs, kept_positions, plan.indices, plan.cu_seqlens_kept, plan.inverse};
 }

@@ -3,30 +3,34 @@
 #include <algorithm>
 
 #include "common/contents.h"
+#include "common/kept_offsets.h"
 
 namespace stamp::cuda {
 namespace {
 
+// The checks that the CPU's ops always make.
 void check_contents(const SelectionProblem& problem, int64_t max_seqlen, const Launch& launch) {
-  const int64_t batch = problem.batch;
+  const int64_t num_sequences = problem.num_sequences;
   const std::vector<int32_t> offsets =
-      checked_cu_seqlens(problem.cu_seqlens, batch, problem.total, max_seqlen, launch);
-  // The budget and the protected tokens as the host can read them.
+      checked_cu_seqlens(problem.cu_seqlens, num_sequences, problem.total, max_seqlen, launch);
+  // Copies of keep_counts and protect in CPU memory.
   Budget budget = problem.budget;
   std::vector<char> counts;
   if (budget.keep_counts != nullptr) {
     const int64_t count_bytes = budget.kind == BudgetKind::kCounts64 ? sizeof(int64_t) : sizeof(int32_t);
-    counts = launch.copy_to_host(static_cast<const char*>(budget.keep_counts), batch * count_bytes, "keep_count");
+    counts =
+        launch.copy_to_cpu(static_cast<const char*>(budget.keep_counts), num_sequences * count_bytes, "keep_count");
     budget.keep_counts = counts.data();
   }
   std::vector<uint8_t> protect;
   if (problem.protect != nullptr) {
-    protect = launch.copy_to_host(problem.protect, problem.total, "protect");
+    protect = launch.copy_to_cpu(problem.protect, problem.total, "protect");
   }
-  std::vector<int32_t> kept_offsets(batch + 1);
-  check_keep_counts(budget, batch);
+  std::vector<int32_t> kept_offsets(num_sequences + 1);
+  check_keep_counts(budget, num_sequences);
   const int64_t kept = fill_kept_offsets(
-      offsets.data(), batch, problem.protect == nullptr ? nullptr : protect.data(), budget, kept_offsets.data());
+      offsets.data(), num_sequences, problem.protect == nullptr ? nullptr : protect.data(), budget,
+      kept_offsets.data());
   check_total_kept(problem.total_kept, kept);
 }
 
@@ -39,25 +43,25 @@ SelectionPlan plan_selection(
   SelectionProblem& problem = plan.problem;
   const Tensor offsets = held_cu_seqlens(cu_seqlens, plan.held);
   problem.cu_seqlens = offsets.const_data_ptr<int32_t>();
-  problem.batch = static_cast<int32_t>(offsets.size(0) - 1);
+  problem.num_sequences = static_cast<int32_t>(offsets.size(0) - 1);
   problem.total = total;
   STD_TORCH_CHECK(arguments.total_kept.has_value(), "total_kept must be given on a GPU");
   problem.total_kept = *arguments.total_kept;
   STD_TORCH_CHECK(problem.total_kept >= 0, "total_kept must not be negative, got ", problem.total_kept);
-  problem.budget = budget_of(arguments, problem.batch, plan.held);
+  problem.budget = budget_of(arguments, problem.num_sequences, plan.held);
   problem.codes_per_item = static_cast<int32_t>(std::min<int64_t>(arguments.codes_per_item, INT32_MAX));
   problem.protect = protect_of(arguments, total, plan.held);
   if (contents_are_checked()) {
     check_contents(problem, max_seqlen, launch);
   }
   if (problem.protect != nullptr) {
-    const Tensor num_protected = torch::stable::new_empty(offsets, {problem.batch});
+    const Tensor num_protected = torch::stable::new_empty(offsets, {problem.num_sequences});
     plan.held.push_back(num_protected);
     problem.num_protected = num_protected.const_data_ptr<int32_t>();
     launch_count_protected(problem, max_seqlen, num_protected.mutable_data_ptr<int32_t>(), launch);
   }
 
-  plan.cu_seqlens_kept = torch::stable::new_empty(offsets, {problem.batch + 1});
+  plan.cu_seqlens_kept = torch::stable::new_empty(offsets, {problem.num_sequences + 1});
   plan.indices = torch::stable::new_empty(offsets, {problem.total_kept}, ScalarType::Long);
   plan.inverse = torch::stable::new_empty(offsets, {total});
   problem.cu_seqlens_kept = plan.cu_seqlens_kept.mutable_data_ptr<int32_t>();

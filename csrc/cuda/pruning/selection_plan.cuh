@@ -1,4 +1,4 @@
-// The arguments and results of an op that selects, as its kernels take them.
+// From the arguments of select_tokens and prune to what the selection kernels read and write.
 
 #pragma once
 
@@ -13,14 +13,14 @@ namespace stamp::cuda {
 
 struct SelectionPlan {
   SelectionProblem problem;
-  Tensor cu_seqlens_kept;
-  Tensor indices;
-  Tensor inverse;
-  std::vector<Tensor> held;
+  Tensor cu_seqlens_kept;    // int32 [num_sequences + 1]
+  Tensor indices;            // int64 [total_kept]
+  Tensor inverse;            // int32 [total]
+  std::vector<Tensor> held;  // keeps the arguments alive
 };
 
-// Checks arguments, contents too where that is asked for, makes the outputs, and counts the protected items.
-// arguments.total_kept must be given: finding it out would take a sync.
+// Checks arguments (and contents where STAMP_KERNELS_CHECK=1), allocates the results, and counts the protected items.
+// arguments.total_kept must be given, since computing it would take a sync.
 SelectionPlan plan_selection(
     int64_t total, const Tensor& cu_seqlens, int64_t max_seqlen, const BudgetArguments& arguments,
     const Launch& launch);

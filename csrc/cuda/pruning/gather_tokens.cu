@@ -1,11 +1,11 @@
-// Gather of the kept rows, forward and backward, by one kernel (gather_kernels.cuh).
+// gather_tokens on CUDA: one kernel for forward and backward (gather_kernels.cuh).
 //
-//   forward   y[j] = x[indices[j]]                         indices [T'] int64, -1 on tail rows
-//   backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse [T] int32, -1 where token t was dropped
+//   forward   y[j] = x[indices[j]]                         indices int64 [total_kept], -1 on tail rows
+//   backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse int32 [total], -1 where token t is dropped
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/rows.h"
+#include "common/row_copies.h"
 #include "cuda/core/arguments.cuh"
 #include "cuda/pruning/gather_kernels.cuh"
 
@@ -21,7 +21,7 @@ std::vector<Tensor> gather_rows(const std::vector<Tensor>& sources, const Tensor
   const int64_t num_rows = map_contiguous.size(0);
   const RowCopies copies(sources, num_rows);
   if (contents_are_checked()) {
-    check_row_map(launch.copy_to_host(map, num_rows, map_name).data(), num_rows, sources[0].size(0), map_name);
+    check_row_map(launch.copy_to_cpu(map, num_rows, map_name).data(), num_rows, sources[0].size(0), map_name);
   }
   launch_gather(copies.rows, map, num_rows, launch);
   return copies.outputs;

@@ -1,10 +1,10 @@
 // gather_tokens on the CPU, forward and backward: the rows of a selection.
 //
-//   forward   y[j] = x[indices[j]]                         indices [T'] int64, -1 on tail rows
-//   backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse [T] int32, -1 where token t was dropped
+//   forward   y[j] = x[indices[j]]                         indices int64 [total_kept], -1 on tail rows
+//   backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse int32 [total], -1 where token t is dropped
 //
-// Both are one operation: copy the named row, or write zeros where the map says -1. Every output row is written once,
-// so there is neither a zero-fill pass nor an atomic addition, and the result does not depend on the thread count.
+// Both are one operation: copy the row that the map names, or write zeros where the map says -1. Every output row is
+// written once, so there is no zero-fill pass and no atomic addition.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,13 +12,14 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/pruning/row_copies.h"
+#include "common/row_copies.h"
+#include "cpu/pruning/copy_rows.h"
 
 namespace stamp::cpu {
 namespace {
 
-// A thread that copies less than this is not worth starting.
-constexpr int64_t kBytesPerTask = 32 * 1024;
+// No thread is started for fewer bytes than this.
+constexpr int64_t kMinBytesPerTask = 32 * 1024;
 
 template <typename index_t>
 std::vector<Tensor> gather_rows(
@@ -34,7 +35,7 @@ std::vector<Tensor> gather_rows(
   for (const Rows& rows : copies.rows) {
     bytes_per_row += rows.row_bytes;
   }
-  const int64_t rows_per_task = std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_row));
+  const int64_t rows_per_task = std::max<int64_t>(1, kMinBytesPerTask / std::max<int64_t>(1, bytes_per_row));
   torch::stable::parallel_for(0, num_rows, rows_per_task, [&](int64_t begin, int64_t end) {
     for (const Rows& rows : copies.rows) {
       copy_rows(rows, map, begin, end, may_stream && is_worth_streaming(rows, num_rows));

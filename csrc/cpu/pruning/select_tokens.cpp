@@ -1,4 +1,4 @@
-// select_tokens on the CPU: the choice of cpu/pruning/select_items.h, sequence by sequence.
+// select_tokens on the CPU, one sequence after the other. The selection is in cpu/pruning/select_items.h.
 
 #include <cstdint>
 #include <optional>
@@ -12,8 +12,8 @@
 namespace stamp::cpu {
 namespace {
 
-// A thread that does less than this is not worth starting.
-constexpr int64_t kTokensPerTask = 2048;
+// No thread is started for fewer tokens than this.
+constexpr int64_t kMinTokensPerTask = 2048;
 
 using OptionalTensor = std::optional<Tensor>;
 
@@ -24,19 +24,19 @@ void select_all(const SelectionPlan& plan, const T* importance) {
   const auto select = [&](int64_t begin, int64_t end, char* scratch) {
     Selector selector(plan, kernels, scratch);
     for (int64_t sequence = begin; sequence < end; ++sequence) {
-      const T* scores = importance + plan.cu_seqlens[sequence];
+      const T* token_importance = importance + plan.cu_seqlens[sequence];
       if constexpr (sizeof(T) == sizeof(scalar)) {
-        selector.select(plan, sequence, scores);
+        selector.select(plan, sequence, token_importance);
       } else {
         const int64_t num_tokens = plan.cu_seqlens[sequence + 1] - plan.cu_seqlens[sequence];
         for (int64_t i = 0; i < num_tokens; ++i) {
-          selector.scores[i] = to_float(scores[i]);
+          selector.importance[i] = to_float(token_importance[i]);
         }
-        selector.select(plan, sequence, selector.scores);
+        selector.select(plan, sequence, selector.importance);
       }
     }
   };
-  for_sequences(plan, kTokensPerTask, Selector::scratch_bytes(plan), select);
+  for_sequences(plan, kMinTokensPerTask, Selector::scratch_bytes(plan), select);
 }
 
 std::tuple<Tensor, Tensor, Tensor> select_tokens(
@@ -44,22 +44,22 @@ std::tuple<Tensor, Tensor, Tensor> select_tokens(
     std::optional<int64_t> keep_count, const OptionalTensor& keep_counts, int64_t min_keep,
     const OptionalTensor& protect, int64_t codes_per_item, std::optional<int64_t> total_kept) {
   STD_TORCH_CHECK(importance.dim() == 1, "importance must have one dimension, got ", importance.dim());
-  SelectionPlan plan = plan_selection(
-      importance.size(0), cu_seqlens, max_seqlen,
-      {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept});
-  const Tensor scores = held_contiguous(importance, plan.held);
-  switch (dtype_of("importance", scores)) {
+  const BudgetArguments budget = {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept};
+  SelectionPlan plan = plan_selection(importance.size(0), cu_seqlens, max_seqlen, budget);
+  const Tensor importance_contiguous = held_contiguous(importance, plan.held);
+  const void* data = importance_contiguous.const_data_ptr();
+  switch (dtype_of("importance", importance_contiguous)) {
     case DType::kFloat32:
-      select_all<float, float>(plan, static_cast<const float*>(scores.const_data_ptr()));
+      select_all<float, float>(plan, static_cast<const float*>(data));
       break;
     case DType::kFloat16:
-      select_all<Half, float>(plan, static_cast<const Half*>(scores.const_data_ptr()));
+      select_all<Half, float>(plan, static_cast<const Half*>(data));
       break;
     case DType::kBFloat16:
-      select_all<BFloat16, float>(plan, static_cast<const BFloat16*>(scores.const_data_ptr()));
+      select_all<BFloat16, float>(plan, static_cast<const BFloat16*>(data));
       break;
     case DType::kFloat64:
-      select_all<double, double>(plan, static_cast<const double*>(scores.const_data_ptr()));
+      select_all<double, double>(plan, static_cast<const double*>(data));
       break;
   }
   return {plan.indices, plan.cu_seqlens_kept, plan.inverse};

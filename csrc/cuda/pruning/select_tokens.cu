@@ -1,4 +1,4 @@
-// select_tokens: see selection_kernels.cuh.
+// select_tokens on CUDA. The kernels are in selection_kernels.cuh.
 
 #include <tuple>
 
@@ -17,15 +17,14 @@ std::tuple<Tensor, Tensor, Tensor> select_tokens(
     const OptionalTensor& protect, int64_t codes_per_item, std::optional<int64_t> total_kept) {
   STD_TORCH_CHECK(importance.dim() == 1, "importance must have one dimension, got ", importance.dim());
   const Launch launch("select_tokens", importance.get_device_index());
-  const SelectionPlan plan = plan_selection(
-      importance.size(0), cu_seqlens, max_seqlen,
-      {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept}, launch);
-  const Tensor scores = torch::stable::contiguous(importance);
+  const BudgetArguments budget = {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept};
+  const SelectionPlan plan = plan_selection(importance.size(0), cu_seqlens, max_seqlen, budget, launch);
+  const Tensor importance_contiguous = torch::stable::contiguous(importance);
   launch_kept_offsets(plan.problem, launch);
-  with_number_type("importance", scores, [&](auto number) {
+  with_number_type("importance", importance_contiguous, [&](auto number) {
     using T = decltype(number);
     launch_select_tokens<ShortTiling<T>, LongTiling<T>>(
-        plan.problem, max_seqlen, static_cast<const T*>(scores.const_data_ptr()), launch);
+        plan.problem, max_seqlen, static_cast<const T*>(importance_contiguous.const_data_ptr()), launch);
   });
   return {plan.indices, plan.cu_seqlens_kept, plan.inverse};
 }

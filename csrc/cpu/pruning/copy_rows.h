@@ -1,4 +1,4 @@
-// Copies of named rows: the inner loop of gather_tokens and prune.
+// The inner loop of gather_tokens and prune: y[j] = x[map[j]], zeros where the map says -1.
 
 #pragma once
 
@@ -14,22 +14,22 @@
 namespace stamp::cpu {
 namespace {
 
-// Of an output that is larger than the caches nothing is left there when it is read again. Written past them it does not
-// have to be fetched first. Measured, that halves the time where most rows are zeros, and costs some where all are
-// copied: so it is for gradients, most of whose rows were dropped.
-constexpr int64_t kStreamFromBytes = 48 * 1024 * 1024;
+// An output of at least this size is written past the caches: it would not stay in them, and a streaming store saves
+// reading each line first. Measured: half the time where most rows are zeros, slower where all rows are copied. So only
+// gradients are streamed, since most of their rows were dropped.
+constexpr int64_t kMinStreamBytes = 48 * 1024 * 1024;
 constexpr int64_t kStreamAlignment = 16;
 
 inline bool is_worth_streaming(const Rows& rows, int64_t num_rows) {
   const uint64_t bits = reinterpret_cast<uintptr_t>(rows.destination) | static_cast<uint64_t>(rows.row_bytes);
-  return bits % kStreamAlignment == 0 && num_rows * rows.row_bytes >= kStreamFromBytes;
+  return bits % kStreamAlignment == 0 && num_rows * rows.row_bytes >= kMinStreamBytes;
 }
 
-// The next row is somewhere else, where the processor does not look by itself: this much of it is fetched ahead.
+// The next row is anywhere in memory, so the hardware prefetcher misses it: its first bytes are prefetched.
 constexpr int64_t kPrefetchBytes = 512;
 constexpr int64_t kCacheLine = 64;
 
-// to := from, past the caches; both sizes and `to` are multiples of kStreamAlignment.
+// to := from, past the caches. `bytes` and `to` are multiples of kStreamAlignment.
 inline void stream_row(char* to, const char* from, int64_t bytes) {
 #if defined(__x86_64__)
   for (int64_t i = 0; i < bytes; i += kStreamAlignment) {
@@ -50,17 +50,17 @@ inline void stream_zeros(char* to, int64_t bytes) {
 #endif
 }
 
-// Streamed rows are in memory when another thread is told of them.
+// Makes streamed rows visible to other threads.
 inline void end_of_stream() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
 }
 
-// Rows of these many bytes are a few instructions; the others are worth a call.
+// Rows of a few bytes, for which a call of memcpy would cost more than the copy.
 template <int64_t kBytes, typename index_t>
 void copy_small_rows(const Rows& rows, const index_t* map, int64_t begin, int64_t end) {
-  // Numbers of its own: what is stored through a char* might change those that `rows` refers to.
+  // Local copies, since the compiler must assume that a store through a char* changes `rows`.
   const char* const source = rows.source;
   const int64_t stride = rows.source_stride;
   char* destination = rows.destination + begin * kBytes;
@@ -96,7 +96,7 @@ void copy_wide_rows(const Rows& rows, const index_t* map, int64_t begin, int64_t
   }
 }
 
-// destination[j] = source[map[j]] for begin <= j < end, zeros where the map says -1. `stream`: see is_worth_streaming.
+// Copies the output rows [begin, end). `stream`: see is_worth_streaming.
 template <typename index_t>
 void copy_rows(const Rows& rows, const index_t* map, int64_t begin, int64_t end, bool stream) {
   switch (rows.row_bytes) {
