@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from stamp_kernels import shift_targets
-from stamp_kernels.integrations.transformers.t5 import (
+from stamp_kernels.integrations.transformers import (
     PredictionConfig,
     PruningConfig,
     StampT5ForConditionalGeneration,

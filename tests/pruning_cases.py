@@ -12,7 +12,7 @@ from stamp_kernels import TokenSelection, select_tokens
 
 # Selection
 
-# Few distinct values, so that ties are everywhere; the largest float and its neighbours of the order's ends too.
+# Few distinct values, so that ties are everywhere, with the ends of the order and the values next to them.
 VALUES = [-math.inf, -2.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 1.0000001, 3.4e38, math.inf, math.nan]
 
 # Of the tokens to keep.
@@ -20,13 +20,13 @@ RATIOS = st.sampled_from([Fraction(0), Fraction(1), Fraction(1, 3), Fraction(2, 
 
 
 def oracle(batch: RaggedBatch, importance: Tensor, protect: Tensor | None, budgets: list[int]) -> list[list[int]]:
-    """Rows that each sequence keeps; `budgets` are the unprotected tokens that it may keep."""
-    scores = importance.tolist()
+    """Rows that each sequence keeps; `budgets` are the numbers of unprotected tokens that it may keep."""
+    values = importance.tolist()
     kept = []
     for rows, budget in zip(batch.slices(), budgets, strict=True):
         always = [i for i in range(rows.start, rows.stop) if protect is not None and protect[i]]
         others = [i for i in range(rows.start, rows.stop) if i not in set(always)]
-        others.sort(key=lambda i: (math.isnan(scores[i]), 0.0 if math.isnan(scores[i]) else -scores[i], i))
+        others.sort(key=lambda i: (math.isnan(values[i]), 0.0 if math.isnan(values[i]) else -values[i], i))
         kept.append(sorted(always + others[:budget]))
     return kept
 
@@ -58,7 +58,7 @@ def assert_selects(selection: TokenSelection, batch: RaggedBatch, kept: list[lis
 
 
 @st.composite
-def scored_batches(draw) -> tuple[RaggedBatch, Tensor, Tensor | None]:
+def importance_batches(draw) -> tuple[RaggedBatch, Tensor, Tensor | None]:
     batch = draw(ragged_batches())
     importance = torch.tensor(draw(st.lists(st.sampled_from(VALUES), min_size=batch.total, max_size=batch.total)))
     importance = importance.to(draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])))

@@ -20,15 +20,15 @@ from stamp_kernels import (
     shift_targets,
     token_importance,
 )
-from stamp_kernels.integrations.transformers.t5 import global_target_counts
+from stamp_kernels.integrations.transformers import global_target_counts
 
 pytestmark = pytest.mark.gpu
 
 
 def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """A CUDA graph of the step, which has run once before, and what it will write."""
+    """A CUDA graph of the step, captured after one run without a graph, and the tensors that it writes."""
     side_stream = torch.cuda.Stream()
-    side_stream.wait_stream(torch.cuda.current_stream())  # that writes the inputs
+    side_stream.wait_stream(torch.cuda.current_stream())  # which writes the inputs
     with torch.cuda.stream(side_stream):
         step()
     torch.cuda.current_stream().wait_stream(side_stream)
@@ -39,7 +39,7 @@ def capture(step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, lis
 
 
 def assert_replays(graph: torch.cuda.CUDAGraph, captured: list[Tensor], step: Callable[[], list[Tensor]]) -> None:
-    """With other inputs in the same memory, the graph gives the bits that the step gives."""
+    """With other inputs in the same memory, the graph gives the same bits as the step."""
     graph.replay()
     for got, want in zip(captured, step(), strict=True):
         assert torch.equal(got, want)
@@ -147,7 +147,7 @@ def cross_entropy_of_ranges(
 
 
 def gpu_inputs_of_ranges(width: int = 64) -> list[Tensor]:
-    """hidden, weight and integers for targets; so many rows that wide states are worked through in chunks."""
+    """hidden, weight and integers for targets; with so many rows wide states are computed in chunks."""
     rows = [torch.randn(n, width, device="cuda").bfloat16().requires_grad_() for n in (1000, 2200)]
     return [*rows, torch.randint(0, 10_000, (1000, len(RANGES)), device="cuda")]
 
@@ -157,7 +157,7 @@ BOTH_WAYS = pytest.mark.parametrize("width", [64, 320], ids=["computed again", "
 
 @BOTH_WAYS
 def test_graph_outlives_other_ranges_and_weights(width):
-    """What it reads on the device is neither evicted nor overwritten by 100 calls with other arguments."""
+    """100 calls with other arguments neither evict nor overwrite what it reads on the device."""
     hidden, weight, integers = gpu_inputs_of_ranges(width)
     prepare("cuda", vocab_ranges=RANGES)
 
@@ -178,7 +178,7 @@ def test_graph_outlives_other_ranges_and_weights(width):
 
 @BOTH_WAYS
 def test_graph_keeps_step_weights_of_its_capture(width):
-    """As floats they are part of the graph; other ones take another capture."""
+    """Floats are part of the graph; other weights need another capture."""
     hidden, weight, integers = gpu_inputs_of_ranges(width)
     graphs = []
     for step_weights in ([1.0, 0.5, 0.25], [0.0, 2.0, 2.0], [1.0, 1.0, 1.0]):
@@ -216,7 +216,7 @@ def test_capture_without_constants_names_prepare():
 
 @pytest.fixture
 def no_constants(monkeypatch):
-    """As in a process whose first calls are compiled ones."""
+    """As in a process whose first calls are compiled."""
     from stamp_kernels.triton_kernels import constants
 
     monkeypatch.setattr(constants, "_CONSTANTS", {})
@@ -225,7 +225,7 @@ def no_constants(monkeypatch):
 def assert_reduced_overhead_changes_nothing(
     function: Callable[..., list[Tensor]], batches: list[tuple[Tensor, ...]], differentiate: bool
 ) -> None:
-    """With mode="reduce-overhead", which warms up, captures a CUDA graph and replays it, as without compilation.
+    """mode="reduce-overhead" warms up, captures a CUDA graph and replays it, and gives the bits of the eager function.
 
     The first call makes constants while torch sends allocations to the graphs' memory pool, where nothing may stay.
     """
@@ -271,7 +271,7 @@ def test_compiled_attention(no_constants, differentiate):
 
 @BOTH_WAYS
 def test_compiled_cross_entropy(no_constants, width):
-    """Ranges and step weights as numbers."""
+    """With ranges and step weights as numbers."""
 
     def loss_of(hidden: Tensor, weight: Tensor, integers: Tensor) -> list[Tensor]:
         targets = targets_in_ranges(integers)

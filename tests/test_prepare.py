@@ -1,4 +1,4 @@
-"""`prepare` puts onto a device what the launchers read there: no less and no more."""
+"""`prepare` puts onto a device exactly what the launchers read there."""
 
 import doctest
 import inspect

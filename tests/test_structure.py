@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("attention", "pruning", "cross_entropy")
 # Where each family has a module or a package.

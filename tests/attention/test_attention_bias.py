@@ -11,10 +11,11 @@ from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(
     ("num_buckets", "max_distance"),
-    # With 20 buckets fp64 logarithms would put distances such as 20 into other buckets than Hugging Face's fp32 ones.
+    # For 20 buckets, fp64 logarithms give distances such as 20 other buckets than Hugging Face's fp32 logarithms.
     [(4, 128), (8, 200), (32, 128), (64, 1000), (160, 128), (20, 160), (20, 320)],
 )
 def test_buckets_are_those_of_hugging_face(num_buckets, max_distance, bidirectional):
@@ -28,6 +29,7 @@ def test_buckets_are_those_of_hugging_face(num_buckets, max_distance, bidirectio
     assert got.min() == 0 and got.max() == num_buckets - 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("is_decoder", [False, True])
 def test_matches_t5_attention(backend, is_decoder):
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")

@@ -54,6 +54,7 @@ def op_arguments(inputs):
     )
 
 
+@pytest.mark.core
 @all_cases
 def test_column_sums_of_the_softmax(backend, case):
     inputs = case.inputs()  # tail rows of q and k hold NaN; only packed_attention has dropout

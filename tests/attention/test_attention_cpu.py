@@ -1,4 +1,4 @@
-"""The compiled attention of the CPU: every instruction set, sequences of many blocks, and the promises on bits.
+"""The compiled attention of the CPU: every instruction set, sequences of many blocks, and equal bits.
 
 test_packed_attention.py checks what attention is; here is what only these kernels could get wrong.
 """
@@ -37,6 +37,7 @@ def test_every_case_matches_dense_attention(capability, case):
     assert_results_close(forward_and_backward(packed_attention, inputs), want, torch.float32)
 
 
+@pytest.mark.core
 @pairwise(indirect=["capability"], head_dim=[8, 24, 64, 80, 96, 256], dtype=DTYPES, capability=CAPABILITIES)
 def test_every_head_dim_and_dtype(capability, head_dim, dtype):
     case = AttentionCase(heads=(4, 2), head_dim=head_dim, causal=True, bias="bidirectional", query_mask=True)
@@ -54,7 +55,7 @@ def test_unknown_instruction_set(monkeypatch, name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_of_every_value(capability, dtype):
-    """One key of weight 1: out is v, so that a value goes through both conversions."""
+    """With one key of weight 1 out is v, so each value goes through both conversions."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     v = every.view(-1, 1, 256)
     zeros = torch.zeros_like(v)
@@ -66,7 +67,7 @@ def test_rounding_of_every_value(capability, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_to_the_nearest(capability, dtype):
-    """Two keys of weight 1/2: out is their mean, rounded as torch rounds it, over- and underflow included."""
+    """With two keys of weight 1/2 out is the mean, rounded as torch does, over- and underflow included."""
     v = torch.randn(2**14, 1, 64) * 10.0 ** torch.randint(-9, 6, (2**14, 1, 1))
     v = v.to(dtype)
     v = v.masked_fill(v.isinf(), 1.0)
@@ -121,7 +122,7 @@ def test_centrality_of_long_sequences_from_lse():
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 20), (8, 12), (16, 1000), (64, 4096)])
 def test_buckets_are_those_of_the_formula(num_buckets, max_distance, bidirectional):
-    """One query and one key each, so that lse is the score, and the score the number of the bucket."""
+    """Each sequence is one query and one key, so lse is the score, and the score is the number of the bucket."""
     distances = torch.cat([torch.arange(-200, 201), torch.arange(-5000, 5001, 97)]).to(torch.int32)
     table = torch.arange(num_buckets, dtype=torch.float32)[:, None]
     total = len(distances)

@@ -17,6 +17,7 @@ from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.reference.dropout import attention_keep_mask, philox4x32
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [  # the known answers of Random123
@@ -32,6 +33,7 @@ def test_philox_known_answers(counter, key, words):
     assert [int(word) for word in got] == words
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, DROPOUT_SEED])
 def test_mask_follows_the_contract(seed):
     heads, n_q, n_k = 2, 3, 6

@@ -72,6 +72,7 @@ def backward_arguments(inputs, needs):
 # Values
 
 
+@pytest.mark.core
 @all_cases
 def test_matches_dense_attention(backend, case):
     inputs = case.inputs()
@@ -84,7 +85,7 @@ def test_matches_dense_attention(backend, case):
 )  # fmt: skip
 def test_any_lengths_match_dense_attention(batch, keys, causal, cross):
     torch.manual_seed(0)  # for every example, so that hypothesis can repeat a failure
-    # One more sequence: where every query sees a single key the scores' gradients are 0 and have no relative error.
+    # One more sequence: if every query saw a single key, the gradients of the scores would have no relative error.
     batch = RaggedBatch((*batch.lengths, 5), batch.tail)
     batch_k = RaggedBatch((*keys[: batch.batch - 1], 4), tail=1) if cross else None
     inputs = AttentionCase(batch, batch_k, heads=(2, 1), head_dim=8, causal=causal, bias="bidirectional").inputs()
@@ -144,9 +145,10 @@ def test_strided_views_of_one_projection(backend):
     assert_close(gradients[0][1], gradients[1][1])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["causal", "cross_bias_positions", "dropout_everything"])
 def test_tail_rows_are_zero(backend, name):
-    inputs = CASES[name].inputs()  # their q, k, v hold NaN, and so does the gradient that arrives
+    inputs = CASES[name].inputs()  # tail rows hold NaN, also in the incoming gradient
     results = forward_and_backward(packed_attention, inputs)
     valid_q = CASES[name].batch.valid
     valid_k = (CASES[name].batch_k or CASES[name].batch).valid
@@ -373,6 +375,7 @@ def test_flop_count_without_contents_is_upper_bound():
 # Refusals
 
 
+@pytest.mark.core
 @refusals(
     [
         *BAD_ARGUMENTS,
@@ -422,7 +425,7 @@ def test_compiled_with_one_tensor_thrice():
 
 
 def test_offsets_given_twice_are_cross_attention():
-    """Keys may have tail rows of their own, and positions of their own: 0, 1, ... where none are given."""
+    """Keys may have other tail rows and other positions: 0, 1, ... where none are given."""
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
     q, k = torch.randn(7, 2, 8, dtype=torch.float64), torch.randn(9, 2, 8, dtype=torch.float64)
     bias = RelativePositionBias(torch.randn(8, 2, dtype=torch.float64), max_distance=16)

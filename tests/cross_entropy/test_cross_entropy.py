@@ -25,13 +25,14 @@ from stamp_kernels._backend import use_backend
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
 from stamp_kernels.reference import cross_entropy as plain_pytorch
 
-# How the loss is computed: the backend and the setting of memory, which the reference has no use for.
+# The backend, and the setting of memory, which the reference ignores.
 WAYS = {"ops": ("auto", "auto"), "minimal memory": ("auto", "minimal"), "reference": ("reference", "auto")}
 
 
 # Values and gradients
 
 
+@pytest.mark.core
 @pairwise(name=CASES, dtype=[torch.float64, torch.float32, torch.float16, torch.bfloat16], way=WAYS)
 def test_matches_dense(name, dtype, way):
     backend, memory = WAYS[way]
@@ -39,6 +40,7 @@ def test_matches_dense(name, dtype, way):
         assert_matches_dense(CASES[name].inputs(dtype) | {"memory": memory})
 
 
+@pytest.mark.core
 @pairwise(
     indirect=["backend"],
     name=["shared", "everything", "all_ignored", "no_rows"],
@@ -50,8 +52,8 @@ def test_reductions(backend, name, reduction):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_differentiable_reference_matches_dense_forward(name):
-    """Everything that the forward op returns, by the reference's kernel."""
+def test_reference_of_the_forward_op_matches_dense(name):
+    """All that the forward op returns."""
     inputs = CASES[name].inputs()
     detached = {key: x.detach() if isinstance(x, torch.Tensor) else x for key, x in inputs.items()}
     got = reference("multi_token_cross_entropy_forward")(*forward_arguments(inputs))
@@ -148,6 +150,7 @@ def test_gradcheck(reduction):
 # Rows and classes that count for nothing
 
 
+@pytest.mark.core
 def test_nan_in_ignored_rows_reaches_nothing(backend):
     inputs = CASES["everything"].inputs()
     inputs["targets"][10:14] = inputs["ignore_index"]

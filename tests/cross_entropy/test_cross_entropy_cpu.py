@@ -34,6 +34,7 @@ def make_inputs(
     return case.inputs(dtype)
 
 
+@pytest.mark.core
 @pairwise(
     indirect=["capability"],
     size=SIZES,

@@ -120,7 +120,7 @@ def test_compiled_training_step():
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        # No batch of 2: its cu_seqlens have as many entries as there are steps, which torch would take for one symbol.
+        # No batch of 2: cu_seqlens would have one entry for each step, and torch would use one symbol for both.
         for lengths in ([5, 2, 1], [4, 0, 3, 9], [3, 3, 3, 8, 2, 1]):
             cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
             total = sum(lengths) + 1
@@ -208,6 +208,7 @@ BAD_ARGUMENTS = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_bad_arguments(name):
     arguments, message = BAD_ARGUMENTS[name]

@@ -1,7 +1,7 @@
 """multi_token_cross_entropy over its sizes: steps, vocabularies and patterns of ignored rows.
 
 test_cross_entropy.py has the options. Here the numbers of steps, classes and ignored rows are at and around the edges
-of what kernels take at a time, in the four ways to share hidden states and weights.
+of the kernels' tiles, in the four ways to share hidden states and weights.
 """
 
 from typing import Any
@@ -46,7 +46,7 @@ def make_inputs(dtype: torch.dtype, *, rows: int, steps: int, classes: int, per_
 
 
 def ignoring(inputs: dict[str, Any], pattern: str, steps: slice = slice(None)) -> dict[str, Any]:
-    """Without the pattern's targets of these steps; a row without any target is NaN, because nothing may read it."""
+    """The steps ignore the pattern's rows; a row without any target is NaN, because nothing may read it."""
     targets = inputs["targets"].clone()
     targets[PATTERNS[pattern](torch.arange(len(targets))), steps] = -100
     hidden = inputs["hidden"].detach().masked_fill((targets == -100).all(1, keepdim=True), torch.nan)

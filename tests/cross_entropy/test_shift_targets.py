@@ -27,6 +27,7 @@ def shifted_by_loop(batch, labels, steps, stride, ignore_index):
     return targets
 
 
+@pytest.mark.core
 @given(batch=ragged_batches(), steps=st.integers(1, 4), stride=st.integers(1, 5))
 def test_matches_a_loop(batch, steps, stride):
     labels = torch.arange(batch.total, dtype=torch.int32) + 7
@@ -71,6 +72,7 @@ def test_many_rows(backend):
     assert torch.equal(got, shifted_by_loop(batch, labels, 3, 2, -100))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("steps", "stride"), [(1, 1), (2, 1), (3, 2), (40, 1), (2, 40)])
 def test_reads_no_tail_label(backend, steps, stride):
     """No row of the last sequence gets one, and tail rows have no target."""
@@ -172,6 +174,6 @@ def test_raw_op_bad_arguments(labels, steps, stride, message):
 
 @pytest.mark.parametrize("module", [loss_module, targets_module], ids=lambda module: module.__name__.split(".")[-1])
 def test_examples(module):
-    """Of the docstrings of this family."""
+    """In the docstrings of this family."""
     result = doctest.testmod(module, extraglobs={"torch": torch, "shift_targets": shift_targets})
     assert result.attempted > 0 and result.failed == 0

@@ -17,6 +17,7 @@ RAGGED = BATCHES["ragged"]
 T = RAGGED.total
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", BATCHES)
 @every_device
 def test_all_dtypes_and_shapes(device, name):
@@ -60,6 +61,7 @@ def test_strided_tensors_and_their_gradients(device, layout):
     assert torch.equal(leaf.grad, leaf_expected.grad)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 @every_device

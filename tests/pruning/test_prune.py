@@ -55,6 +55,7 @@ def assert_same(got: PrunedTokens, want: PrunedTokens) -> None:
     assert got.lengths_cpu is None or torch.equal(got.lengths_cpu, want.lengths_cpu)
 
 
+@pytest.mark.core
 @every_device
 @settings(max_examples=60)
 @given(
@@ -128,6 +129,7 @@ def test_one_tensor_in_one_tensor_out():
     assert torch.equal(kept.x, hidden[kept.selection.indices])
 
 
+@pytest.mark.core
 @every_device
 def test_gradients_reach_the_kept_rows(device, backend):
     batch = BATCHES["ragged"]

@@ -44,6 +44,7 @@ def offsets(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
+@pytest.mark.core
 @pairwise(indirect=["capability"], distinct=[2, 50, 10_000], dtype=DTYPES, capability=CAPABILITIES)
 def test_every_count_of_short_sequences(capability, distinct, dtype):
     for n in (1, 2, 15, 16, 17, 31, 33, 64):
@@ -100,6 +101,7 @@ def test_a_very_long_sequence_among_short_ones(capability, ties):
     assert torch.equal(kept.indices, torch.cat(expected))
 
 
+@pytest.mark.core
 @pairwise(indirect=["capability"], width=[1, 7, 16, 100, 128, 1000], dtype=DTYPES, capability=CAPABILITIES)
 def test_importance_of_every_width_and_dtype(capability, width, dtype):
     hidden, centrality = torch.randn(50, width).to(dtype), torch.rand(50)

@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from devices import every_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_cases import RATIOS, assert_selects, exact_ceil, oracle, scored_batches, unprotected_lengths
+from pruning_cases import RATIOS, assert_selects, exact_ceil, importance_batches, oracle, unprotected_lengths
 from ragged import BATCHES, RaggedBatch
 
 from stamp_kernels.common.budget import ceil_of_ratio, keep_ratio_to_q32
@@ -23,9 +23,9 @@ RAGGED_PROTECT = torch.arange(RAGGED.total) % 5 == 0
 
 @every_device
 @settings(max_examples=100)
-@given(scored=scored_batches(), ratio=RATIOS, min_keep=st.integers(0, 3))
-def test_keeps_the_best_share_of_each_sequence(device, scored, ratio, min_keep):
-    batch, importance, protect = scored
+@given(sample=importance_batches(), ratio=RATIOS, min_keep=st.integers(0, 3))
+def test_keeps_the_best_share_of_each_sequence(device, sample, ratio, min_keep):
+    batch, importance, protect = sample
     selection = select_tokens(
         importance.to(device),
         batch.cu_seqlens.to(device),
@@ -38,11 +38,12 @@ def test_keeps_the_best_share_of_each_sequence(device, scored, ratio, min_keep):
     assert_selects(selection, batch, oracle(batch, importance, protect, budgets))
 
 
+@pytest.mark.core
 @every_device
 @settings(max_examples=100)
-@given(scored=scored_batches(), data=st.data(), min_keep=st.integers(0, 2), as_tensor=st.booleans())
-def test_keeps_a_given_count_of_each_sequence(device, scored, data, min_keep, as_tensor):
-    batch, importance, protect = scored
+@given(sample=importance_batches(), data=st.data(), min_keep=st.integers(0, 2), as_tensor=st.booleans())
+def test_keeps_a_given_count_of_each_sequence(device, sample, data, min_keep, as_tensor):
+    batch, importance, protect = sample
     if as_tensor:
         counts = data.draw(st.lists(st.integers(0, 15), min_size=batch.batch, max_size=batch.batch))
         keep_count = torch.tensor(counts, dtype=data.draw(st.sampled_from([torch.int32, torch.int64])), device=device)
@@ -61,9 +62,9 @@ def test_keeps_a_given_count_of_each_sequence(device, scored, data, min_keep, as
     assert_selects(selection, batch, kept)
 
 
-@given(scored=scored_batches(), ratio=RATIOS)
-def test_budget_of_max_seqlen_is_common_to_all(scored, ratio):
-    batch, importance, protect = scored
+@given(sample=importance_batches(), ratio=RATIOS)
+def test_budget_of_max_seqlen_is_common_to_all(sample, ratio):
+    batch, importance, protect = sample
     max_seqlen = batch.max_seqlen + 4  # an upper bound, as a padded length is
     selection = select_tokens(
         importance, batch.cu_seqlens, max_seqlen, keep_ratio=float(ratio), protect=protect, budget="max_seqlen"
@@ -89,6 +90,7 @@ def test_ceiling_holds_at_the_longest_sequence():
     assert ceil_of_ratio(keep_ratio_to_q32(0.0), longest).item() == 0
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", BATCHES)
 @every_device
 def test_named_batches(device, name):
@@ -189,6 +191,7 @@ def test_compiles_once_for_all_sizes(budget):
 T, B = 31, 6
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pruning_cases import assert_selects, exact_ceil, oracle, scored_batches
+from pruning_cases import assert_selects, exact_ceil, importance_batches, oracle
 from ragged import BATCHES, RaggedBatch
 
 import stamp_kernels.ops.pruning.budget as budget_ops
@@ -16,7 +16,7 @@ from stamp_kernels.ops.pruning.selection import select_tokens
 
 @pytest.fixture
 def lengths_only_on_device(monkeypatch):
-    """What a cu_seqlens on a GPU means: the host cannot compute the kept lengths."""
+    """As if cu_seqlens were on a GPU: the kept lengths are not known on the CPU."""
     monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
 
 
@@ -24,12 +24,14 @@ RAGGED = BATCHES["ragged"]
 RAGGED_PROTECT = torch.arange(RAGGED.total) % 5 == 0
 
 
+@pytest.mark.core
 def test_sizes_are_exact_for_known_lengths():
     selection = select_tokens(torch.rand(RAGGED.total), RAGGED.cu_seqlens, 100, keep_ratio=0.5)
     assert selection.indices.shape[0] == selection.cu_seqlens[-1] == sum(math.ceil(n / 2) for n in RAGGED.lengths)
     assert selection.max_seqlen == math.ceil(max(RAGGED.lengths) / 2)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("arguments", "rows", "max_seqlen"),
     [
@@ -96,9 +98,9 @@ def test_capacity_never_exceeds_the_input(lengths_only_on_device):
 
 
 @settings(max_examples=100)
-@given(scored=scored_batches(), ratio=st.floats(0, 1), min_keep=st.integers(0, 3))
-def test_capacity_always_suffices(scored, ratio, min_keep):
-    batch, importance, protect = scored
+@given(sample=importance_batches(), ratio=st.floats(0, 1), min_keep=st.integers(0, 3))
+def test_capacity_always_suffices(sample, ratio, min_keep):
+    batch, importance, protect = sample
     num_protected = None if protect is None else int(protect.sum())
     arguments = {"keep_ratio": ratio, "min_keep": min_keep, "protect": protect, "num_protected": num_protected}
     exact = select_tokens(importance, batch.cu_seqlens, batch.max_seqlen, **arguments)

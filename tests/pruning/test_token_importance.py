@@ -36,6 +36,7 @@ def inputs(batch: RaggedBatch, width: int = 24, dtype: torch.dtype = torch.float
     return hidden, centrality.double() if dtype == torch.float64 else centrality
 
 
+@pytest.mark.core
 @every_device
 @pairwise(name=BATCHES, norm=["l1", "l2"], normalize=["none", "visible_queries"])
 def test_is_norm_times_centrality(device, norm, normalize, name):
