@@ -15,7 +15,7 @@ from stamp_kernels.ops.attention._inputs import bias_arguments
 from stamp_kernels.ops.attention.packed_attention import AttentionOutput
 from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
 
-# Small enough that the sequences below reach the logarithmic buckets and the shared last one.
+# So small that the sequences below reach the logarithmic buckets and the shared last one.
 NUM_BUCKETS, MAX_DISTANCE = 8, 12
 DROPOUT_SEED = -0x0123456789ABCDEF  # negative: both halves of the key have their high bits set
 
@@ -36,7 +36,7 @@ class AttentionCase:
     dropout_p: float = 0.0
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-        """Keyword arguments of packed_attention. Tail rows hold NaN: whoever reads them shows it."""
+        """Keyword arguments of packed_attention. Tail rows hold NaN, which shows whether anything reads them."""
         batch_k = self.batch_k or self.batch
 
         def rows(batch: RaggedBatch, heads: int) -> Tensor:
@@ -127,7 +127,9 @@ def dense_attention(
         cu_seqlens_k, positions_k = cu_seqlens_q, positions_q
     num_heads = q.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    out = torch.zeros_like(q) + q[:0].sum()  # 0, but of q, so that a batch without a sequence has a gradient too
+    out = (
+        torch.zeros_like(q) + q[:0].sum()
+    )  # 0 that depends on q, so that a batch without a sequence has a gradient too
     lse, centrality = q.new_zeros(num_heads, q.shape[0]), q.new_zeros(k.shape[0])
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for i in range(len(starts_q) - 1):
@@ -151,8 +153,8 @@ def dense_attention(
         scores = scale * q_i @ k_i.transpose(1, 2) + mask
         lse[:, rows_q] = scores.detach().logsumexp(-1)
         weights = (scores - lse[:, rows_q, None]).exp().nan_to_num(0)  # 0 where the query sees no key
-        voting = slice(None) if centrality_query_mask is None else centrality_query_mask[rows_q]
-        centrality[rows_k] = weights.detach()[:, voting].sum((0, 1))
+        counted = slice(None) if centrality_query_mask is None else centrality_query_mask[rows_q]
+        centrality[rows_k] = weights.detach()[:, counted].sum((0, 1))
         if dropout_p > 0:
             keep = contract_keep_mask(dropout_p, dropout_seed.item(), i, (num_heads, n_q, n_k))
             sees_no_key = scores.detach().isneginf().all(-1, keepdim=True)
@@ -174,7 +176,7 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def detached(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same inputs without gradients, as the raw ops want them."""
+    """The same inputs without gradients, as the raw ops need them."""
     converted = {name: inputs[name].detach() for name in ("q", "k", "v")}
     bias = inputs.get("relative_bias")
     if bias is not None:
@@ -183,7 +185,7 @@ def detached(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def shared_op_arguments(inputs: dict[str, Any]) -> tuple:
-    """What all three raw ops take between their tensors and their last arguments."""
+    """The arguments that all three raw ops take between their tensors and their last arguments."""
     return (
         inputs["cu_seqlens_q"],
         inputs.get("cu_seqlens_k"),
@@ -196,7 +198,7 @@ def shared_op_arguments(inputs: dict[str, Any]) -> tuple:
 
 
 def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """What has a gradient, by the gradient's name."""
+    """The tensors that have a gradient, by the gradient's name."""
     tensors = {f"d{name}": inputs[name] for name in ("q", "k", "v")}
     return tensors | ({"dtable": inputs["relative_bias"].table} if "relative_bias" in inputs else {})
 
@@ -231,7 +233,7 @@ def assert_results_close(got: dict[str, Tensor], want: dict[str, Tensor], dtype:
             raise AssertionError(f"{name}: {error}") from None
 
 
-# Arguments that packed_attention and attention_centrality refuse alike, on top of good ones of `BAD_INPUT_CASE`.
+# Changes to the arguments of BAD_INPUT_CASE that both packed_attention and attention_centrality refuse.
 BAD_INPUT_CASE = AttentionCase(heads=(4, 2), head_dim=8)  # T = 31, B = 6
 _TOTAL = BAD_INPUT_CASE.batch.total
 _CU = BAD_INPUT_CASE.batch.cu_seqlens

@@ -1,14 +1,14 @@
-"""How results are judged: by the relative norm of the error against a float64 reference."""
+"""Results are judged by the relative norm of their error against a float64 reference."""
 
 import torch
 from torch import Tensor
 
-# ||out - ref|| / ||ref||, by the dtype that the computation under test used.
+# Bounds of ||out - ref|| / ||ref||, by the dtype of the tested computation.
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """`||out - ref|| / ||ref||` in float64; 0 where nothing differs, infinite where shapes or NaNs do."""
+    """`||out - ref|| / ||ref||` in float64; 0 if they are equal, infinite if shapes or NaNs differ."""
     if out.shape != ref.shape:
         return float("inf")
     difference = torch.linalg.vector_norm(out.double() - ref.double()).item()

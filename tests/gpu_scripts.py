@@ -1,4 +1,4 @@
-"""Runs the scripts of benchmarks/gpu as their users do: in a process of their own, which compiles its kernels."""
+"""Runs the scripts of benchmarks/gpu as their users do, each in a process of its own, which compiles its kernels."""
 
 import os
 import subprocess

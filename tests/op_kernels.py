@@ -15,5 +15,5 @@ def reference(name: str) -> Callable[..., Any]:
 
 
 def launcher(name: str) -> Callable[..., Any]:
-    """What launches the Triton kernels of `stamp::name`."""
+    """The function that launches the Triton kernels of `stamp::name`."""
     return TRITON_LAUNCHERS[getattr(torch.ops.stamp, name).default]

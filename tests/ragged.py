@@ -1,4 +1,4 @@
-"""Ragged batches that every family is tested on: empty sequences, single tokens, primes, a long one, tail rows."""
+"""Ragged batches for the tests of every family: empty sequences, single tokens, primes, a long one, tail rows."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """Offsets of a packed batch. `total` rows, of which those past `cu_seqlens[-1]` are tail rows."""
+    """Offsets of a packed batch of `total` rows; those past `cu_seqlens[-1]` are tail rows."""
 
     lengths: tuple[int, ...]
     tail: int
@@ -40,7 +40,7 @@ class RaggedBatch:
         return [slice(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
 
     def positions(self) -> Tensor:
-        """int32 [total]: rising original positions with gaps, as pruning leaves them; 0 on tail rows."""
+        """int32 [total]: increasing original positions with gaps, as after pruning; 0 on tail rows."""
         steps = torch.randint(1, 4, (self.total,))
         positions = torch.zeros(self.total, dtype=torch.int32)
         for rows in self.slices():

@@ -1,7 +1,7 @@
-"""The compiled CUDA library without a GPU: what its file needs and carries, and who serves CUDA when.
+"""The compiled CUDA library without a GPU: what its file needs and contains, and which backend serves CUDA.
 
-Calls with CUDA tensors are made by redispatching CPU tensors to the CUDA key, in processes of their own because the
-choice is made once for each process.
+Calls with CUDA tensors are calls with CPU tensors that are redispatched to the CUDA key. They run in processes of their
+own, because each process chooses once.
 """
 
 import re
@@ -22,7 +22,7 @@ from stamp_kernels.ops._library import TRITON_LAUNCHERS, served_by
 
 PACKAGE = Path(stamp_kernels.__file__).parent
 TORCH_SYMBOLS = Path(__file__).parent / "cuda" / "torch_symbols.txt"
-# Versioned symbols of these need no look-up: their libraries are part of every system that torch runs on.
+# Symbols with these versions need no look-up: every system that torch runs on has their libraries.
 SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 
 
@@ -48,7 +48,7 @@ def output_of(*command: object) -> str:
 
 
 def run_python(code: str) -> None:
-    """In a process of its own that has the same package."""
+    """Run the code in a process of its own with the same package."""
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -70,7 +70,7 @@ def symbols_by_library() -> dict[str, set[str]]:
 
 
 def unresolved_symbols(library: Path) -> list[str]:
-    """Undefined symbols that no library which this one names as needed has under the oldest CUDA build of torch."""
+    """Undefined symbols that none of the needed libraries has in the oldest CUDA build of torch."""
     needed = needed_libraries(library)
     exported = set().union(*(names for name, names in symbols_by_library().items() if name in needed))
     lines = (line.split() for line in output_of(tool("nm"), "-D", "--undefined-only", library).splitlines())
@@ -91,8 +91,8 @@ def test_symbols_of_the_cuda_library_are_in_torch(cuda_library):
     assert unresolved_symbols(cuda_library) == []
 
 
-def test_symbol_of_a_library_that_is_not_needed_is_unresolved(tmp_path):
-    """As in a CUDA library that does not name libtorch_cuda.so: torch loads it, and the import fails all the same."""
+def test_symbol_of_an_unneeded_library_is_unresolved(tmp_path):
+    """A CUDA library that does not name libtorch_cuda.so would fail to import although torch has loaded that."""
     source = (
         'extern "C" int aoti_torch_get_current_cuda_stream(); int f() { return aoti_torch_get_current_cuda_stream(); }'
     )
@@ -103,7 +103,7 @@ def test_symbol_of_a_library_that_is_not_needed_is_unresolved(tmp_path):
 
 
 def test_cuda_library_has_code_for_every_gpu(cuda_library):
-    """Machine code for three generations, and PTX from which the driver makes what later ones need."""
+    """Machine code for three generations, and PTX that the driver compiles for later ones."""
     listed = {
         kind: re.findall(r"\.(sm_\d+)\.", output_of(tool("cuobjdump"), f"-l{kind}", cuda_library))
         for kind in ("elf", "ptx")
@@ -187,7 +187,7 @@ def test_library_that_does_not_load_gives_way(tmp_path, monkeypatch):
     )
 
 
-# Three ops, and in place of the compiled library one that has a kernel for the first of them.
+# Three ops, and a stand-in for the compiled library that has a kernel for the first of them.
 STAND_INS = """
     import sys, threading, warnings
     import torch
@@ -223,7 +223,7 @@ def run_with_stand_ins(choice: CudaChoice, code: str) -> None:
 
 
 def test_first_call_settles_who_serves():
-    """The compiled library its ops, Triton the others, the reference what is left; and then natively."""
+    """The compiled library serves its ops, Triton the others, the reference the rest; later calls go there directly."""
     run_with_stand_ins(
         CudaChoice(13),
         """
@@ -261,7 +261,7 @@ def test_warning_comes_once_and_leaves_all_settled():
 
 
 def test_threads_settle_once():
-    """All ops are called for the first time by eight threads, which switch as often as Python lets them."""
+    """Eight threads make the first call of every op and switch as often as Python lets them."""
     run_with_stand_ins(
         CudaChoice(13),
         """

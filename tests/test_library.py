@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: what importing it costs, and the choice of the backend."""
+"""The package as a whole: what its import loads, and the choice of the backend."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def test_environment_variable_is_checked():
     )
 
 
-def test_use_backend_holds_inside_the_block_alone():
+def test_use_backend_holds_only_inside_the_block():
     before = reference_is_forced()
     with use_backend("reference"):
         assert reference_is_forced()

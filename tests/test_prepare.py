@@ -1,10 +1,11 @@
-"""`prepare` puts onto a device what the launchers read there: no less and no more."""
+"""`prepare` puts onto a device exactly what the launchers read there."""
 
 import doctest
 import inspect
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch import Tensor
 
 from stamp_kernels import (
@@ -22,7 +23,7 @@ RANGES = [(1, 9), (9, 25), (25, 40)]
 
 @pytest.fixture
 def constants(monkeypatch) -> dict:
-    """Those of this test alone, and launches that run nothing: `meta` tensors stand for a GPU's."""
+    """The constants that one test makes. Launches run nothing, so `meta` tensors take the place of a GPU's."""
     pytest.importorskip("triton")
     from triton.runtime.jit import KernelInterface
 
@@ -85,7 +86,7 @@ def test_attention_finds_all_constants(constants, options, max_seqlen):
     assert prepared and constants == prepared
 
 
-def test_attention_without_preparation_makes_the_same(constants):
+def test_attention_makes_the_same_constants(constants):
     attend(bias(), 1000)
     made = set(constants)
     constants.clear()
@@ -93,21 +94,19 @@ def test_attention_without_preparation_makes_the_same(constants):
     assert set(constants) == made
 
 
-@pytest.mark.parametrize("per_step", [False, True])
-@pytest.mark.parametrize("memory", ["auto", "minimal"])
-@pytest.mark.parametrize("vocab_ranges", [None, RANGES, [(0, 40)] * 3, [(3, 30)] * 3], ids=str)
+@pairwise(vocab_ranges=[None, RANGES, [(0, 40)] * 3, [(3, 30)] * 3], memory=["auto", "minimal"], per_step=[False, True])
 def test_cross_entropy_finds_all_constants(constants, monkeypatch, vocab_ranges, memory, per_step):
-    from stamp_kernels.triton_kernels import cross_entropy
+    from stamp_kernels.triton_kernels.cross_entropy import launchers
 
-    for least in (0, cross_entropy.MIN_LOGITS_IN_CHUNKS):
-        monkeypatch.setattr(cross_entropy, "MIN_LOGITS_IN_CHUNKS", least)
+    for min_logits in (0, launchers.MIN_LOGITS_IN_CHUNKS):
+        monkeypatch.setattr(launchers, "MIN_LOGITS_IN_CHUNKS", min_logits)
         prepare(META, vocab_ranges=vocab_ranges)
         prepared = set(constants)
         predict(vocab_ranges, memory, per_step)
         assert set(constants) == prepared and len(prepared) == (vocab_ranges == RANGES)
 
 
-def test_cross_entropy_without_preparation_makes_the_same(constants):
+def test_cross_entropy_makes_the_same_constants(constants):
     predict(RANGES, "minimal", False)
     made = set(constants)
     constants.clear()
@@ -167,8 +166,8 @@ def test_wrong_arguments_are_named(constants, device, arguments, message):
     assert not constants
 
 
-def test_too_many_steps_for_a_grid_are_refused(constants):
-    """Triton would skip the launch without a word."""
+def test_too_many_steps_are_refused(constants):
+    """Triton would skip such a launch silently."""
     hidden, weight = torch.empty(2**16, 2, 8, device=META, requires_grad=True), torch.empty(4, 8, device=META)
     targets = torch.empty(2, 2**16, device=META, dtype=torch.int64)
     with served_by_triton(), pytest.raises(ValueError, match="too large for one launch"):
@@ -182,7 +181,7 @@ def test_the_example_runs():
 
 
 @pytest.mark.gpu
-def test_calls_after_preparation_never_wait_for_the_gpu():
+def test_prepared_calls_never_wait_for_the_gpu():
     prepare("cuda", vocab_ranges=RANGES, relative_bias=RelativePositionBias(torch.zeros(30, 2)))
     hidden = torch.randn(10, 16, device="cuda", requires_grad=True)
     weight = torch.randn(40, 16, device="cuda", requires_grad=True)

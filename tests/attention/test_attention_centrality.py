@@ -1,4 +1,4 @@
-"""attention_centrality against the column sums of an explicit softmax, and what every op must stand."""
+"""attention_centrality against the column sums of an explicit softmax, and what holds for every op."""
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from attention_cases import (
     shared_op_arguments,
 )
 from closeness import assert_close
+from pairwise import pairwise
 from ragged import BATCHES, RaggedBatch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,7 +36,7 @@ def with_lse(inputs):
 
 
 def named_for_centrality(inputs):
-    """Of packed_attention's keyword arguments those of attention_centrality, by its names."""
+    """packed_attention's keyword arguments under attention_centrality's names, without those that it does not have."""
     names = {name: name for name in inputs if name not in ("v", "dropout_p", "dropout_seed")}
     if "centrality_query_mask" in names:
         names["centrality_query_mask"] = "query_mask"
@@ -53,9 +54,10 @@ def op_arguments(inputs):
     )
 
 
+@pytest.mark.core
 @all_cases
 def test_column_sums_of_the_softmax(backend, case):
-    inputs = case.inputs()  # tail rows of q and k hold NaN, and dropout is in packed_attention alone
+    inputs = case.inputs()  # tail rows of q and k hold NaN; only packed_attention has dropout
     got = attention_centrality(**with_lse(inputs))
     assert not got.requires_grad
     assert_close(got, dense_attention(**inputs).centrality)
@@ -63,9 +65,11 @@ def test_column_sums_of_the_softmax(backend, case):
     assert not got[(case.batch_k or case.batch).valid :].any()  # NaN is true
 
 
-def test_is_attention_of_the_transposed_problem(backend):
-    """log centrality_j = logsumexp over queries i of (s_ij - lse_i): the lse of attention from the keys to the queries,
-    whose scores get - lse_i by 8 more features, of which the keys hold 1, 0, .. and the queries -lse_i, 0, .."""
+def test_equals_lse_of_transposed_attention(backend):
+    """log centrality_j = logsumexp over queries i of (s_ij - lse_i): the lse of attention from the keys to the queries.
+
+    Eight more features add - lse_i to its scores: 1, 0, ... in the keys and - lse_i, 0, ... in the queries.
+    """
     case = AttentionCase(batch_k=KEYS_OF_RAGGED, scale=0.3)
     inputs = detached(case.inputs())
     centrality = attention_centrality(**with_lse(inputs))
@@ -84,23 +88,27 @@ def test_is_attention_of_the_transposed_problem(backend):
     assert_close(centrality[:valid], transposed.lse[:, :valid].exp().sum(0))
 
 
-def test_every_vote_is_cast_once(backend):
+def test_every_query_counts_once(backend):
     case = AttentionCase(batch_k=KEYS_OF_RAGGED, causal=True, heads=(4, 2), query_mask=True)
     inputs = with_lse(case.inputs())
     sees_a_key = ~inputs["lse"][0, : case.batch.valid].isneginf()
-    votes = 4 * (sees_a_key & inputs["query_mask"][: case.batch.valid]).sum()
-    assert_close(attention_centrality(**inputs).sum(), votes.double())
+    total = 4 * (sees_a_key & inputs["query_mask"][: case.batch.valid]).sum()
+    assert_close(attention_centrality(**inputs).sum(), total.double())
 
 
-def test_queries_that_do_not_vote_may_hold_anything(backend):
+def test_masked_queries_may_hold_anything(backend):
     inputs = with_lse(CASES["causal"].inputs())
     want = attention_centrality(**inputs)
     inputs["q"] = inputs["q"].detach().masked_fill(~inputs["query_mask"][:, None, None], 3.0)
     assert torch.equal(attention_centrality(**inputs), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [8, 40, 48, 64, 80, 256])
+@pairwise(
+    indirect=["backend"],
+    head_dim=[8, 40, 48, 64, 80, 256],
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    backend=["auto", "reference"],
+)
 def test_lower_precision(backend, head_dim, dtype):
     inputs = AttentionCase(head_dim=head_dim, heads=(4, 2), causal=True, bias="unidirectional", query_mask=True).inputs(
         dtype
@@ -191,10 +199,10 @@ def test_flop_count():
 )
 def test_bad_arguments(changed, message):
     with pytest.raises(ValueError, match=message):
-        attention_centrality(**with_lse(BAD_INPUT_CASE.inputs()) | changed)
+        attention_centrality(**with_lse(BAD_INPUT_CASE.inputs()) | named_for_centrality(changed))
 
 
 @refusals(BAD_CONTENTS)
 def test_bad_contents(backend, changed, message):
     with pytest.raises(RuntimeError, match=message):
-        attention_centrality(**with_lse(BAD_INPUT_CASE.inputs()) | changed)
+        attention_centrality(**with_lse(BAD_INPUT_CASE.inputs()) | named_for_centrality(changed))

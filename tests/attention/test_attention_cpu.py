@@ -1,6 +1,6 @@
-"""The compiled attention of the CPU: every instruction set, sequences of many blocks, and the promises on bits.
+"""The compiled attention of the CPU: every instruction set, sequences of many blocks, and equal bits.
 
-What attention is, test_attention.py checks; here is what only these kernels could get wrong.
+test_packed_attention.py checks what attention is; here is what only these kernels could get wrong.
 """
 
 import pytest
@@ -15,6 +15,8 @@ from attention_cases import (
     forward_and_backward,
     in_float64,
 )
+from devices import CAPABILITIES
+from pairwise import pairwise
 from ragged import RaggedBatch
 
 from stamp_kernels._backend import use_backend
@@ -29,15 +31,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @all_cases
-def test_every_instruction_set_matches_dense_attention(capability, case):
+def test_every_case_matches_dense_attention(capability, case):
     inputs = case.inputs(torch.float32)
     want = forward_and_backward(dense_attention, in_float64(inputs))
     assert_results_close(forward_and_backward(packed_attention, inputs), want, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 256])
-def test_every_instruction_set_has_every_head_dim_and_dtype(capability, head_dim, dtype):
+@pytest.mark.core
+@pairwise(indirect=["capability"], head_dim=[8, 24, 64, 80, 96, 256], dtype=DTYPES, capability=CAPABILITIES)
+def test_every_head_dim_and_dtype(capability, head_dim, dtype):
     case = AttentionCase(heads=(4, 2), head_dim=head_dim, causal=True, bias="bidirectional", query_mask=True)
     inputs = case.inputs(dtype)
     want = forward_and_backward(dense_attention, in_float64(inputs))
@@ -53,7 +55,7 @@ def test_unknown_instruction_set(monkeypatch, name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_of_every_value(capability, dtype):
-    """One key of weight 1: out is v, so that a value goes through both conversions."""
+    """With one key of weight 1 out is v, so each value goes through both conversions."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     v = every.view(-1, 1, 256)
     zeros = torch.zeros_like(v)
@@ -65,7 +67,7 @@ def test_rounding_of_every_value(capability, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_rounding_to_the_nearest(capability, dtype):
-    """Two keys of weight 1/2: out is their mean, rounded as torch rounds it, over- and underflow included."""
+    """With two keys of weight 1/2 out is the mean, rounded as torch does, over- and underflow included."""
     v = torch.randn(2**14, 1, 64) * 10.0 ** torch.randint(-9, 6, (2**14, 1, 1))
     v = v.to(dtype)
     v = v.masked_fill(v.isinf(), 1.0)
@@ -120,7 +122,7 @@ def test_centrality_of_long_sequences_from_lse():
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 20), (8, 12), (16, 1000), (64, 4096)])
 def test_buckets_are_those_of_the_formula(num_buckets, max_distance, bidirectional):
-    """One query and one key each, so that lse is the score, and the score the number of the bucket."""
+    """Each sequence is one query and one key, so lse is the score, and the score is the number of the bucket."""
     distances = torch.cat([torch.arange(-200, 201), torch.arange(-5000, 5001, 97)]).to(torch.int32)
     table = torch.arange(num_buckets, dtype=torch.float32)[:, None]
     total = len(distances)
@@ -158,9 +160,8 @@ def test_positions_too_far_apart():
 # Bits
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("causal", [False, True])
-def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(capability, causal, dtype):
+@pairwise(indirect=["capability"], dtype=[*DTYPES, torch.float64], causal=[False, True], capability=CAPABILITIES)
+def test_sequence_has_same_bits_in_any_batch(capability, causal, dtype):
     lengths = (5, 300, 5, 0, 64, 17, 1, 640, 64, 5)
     batch = RaggedBatch(lengths, tail=1)
     case = AttentionCase(batch, heads=(4, 2), head_dim=24, causal=causal, bias="bidirectional", positions=True)
@@ -177,7 +178,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(capability, causal, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_of_a_sequence_have_the_same_bits_alone_and_in_a_batch(capability, dtype):
+def test_gradients_have_same_bits_in_any_batch(capability, dtype):
     batch = RaggedBatch((5, 300, 5, 0, 64, 17, 1, 640, 64, 5), tail=0)
     inputs = AttentionCase(batch, heads=(4, 2), head_dim=24, bias="bidirectional").inputs(dtype)
     grad = torch.randn_like(inputs["q"])
@@ -193,7 +194,7 @@ def test_gradients_of_a_sequence_have_the_same_bits_alone_and_in_a_batch(capabil
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_threads_and_runs_do_not_change_the_bits(dtype):
+def test_thread_count_does_not_change_bits(dtype):
     batch = RaggedBatch((*range(40), 700, 3, 260), tail=1)
     case = AttentionCase(batch, heads=(4, 2), causal=True, bias="bidirectional", positions=True, dropout_p=0.3)
     inputs = case.inputs(dtype)

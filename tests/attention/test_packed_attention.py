@@ -1,4 +1,7 @@
-"""packed_attention against torch's and Hugging Face's attention, the dropout contract, and what every op must stand."""
+"""packed_attention against torch's attention: values, gradients, torch.compile, autocast, FLOPs, and what is refused.
+
+test_attention_bias.py has T5's bias, test_attention_dropout.py the dropout.
+"""
 
 import itertools
 
@@ -10,18 +13,15 @@ from attention_cases import (
     BAD_CONTENTS,
     BAD_INPUT_CASE,
     CASES,
-    DROPOUT_SEED,
     KEYS_OF_RAGGED,
     AttentionCase,
     all_cases,
     assert_results_close,
-    contract_keep_mask,
     dense_attention,
     detached,
     forward_and_backward,
     in_float64,
     leaves,
-    philox_words,
     refusals,
     shared_op_arguments,
     small_integers,
@@ -29,15 +29,14 @@ from attention_cases import (
 from closeness import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import pairwise
 from ragged import BATCHES, RaggedBatch, ragged_batches
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import stamp_kernels.flops  # noqa: F401  (registers the formulas)
 from stamp_kernels._backend import use_backend
 from stamp_kernels.ops.attention.packed_attention import packed_attention
-from stamp_kernels.reference.dropout import attention_keep_mask, philox4x32
-from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
+from stamp_kernels.relative_position import RelativePositionBias
 
 FORWARD = torch.ops.stamp.packed_attention_forward.default
 BACKWARD = torch.ops.stamp.packed_attention_backward.default
@@ -73,6 +72,7 @@ def backward_arguments(inputs, needs):
 # Values
 
 
+@pytest.mark.core
 @all_cases
 def test_matches_dense_attention(backend, case):
     inputs = case.inputs()
@@ -83,9 +83,9 @@ def test_matches_dense_attention(backend, case):
     batch=ragged_batches(), keys=st.lists(st.integers(0, 12), min_size=6, max_size=6), causal=st.booleans(),
     cross=st.booleans(),
 )  # fmt: skip
-def test_matches_dense_attention_for_any_lengths(batch, keys, causal, cross):
+def test_any_lengths_match_dense_attention(batch, keys, causal, cross):
     torch.manual_seed(0)  # for every example, so that hypothesis can repeat a failure
-    # One more sequence: where every query sees a single key the scores' gradients are 0 and have no relative error.
+    # One more sequence: if every query saw a single key, the gradients of the scores would have no relative error.
     batch = RaggedBatch((*batch.lengths, 5), batch.tail)
     batch_k = RaggedBatch((*keys[: batch.batch - 1], 4), tail=1) if cross else None
     inputs = AttentionCase(batch, batch_k, heads=(2, 1), head_dim=8, causal=causal, bias="bidirectional").inputs()
@@ -95,9 +95,13 @@ def test_matches_dense_attention_for_any_lengths(batch, keys, causal, cross):
             assert_results_close(forward_and_backward(packed_attention, inputs), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [8, 40, 48, 64, 80, 256])
-def test_matches_dense_attention_in_lower_precision(backend, head_dim, dtype):
+@pairwise(
+    indirect=["backend"],
+    head_dim=[8, 40, 48, 64, 80, 256],
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    backend=["auto", "reference"],
+)
+def test_lower_precision_matches_dense_attention(backend, head_dim, dtype):
     case = AttentionCase(heads=(4, 2), head_dim=head_dim, causal=True, bias="unidirectional", query_mask=True)
     inputs = case.inputs(dtype)
     want = forward_and_backward(dense_attention, in_float64(inputs))
@@ -107,7 +111,7 @@ def test_matches_dense_attention_in_lower_precision(backend, head_dim, dtype):
     assert_results_close(got, want, dtype)
 
 
-def test_matches_the_causal_attention_of_torch(backend):
+def test_causal_matches_torch(backend):
     batch, length = 3, 7
     q, k, v = torch.randn(3, batch * length, 2, 8, dtype=torch.float64).unbind(0)
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32) * length
@@ -141,9 +145,10 @@ def test_strided_views_of_one_projection(backend):
     assert_close(gradients[0][1], gradients[1][1])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["causal", "cross_bias_positions", "dropout_everything"])
 def test_tail_rows_are_zero(backend, name):
-    inputs = CASES[name].inputs()  # their q, k, v hold NaN, and so does the gradient that arrives
+    inputs = CASES[name].inputs()  # tail rows hold NaN, also in the incoming gradient
     results = forward_and_backward(packed_attention, inputs)
     valid_q = CASES[name].batch.valid
     valid_k = (CASES[name].batch_k or CASES[name].batch).valid
@@ -206,136 +211,6 @@ def test_what_is_returned(backend):
         assert torch.equal(output.out, out)
 
 
-# T5's bias
-
-
-@pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize(
-    ("num_buckets", "max_distance"),
-    # With 20 buckets fp64 logarithms would put distances such as 20 into other buckets than Hugging Face's fp32 ones.
-    [(4, 128), (8, 200), (32, 128), (64, 1000), (160, 128), (20, 160), (20, 320)],
-)
-def test_buckets_are_those_of_hugging_face(num_buckets, max_distance, bidirectional):
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
-    distance = torch.arange(-1000, 1001)
-    want = t5.T5Attention._relative_position_bucket(distance, bidirectional, num_buckets, max_distance)
-    got = relative_position_bucket(
-        distance, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
-    )
-    assert torch.equal(got, want)
-    assert got.min() == 0 and got.max() == num_buckets - 1
-
-
-@pytest.mark.parametrize("is_decoder", [False, True])
-def test_matches_t5_attention(backend, is_decoder):
-    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
-    config = t5.T5Config(
-        d_model=32, d_kv=8, num_heads=4, is_decoder=is_decoder, relative_attention_num_buckets=8,
-        relative_attention_max_distance=12, attn_implementation="eager",
-    )  # fmt: skip
-    layer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0).double().eval()
-    batch = BATCHES["ragged"]
-    hidden = torch.randn(batch.valid, 32, dtype=torch.float64)
-
-    q, k, v = (project(hidden).unflatten(-1, (4, 8)) for project in (layer.q, layer.k, layer.v))
-    bias = RelativePositionBias(layer.relative_attention_bias.weight, bidirectional=not is_decoder, max_distance=12)
-    got = layer.o(
-        packed_attention(
-            q, k, v, batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, causal=is_decoder, scale=1.0, relative_bias=bias
-        ).flatten(1)
-    )
-    outputs = []
-    for rows in batch.slices():
-        n = rows.stop - rows.start
-        if n == 0:
-            continue  # Hugging Face's layer refuses it
-        mask = torch.full((n, n), -torch.inf, dtype=torch.float64).triu(1) if is_decoder else None
-        outputs.append(layer(hidden[None, rows], mask=mask)[0][0])
-    want = torch.cat(outputs)
-
-    grad = torch.randn_like(want)
-    assert_close(got, want)
-    for got_gradient, want_gradient in zip(
-        torch.autograd.grad(got, list(layer.parameters()), grad),
-        torch.autograd.grad(want, list(layer.parameters()), grad),
-        strict=True,
-    ):
-        assert_close(got_gradient, want_gradient)
-
-
-def test_bias_of_kept_tokens_is_that_of_the_unpruned_sequence(backend):
-    kept = torch.tensor([0, 2, 3, 8, 15, 16, 29])
-    q, k, v = torch.randn(3, len(kept), 2, 8, dtype=torch.float64).unbind(0)
-    table = torch.randn(8, 2, dtype=torch.float64)
-    distance = torch.arange(30)[None, :] - torch.arange(30)[:, None]
-    whole = table[relative_position_bucket(distance, num_buckets=8, max_distance=12, bidirectional=True)]
-    mask = whole[kept][:, kept].permute(2, 0, 1)
-    want = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask).transpose(0, 1)
-    got = packed_attention(
-        q, k, v, torch.tensor([0, len(kept)], dtype=torch.int32), max_seqlen_q=len(kept),
-        relative_bias=RelativePositionBias(table, max_distance=12), positions_q=kept.int(),
-    )  # fmt: skip
-    assert_close(got, want)
-
-
-# Dropout
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [  # the known answers of Random123
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-)
-def test_philox_known_answers(counter, key, words):
-    counter, key, words = ([int(word, 16) for word in numbers.split()] for numbers in (counter, key, words))
-    assert philox_words(tuple(counter), tuple(key)) == tuple(words)
-    got = philox4x32(tuple(torch.tensor([c]) for c in counter), tuple(torch.tensor([k]) for k in key))
-    assert [int(word) for word in got] == words
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, DROPOUT_SEED])
-def test_dropout_mask_is_the_contract_s(seed):
-    heads, n_q, n_k = 2, 3, 6
-    got = attention_keep_mask(0.4, torch.tensor([seed]), torch.tensor([0, 7]), heads, n_q, n_k)
-    want = torch.stack([contract_keep_mask(0.4, seed, sequence, (heads, n_q, n_k)) for sequence in (0, 7)])
-    assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropped_share(p):
-    keep = attention_keep_mask(p, torch.tensor([3]), torch.arange(4), 4, 64, 64)
-    standard_error = (p * (1 - p) / keep.numel()) ** 0.5
-    assert abs((~keep).double().mean().item() - p) < 4 * standard_error
-
-
-def test_dropout_seed_is_drawn_from_torchs_generator(backend):
-    inputs = CASES["dropout"].inputs() | dict(dropout_seed=None)
-
-    def run(seed):
-        torch.manual_seed(seed)
-        return forward_and_backward(packed_attention, inputs)
-
-    first, again, other = run(0), run(0), run(1)
-    assert all(torch.equal(first[part], again[part]) for part in first)
-    assert not torch.equal(first["out"], other["out"])
-    assert torch.equal(first["centrality"], other["centrality"])  # of the attention before dropout
-    assert torch.equal(first["lse"], other["lse"])
-
-
-def test_checkpointing_draws_the_same_mask(backend):
-    inputs = detached(CASES["dropout"].inputs() | dict(dropout_seed=None))
-    q = inputs.pop("q").requires_grad_()
-    gradients = []
-    for run in (lambda f: f(q), lambda f: checkpoint(f, q, use_reentrant=False)):
-        torch.manual_seed(0)
-        out = run(lambda q: packed_attention(q, **inputs))
-        gradients.append(torch.autograd.grad(out, q, small_integers(out))[0])
-    assert torch.equal(*gradients)
-
-
 # Autograd
 
 
@@ -367,7 +242,7 @@ NEEDS = ("dq", "dk", "dv", "dtable")
 
 
 @pytest.mark.parametrize("needed", NEEDS)
-def test_gradients_that_nobody_needs_are_not_computed(needed):
+def test_unneeded_gradients_are_not_computed(needed):
     inputs = CASES["causal_bias_positions"].inputs()
     every = BACKWARD(*backward_arguments(inputs, [True] * 4))
     only = BACKWARD(*backward_arguments(inputs, [name == needed for name in NEEDS]))
@@ -449,7 +324,7 @@ def test_compiled_training_step(cross):
                 assert torch.equal(got, want)
 
 
-def test_autocast_casts_q_k_v_alone(backend):
+def test_autocast_casts_only_q_k_v(backend):
     inputs = AttentionCase(bias="bidirectional", query_mask=True).inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = forward_and_backward(packed_attention, inputs)
@@ -484,11 +359,11 @@ def test_flop_count(needed):
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()
         need_dq, need_dk, _ = needed
-        # The scores again, the gradient of the weights unless dv alone is wanted, and one product for each gradient.
+        # The scores again, the gradient of the weights unless only dv is needed, and one product for each gradient.
         assert counter.get_total_flops() == (1 + (need_dq or need_dk) + sum(needed)) * product
 
 
-def test_flop_count_without_contents_is_an_upper_bound():
+def test_flop_count_without_contents_is_upper_bound():
     inputs = detached(CASES["cross"].inputs())
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
@@ -500,6 +375,7 @@ def test_flop_count_without_contents_is_an_upper_bound():
 # Refusals
 
 
+@pytest.mark.core
 @refusals(
     [
         *BAD_ARGUMENTS,
@@ -528,23 +404,8 @@ def test_bad_contents(backend, changed, message):
         packed_attention(**BAD_INPUT_CASE.inputs() | changed)
 
 
-@refusals(
-    [
-        (dict(table=torch.zeros(8)), r"table must be a floating tensor \[num_buckets, num_heads\], got \[8\] of torch"),
-        (dict(table=torch.zeros(8, 2).int()), r"must be a floating tensor .*, got \[8, 2\] of torch.int32"),
-        (dict(table=torch.zeros(2, 2)), "table must have at least 4 rows in 2 equal parts, got 2"),
-        (dict(table=torch.zeros(7, 2)), "table must have at least 4 rows in 2 equal parts, got 7"),
-        (dict(table=torch.zeros(1, 2), bidirectional=False), "must have at least 2 rows in 1 equal parts, got 1"),
-        (dict(table=torch.zeros(32, 2), max_distance=8), "max_distance must exceed the 8 exact distances, got 8"),
-    ]
-)
-def test_bad_bias(changed, message):
-    with pytest.raises(ValueError, match=message):
-        RelativePositionBias(**changed)
-
-
-def test_compiled_attention_of_one_tensor_to_itself():
-    """Queries that are keys and values, offsets and positions given twice: torch.compile wants each tensor once."""
+def test_compiled_with_one_tensor_thrice():
+    """Queries are keys and values, offsets and positions are given twice; torch.compile takes each tensor only once."""
     x = torch.randn(7, 2, 8, dtype=torch.float64, requires_grad=True)
     cu_seqlens, positions = torch.tensor([0, 3, 7], dtype=torch.int32), torch.arange(7, dtype=torch.int32)
     table = torch.randn(8, 2, dtype=torch.float64)
@@ -564,7 +425,7 @@ def test_compiled_attention_of_one_tensor_to_itself():
 
 
 def test_offsets_given_twice_are_cross_attention():
-    """Keys may have tail rows of their own, and positions of their own: 0, 1, ... where none are given."""
+    """Keys may have other tail rows and other positions: 0, 1, ... where none are given."""
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
     q, k = torch.randn(7, 2, 8, dtype=torch.float64), torch.randn(9, 2, 8, dtype=torch.float64)
     bias = RelativePositionBias(torch.randn(8, 2, dtype=torch.float64), max_distance=16)

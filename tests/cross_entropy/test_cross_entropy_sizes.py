@@ -1,23 +1,18 @@
-"""multi_token_cross_entropy over its sizes, against a loop of F.cross_entropy in float64: steps, vocabularies, rows.
+"""multi_token_cross_entropy over its sizes: steps, vocabularies and patterns of ignored rows.
 
-test_cross_entropy.py has the options; here the numbers of steps, classes and ignored rows lie at and around the edges
-of what kernels take at a time, in the four ways to share hidden states and weights.
+test_cross_entropy.py has the options. Here the numbers of steps, classes and ignored rows are at and around the edges
+of the kernels' tiles, in the four ways to share hidden states and weights.
 """
 
-from typing import NamedTuple
+from typing import Any
 
-import pytest
 import torch
-import torch.nn.functional as F
-from closeness import assert_close
-from torch import Tensor
+from cross_entropy_cases import Case, assert_results_close, converted, expected_results, results
+from devices import every_device
+from pairwise import pairwise
 
-from stamp_kernels import multi_token_cross_entropy
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16]
-REDUCTIONS = ["mean", "sum", "none"]
-WIDTH = 24
+MEMORY = ["auto", "minimal"]
 # The rows of 0 to N - 1 that have no target.
 PATTERNS = {
     "none": lambda row: row < 0,
@@ -28,133 +23,64 @@ PATTERNS = {
     "whole blocks": lambda row: row // 64 % 2 == 0,
     "all but one row": lambda row: row != 133,
 }
-
-
-class Sharing(NamedTuple):
-    """What each step has of its own."""
-
-    hidden: bool = False
-    weight: bool = False
-    ranges: bool = False
-
-
+# What each step has for itself.
 SHARINGS = {
-    "weight shared, hidden per step": Sharing(hidden=True),
-    "hidden shared, ranges": Sharing(ranges=True),
-    "both per step": Sharing(hidden=True, weight=True),
-    "all shared": Sharing(),
+    "weight shared, hidden per step": ("hidden",),
+    "hidden shared, ranges": ("ranges",),
+    "both per step": ("hidden", "weight"),
+    "all shared": (),
 }
 
 
-class Problem(NamedTuple):
-    """In float64 on the CPU, hidden and weight such as the dtype under test holds them."""
-
-    hidden: Tensor  # [N, D] or [K, N, D]
-    weight: Tensor  # [V, D] or [K, V, D]
-    targets: Tensor  # [N, K]
-    ranges: list[tuple[int, int]] | None  # K
-
-
-def make_problem(
-    dtype: torch.dtype, *, rows: int, steps: int, classes: int, sharing: Sharing = SHARINGS["all shared"]
-) -> Problem:
+def make_inputs(dtype: torch.dtype, *, rows: int, steps: int, classes: int, per_step: tuple[str, ...]) -> dict:
     """All targets are valid, the first and last class among them. Ranges are `classes` wide, one after another."""
-
-    def random(size: int, per_step: bool) -> Tensor:
-        return torch.randn(*([steps] if per_step else []), size, WIDTH).to(dtype).double()
-
-    ranges = [(k * classes, (k + 1) * classes) for k in range(steps)] if sharing.ranges else None
-    targets = torch.randint(classes, (rows, steps))
-    targets[0], targets[-1] = 0, classes - 1
-    if sharing.ranges:
-        targets += classes * torch.arange(steps)
-    weight = random(steps * classes if sharing.ranges else classes, sharing.weight) / 4  # exact: logits of about 1
-    return Problem(random(rows, sharing.hidden), weight, targets, ranges)
+    options, vocab_size = (), classes
+    if "ranges" in per_step:
+        vocab_size = steps * classes
+        options = (("vocab_ranges", [(k * classes, (k + 1) * classes) for k in range(steps)]),)
+    case = Case(per_step, options=options, num_rows=rows, num_steps=steps, vocab_size=vocab_size, width=24, ignored=0)
+    inputs = case.inputs(dtype)
+    first = torch.tensor([start for start, _ in dict(options).get("vocab_ranges", [(0, classes)] * steps)])
+    inputs["targets"][0], inputs["targets"][-1] = first, first + classes - 1
+    return inputs
 
 
-def ignoring(problem: Problem, pattern: str, steps: slice = slice(None)) -> Problem:
-    """Without the targets that the pattern has for these steps; a row without any target is NaN: nothing reads it."""
-    ignored = PATTERNS[pattern](torch.arange(len(problem.targets)))
-    targets = problem.targets.clone()
-    targets[ignored, steps] = -100
-    hidden = problem.hidden.masked_fill((targets == -100).all(1, keepdim=True), torch.nan)
-    return problem._replace(hidden=hidden, targets=targets)
+def ignoring(inputs: dict[str, Any], pattern: str, steps: slice = slice(None)) -> dict[str, Any]:
+    """The steps ignore the pattern's rows; a row without any target is NaN, because nothing may read it."""
+    targets = inputs["targets"].clone()
+    targets[PATTERNS[pattern](torch.arange(len(targets))), steps] = -100
+    hidden = inputs["hidden"].detach().masked_fill((targets == -100).all(1, keepdim=True), torch.nan)
+    return inputs | {"hidden": hidden.requires_grad_(), "targets": targets}
 
 
-def reduce(losses: list[Tensor], targets: Tensor, reduction: str) -> Tensor:
-    """losses: `[N]` of each step, 0 where ignored."""
-    if reduction == "none":
-        return torch.stack(losses, dim=1)
-    counts = (targets != -100).sum(0).clamp(min=1) if reduction == "mean" else torch.ones(targets.shape[1])
-    return sum(loss.sum() / count for loss, count in zip(losses, counts, strict=True))
+def check(inputs: dict[str, Any], device: str, reduction: str = "mean", memory: str = "auto") -> None:
+    got = results(converted(inputs, device=device) | {"memory": memory}, reduction)
+    assert_results_close(got, expected_results(inputs, reduction))
 
 
-def gradient_of_loss(shape: torch.Size) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.5
-
-
-def by_loop(problem: Problem, reduction: str) -> list[Tensor]:
-    """Loss and gradients of hidden and weight."""
-    hidden, weight = (x.detach().requires_grad_() for x in (problem.hidden.nan_to_num(), problem.weight))
-    losses = []
-    for k in range(problem.targets.shape[1]):
-        x, of_step = hidden if hidden.dim() == 2 else hidden[k], weight if weight.dim() == 2 else weight[k]
-        start, end = (0, len(of_step)) if problem.ranges is None else problem.ranges[k]
-        labels = torch.where(problem.targets[:, k] == -100, -100, problem.targets[:, k] - start)
-        losses.append(F.cross_entropy(x @ of_step[start:end].T, labels, reduction="none"))
-    loss = reduce(losses, problem.targets, reduction)
-    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight), gradient_of_loss(loss.shape))]
-
-
-def by_op(problem: Problem, reduction: str, device: str, dtype: torch.dtype, memory: str) -> list[Tensor]:
-    hidden, weight = (x.to(device, dtype).requires_grad_() for x in (problem.hidden, problem.weight))
-    loss = multi_token_cross_entropy(
-        hidden, weight, problem.targets.to(device), vocab_ranges=problem.ranges, reduction=reduction, memory=memory
-    )
-    grad = gradient_of_loss(loss.shape).to(device, loss.dtype)
-    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight), grad)]
-
-
-def check(problem: Problem, device: str, dtype: torch.dtype, reduction: str = "mean", memory: str = "auto") -> None:
-    got, want = by_op(problem, reduction, device, dtype, memory), by_loop(problem, reduction)
-    for name, out, ref in zip(("loss", "gradient of hidden", "gradient of weight"), got, want, strict=True):
-        assert not out.isnan().any(), name
-        assert_close(out.cpu(), ref, torch.float32 if name == "loss" else dtype)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sharing", SHARINGS.values(), ids=SHARINGS)
-@pytest.mark.parametrize("steps", range(1, 9))
+@every_device
+@pairwise(steps=range(1, 9), sharing=SHARINGS, dtype=DTYPES)
 def test_steps(steps, sharing, dtype, device):
-    check(make_problem(dtype, rows=70, steps=steps, classes=67, sharing=sharing), device, dtype)
+    check(make_inputs(dtype, rows=70, steps=steps, classes=67, per_step=SHARINGS[sharing]), device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("memory", ["auto", "minimal"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden_per_step", [False, True], ids=["all shared", "hidden per step"])
-@pytest.mark.parametrize("classes", [1, 255, 256, 1025, 32_000, 152_960])
-def test_vocabularies(classes, hidden_per_step, dtype, memory, device):
-    sharing = Sharing(hidden=hidden_per_step)
-    check(make_problem(dtype, rows=9, steps=2, classes=classes, sharing=sharing), device, dtype, memory=memory)
+@every_device
+@pairwise(classes=[1, 255, 256, 1025, 32_000, 152_960], per_step=[(), ("hidden",)], dtype=DTYPES, memory=MEMORY)
+def test_vocabularies(classes, per_step, dtype, memory, device):
+    inputs = make_inputs(dtype, rows=9, steps=2, classes=classes, per_step=per_step)
+    check(inputs, device, memory=memory)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("sharing", SHARINGS.values(), ids=SHARINGS)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_ignored_rows(pattern, sharing, reduction, dtype, device):
-    problem = make_problem(dtype, rows=300, steps=3, classes=130, sharing=sharing)
-    check(ignoring(problem, pattern), device, dtype, reduction)
+@every_device
+@pairwise(pattern=PATTERNS, sharing=SHARINGS, reduction=["mean", "sum", "none"], dtype=DTYPES, memory=MEMORY)
+def test_ignored_rows(pattern, sharing, reduction, dtype, memory, device):
+    inputs = make_inputs(dtype, rows=300, steps=3, classes=130, per_step=SHARINGS[sharing])
+    check(ignoring(inputs, pattern), device, reduction, memory)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("memory", ["auto", "minimal"])
-@pytest.mark.parametrize("sharing", SHARINGS.values(), ids=SHARINGS)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_rows_ignored_by_one_step_alone(pattern, sharing, memory, device):
+@every_device
+@pairwise(pattern=PATTERNS, sharing=SHARINGS, memory=MEMORY)
+def test_rows_that_one_step_ignores(pattern, sharing, memory, device):
     """The other steps' targets of these rows count, also where all steps share a softmax."""
-    problem = make_problem(torch.float32, rows=300, steps=3, classes=130, sharing=sharing)
-    check(ignoring(problem, pattern, steps=slice(1, 2)), device, torch.float32, memory=memory)
+    inputs = make_inputs(torch.float32, rows=300, steps=3, classes=130, per_step=SHARINGS[sharing])
+    check(ignoring(inputs, pattern, steps=slice(1, 2)), device, memory=memory)

@@ -1,8 +1,8 @@
 """The padded pruning of the paper's predecessor (RASTP, arXiv 2511.16943) from our ops, and where ours differs.
 
 The predecessor keeps k = max(1, int(S * ratio)) tokens of every row, S being the padded length, by column sums in which
-padded rows vote as queries. Ours lets valid tokens vote alone and takes each budget from the sequence's own length.
-Everything is in float64, in which rounding decides no choice of random scores.
+padded rows count as queries. In ours only valid tokens count, and each budget comes from the sequence's own length.
+Everything is in float64, so rounding decides no choice between random importances.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def make_batch(lengths: tuple[int, ...], padded_length: int) -> PaddedBatch:
 
 
 def attention_map(batch: PaddedBatch) -> Tensor:
-    """`[B, H, S, S]`: padding is masked as a key, and not as a query."""
+    """`[B, H, S, S]`: padding is masked as a key, but not as a query."""
     position = torch.arange(batch.padded_length)
     buckets = T5Attention._relative_position_bucket(
         position - position[:, None], bidirectional=True, num_buckets=NUM_BUCKETS, max_distance=MAX_DISTANCE
@@ -113,7 +113,7 @@ def centrality_from_padded_queries(
 ) -> Tensor:
     """`[T]`: cross attention from all S rows of each sequence, padding too, to its valid tokens.
 
-    query_mask: bool `[B * S]`, who of them votes. None: all, as in the predecessor.
+    query_mask: bool `[B * S]`, the queries that count. None: all, as in the predecessor.
     """
     rows, length = batch.lengths.numel(), batch.padded_length
     q, k, v = batch.q.flatten(0, 1), batch.pack(batch.k), batch.pack(batch.v)
@@ -128,7 +128,7 @@ def centrality_from_padded_queries(
     return attention_centrality(q, k.values, lse, *lengths, **options, query_mask=query_mask)
 
 
-def centrality_of_valid_voters(batch: PaddedBatch) -> Tensor:
+def centrality_of_valid_queries(batch: PaddedBatch) -> Tensor:
     """`[T]`: plain self-attention over the packed batch, as a packed model runs it."""
     q, k, v = (batch.pack(x) for x in (batch.q, batch.k, batch.v))
     return packed_attention(
@@ -138,7 +138,7 @@ def centrality_of_valid_voters(batch: PaddedBatch) -> Tensor:
 
 
 def op_by_op(batch: PaddedBatch, centrality: Tensor, **budget: object) -> tuple[Tensor, list[int]]:
-    """As `predecessor`, for any centrality. max_seqlen is the padded length, which a ratio may be taken of."""
+    """As `predecessor`, for any centrality. max_seqlen is the padded length, so a ratio may refer to it."""
     hidden = batch.pack(batch.hidden)
     importance = token_importance(hidden.values, centrality, hidden.cu_seqlens)
     selection = select_tokens(importance, hidden.cu_seqlens, batch.padded_length, **budget)
@@ -158,7 +158,7 @@ def test_predecessor_is_its_formula():
     """One row at a time, in Python: k from the padded length, all query rows in the sum, padding last."""
     batch = make_batch((12, 9, 4, 3, 1), padded_length=12)
     weights = attention_map(batch)
-    assert_close(weights.sum((1, 2, 3)), torch.full((5,), 12.0 * HEADS, dtype=torch.float64))  # padded rows vote
+    assert_close(weights.sum((1, 2, 3)), torch.full((5,), 12.0 * HEADS, dtype=torch.float64))  # padded rows count
     k = max(1, int(12 * 0.4))
     want, lengths = [], []
     for hidden, weights_of_row, n in zip(batch.hidden, weights, batch.lengths.tolist(), strict=True):
@@ -170,7 +170,7 @@ def test_predecessor_is_its_formula():
 
 
 @pytest.mark.parametrize("op", ["packed_attention", "attention_centrality"])
-def test_column_sums_with_padded_voters(backend, op):
+def test_column_sums_with_padded_queries(backend, op):
     batch = make_batch(LENGTHS_OF_40, padded_length=40)
     want = attention_map(batch).sum((1, 2))[batch.mask.bool()]
     assert_close(centrality_from_padded_queries(batch, op=op), want)
@@ -199,13 +199,11 @@ def test_same_tokens_where_the_share_is_whole(backend, op, lengths, padded_lengt
     [
         (LENGTHS_OF_40, 40, 1 / 3, 13, 14),
         (LENGTHS_OF_150, 151, 1 / 3, 50, 51),
-        # A whole share, of which the product of floats falls short: 28.999999999999996.
+        # A whole share, but the product of floats falls short of it: 28.999999999999996.
         ((100, 30, 29, 28), 100, 0.29, 28, 29),
     ],
 )
-def test_a_count_gives_the_floor_where_ours_takes_the_ceiling(
-    backend, lengths, padded_length, keep_ratio, floor, ceiling
-):
+def test_keep_count_gives_the_predecessors_floor(backend, lengths, padded_length, keep_ratio, floor, ceiling):
     batch = make_batch(lengths, padded_length)
     want = predecessor(batch, keep_ratio)
     assert want[1] == [min(n, floor) for n in lengths]
@@ -230,7 +228,7 @@ def test_at_least_one_token_stays(backend):
 
 
 def test_the_module_and_its_gradient(backend):
-    """SemanticAdaptivePruning and prune, by budget="max_seqlen"; states get the gradient of the gather alone."""
+    """SemanticAdaptivePruning and prune with budget="max_seqlen"; states get only the gradient of the gather."""
     batch = make_batch(LENGTHS_OF_150, padded_length=150)
     batch.hidden.requires_grad_()
     states, kept = predecessor(batch, 1 / 3)
@@ -242,7 +240,7 @@ def test_the_module_and_its_gradient(backend):
     pruned, selection = SemanticAdaptivePruning(1 / 3, budget="max_seqlen")(packed, centrality)
     assert_same_tokens((pruned.values, pruned.cu_seqlens.diff().tolist()), (states, kept))
     assert torch.equal(torch.autograd.grad(pruned.values, batch.hidden, grad)[0], want_grad)
-    # Where the predecessor drops positions, ours keep the original ones.
+    # The predecessor drops positions; ours keep the original ones.
     column = torch.arange(150, dtype=torch.int32).repeat(len(kept), 1)[batch.mask.bool()]
     assert torch.equal(pruned.positions, column[selection.indices])
 
@@ -251,9 +249,9 @@ def test_the_module_and_its_gradient(backend):
 
 
 def test_no_difference_without_padding(backend):
-    """Full rows and a whole share: ours as it is, by its defaults, is the predecessor."""
+    """For full rows and a whole share, ours with its defaults gives the predecessor's tokens."""
     batch = make_batch((30, 30, 30), padded_length=30)
-    centrality = centrality_of_valid_voters(batch)
+    centrality = centrality_of_valid_queries(batch)
     assert_same_tokens(op_by_op(batch, centrality, keep_ratio=1 / 3), predecessor(batch, 1 / 3))
     pruned, _ = SemanticAdaptivePruning(1 / 3)(batch.pack(batch.hidden), centrality)
     assert_same_tokens((pruned.values, pruned.cu_seqlens.diff().tolist()), predecessor(batch, 1 / 3))
@@ -262,8 +260,8 @@ def test_no_difference_without_padding(backend):
 # Where ours differs
 
 
-def test_padding_changes_the_predecessors_choice_and_never_ours(backend):
-    """k is the same with and without the additional padding, so that votes alone can make a difference."""
+def test_padding_changes_only_the_predecessors_choice(backend):
+    """k is the same with and without the additional padding, so only centrality can make a difference."""
     ratio, ratio_of_twice = 1 / 3, 1 / 6
     assert int(30 * ratio) == int(60 * ratio_of_twice) == 10
     predecessor_changes = 0
@@ -274,23 +272,23 @@ def test_padding_changes_the_predecessors_choice_and_never_ours(backend):
         assert choice[1] == choice_with_more[1] == [10] * 4
         predecessor_changes += not torch.equal(choice[0], choice_with_more[0])
 
-        # Ours from the padded rows, of which a mask lets the valid ones vote, and from packed ones.
-        ours = op_by_op(batch, centrality_of_valid_voters(batch), keep_ratio=ratio)
+        # Ours from the padded rows, with a mask of the valid ones as queries, and from packed rows.
+        ours = op_by_op(batch, centrality_of_valid_queries(batch), keep_ratio=ratio)
         assert ours[1] == [10, 9, 6, 4]
         for padded in (batch, more_padding):
             masked = centrality_from_padded_queries(padded, query_mask=padded.mask.bool().flatten())
             assert_same_tokens(op_by_op(padded, masked, keep_ratio=ratio), ours)
-            assert_same_tokens(op_by_op(padded, centrality_of_valid_voters(padded), keep_ratio=ratio), ours)
+            assert_same_tokens(op_by_op(padded, centrality_of_valid_queries(padded), keep_ratio=ratio), ours)
     assert predecessor_changes > 0
 
 
 def test_short_rows_are_pruned_too(backend):
     """The predecessor's budget grows with the padding until nothing is pruned; ours is a share of each sequence."""
     batch = make_batch(LENGTHS_OF_40, padded_length=40)
-    ours = op_by_op(batch, centrality_of_valid_voters(batch), keep_ratio=1 / 3)
+    ours = op_by_op(batch, centrality_of_valid_queries(batch), keep_ratio=1 / 3)
     assert ours[1] == [14, 10, 5, 5, 5, 4, 1, 1]  # ceil(n / 3)
     assert predecessor(batch, 1 / 3)[1] == [13, 13, 13, 13, 13, 12, 2, 1]
 
     more_padding = batch.with_more_padding(80)
     assert predecessor(more_padding, 1 / 3)[1] == list(LENGTHS_OF_40)
-    assert_same_tokens(op_by_op(more_padding, centrality_of_valid_voters(more_padding), keep_ratio=1 / 3), ours)
+    assert_same_tokens(op_by_op(more_padding, centrality_of_valid_queries(more_padding), keep_ratio=1 / 3), ours)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch._dynamo.testing
+from devices import every_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ragged import BATCHES, RaggedBatch, ragged_batches
@@ -13,8 +14,6 @@ from torch import Tensor
 
 import stamp_kernels.ops.pruning.budget as budget_ops
 from stamp_kernels import PrunedTokens, gather_tokens, prune, select_tokens, token_importance
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def inputs(batch: RaggedBatch, width: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -56,7 +55,8 @@ def assert_same(got: PrunedTokens, want: PrunedTokens) -> None:
     assert got.lengths_cpu is None or torch.equal(got.lengths_cpu, want.lengths_cpu)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.core
+@every_device
 @settings(max_examples=60)
 @given(
     items=ragged_batches(max_length=6),
@@ -89,7 +89,7 @@ def test_is_the_three_ops_in_one(
 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("device", DEVICES)
+@every_device
 def test_dtypes_and_named_batches(device, dtype, name):
     batch = BATCHES[name]
     hidden, centrality = inputs(batch, width=33, dtype=dtype)
@@ -99,7 +99,7 @@ def test_dtypes_and_named_batches(device, dtype, name):
     assert_same(prune(*arguments, keep_count=keep_counts), one_after_the_other(*arguments, keep_count=keep_counts))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@every_device
 def test_strided_hidden_states(device):
     batch = BATCHES["ragged"]
     hidden, centrality = torch.randn(batch.total, 3, 10, device=device), torch.rand(batch.total, 2, device=device)
@@ -109,8 +109,8 @@ def test_strided_hidden_states(device):
         assert_same(prune(*arguments, keep_ratio=0.5), one_after_the_other(*arguments, keep_ratio=0.5))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_result_with_room_to_spare(device):
+@every_device
+def test_rows_beyond_the_kept_ones_are_empty(device):
     batch = BATCHES["ragged"]
     hidden, centrality = inputs(batch)
     arguments = ([hidden.to(device)], centrality.to(device), batch.cu_seqlens.to(device), batch.max_seqlen)
@@ -129,8 +129,9 @@ def test_one_tensor_in_one_tensor_out():
     assert torch.equal(kept.x, hidden[kept.selection.indices])
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_gradients_reach_the_kept_rows_of_what_wants_them(device, backend):
+@pytest.mark.core
+@every_device
+def test_gradients_reach_the_kept_rows(device, backend):
     batch = BATCHES["ragged"]
     hidden, centrality = inputs(batch)
     hidden, other, constant = (x.to(device) for x in (hidden, torch.randn(batch.total, 2), torch.randn(batch.total)))
@@ -155,7 +156,7 @@ def test_gradcheck():
     centrality = torch.rand(batch.total)
 
     def kept_rows(weight: Tensor, other: Tensor) -> tuple[Tensor, ...]:
-        # Scaled by a weight that is one number, so that gradcheck's steps leave the order of the tokens as it is.
+        # One weight scales all tokens, so gradcheck's steps do not change their order.
         return tuple(prune([hidden * weight, other], centrality, batch.cu_seqlens, 13, keep_ratio=0.5).x)
 
     weight = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
@@ -169,7 +170,7 @@ def test_lengths_on_the_host():
     assert kept.lengths_cpu.dtype == torch.int64
 
 
-def test_capacity_where_only_the_device_knows_the_lengths(monkeypatch):
+def test_capacity_for_lengths_on_the_device(monkeypatch):
     batch = BATCHES["ragged"]
     arguments = (*inputs(batch), batch.cu_seqlens, batch.max_seqlen)
     exact = prune(*arguments, keep_ratio=1 / 3)
@@ -194,7 +195,7 @@ def test_opcheck(name):
     torch.library.opcheck(torch.ops.stamp.prune.default, arguments)
 
 
-def test_compiles_whole_and_once_for_all_sizes():
+def test_compiles_once_for_all_sizes():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=counter)

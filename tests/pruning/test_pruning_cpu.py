@@ -1,7 +1,7 @@
-"""The compiled scoring, selection and gather of the CPU: every instruction set, long sequences, large outputs.
+"""The compiled pruning of the CPU: every instruction set, long sequences, large outputs.
 
-What these ops are, test_importance.py, test_selection.py and test_prune.py check; here is what only the compiled
-kernels could get wrong.
+test_token_importance.py, test_selection.py, test_gather.py and test_prune.py check what these ops are; here is what
+only the compiled kernels could get wrong.
 """
 
 import math
@@ -9,8 +9,10 @@ import math
 import pytest
 import torch
 from closeness import assert_close
+from devices import CAPABILITIES
 from hypothesis import given
 from hypothesis import strategies as st
+from pairwise import pairwise
 from torch import Tensor
 
 from stamp_kernels import TokenSelection, gather_tokens, prune, select_tokens, token_importance
@@ -20,7 +22,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 @pytest.mark.parametrize("op", ["token_importance", "select_tokens", "prune"])
 def test_unknown_instruction_set(monkeypatch, op):
-    """Every op says what is wrong, whichever thread looks the kernels up."""
+    """Every op says what is wrong, whichever thread looks its kernels up."""
     monkeypatch.setenv("STAMP_KERNELS_CPU_CAPABILITY", "sse")
     hidden, centrality, cu_seqlens = torch.randn(6000, 4), torch.rand(6000), offsets(*[3000] * 2)
     calls = {
@@ -42,9 +44,9 @@ def offsets(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("distinct", [2, 50, 10_000], ids=lambda n: f"{n} values")
-def test_every_count_of_every_length_up_to_a_few_vectors(capability, distinct, dtype):
+@pytest.mark.core
+@pairwise(indirect=["capability"], distinct=[2, 50, 10_000], dtype=DTYPES, capability=CAPABILITIES)
+def test_every_count_of_short_sequences(capability, distinct, dtype):
     for n in (1, 2, 15, 16, 17, 31, 33, 64):
         scores = (torch.randint(0, distinct, (n,)) - distinct // 2).to(dtype)
         for k in range(n + 1):
@@ -67,7 +69,7 @@ def test_extreme_scores(capability, dtype):
 
 
 @given(lengths=st.lists(st.integers(0, 300), min_size=1, max_size=8), seed=st.integers(0, 100))
-def test_lengths_up_to_many_vectors(lengths, seed):
+def test_sequences_of_many_vectors(lengths, seed):
     cu_seqlens = offsets(*lengths)
     scores = torch.randint(0, 200, (sum(lengths),), generator=torch.Generator().manual_seed(seed)).float()
     kept = select_tokens(scores, cu_seqlens, max(lengths), keep_ratio=1 / 3)
@@ -99,9 +101,9 @@ def test_a_very_long_sequence_among_short_ones(capability, ties):
     assert torch.equal(kept.indices, torch.cat(expected))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 7, 16, 100, 128, 1000])
-def test_scores_of_every_width_and_dtype(capability, width, dtype):
+@pytest.mark.core
+@pairwise(indirect=["capability"], width=[1, 7, 16, 100, 128, 1000], dtype=DTYPES, capability=CAPABILITIES)
+def test_importance_of_every_width_and_dtype(capability, width, dtype):
     hidden, centrality = torch.randn(50, width).to(dtype), torch.rand(50)
     cu_seqlens = offsets(20, 0, 29)
     ends = torch.tensor([20] * 20 + [49] * 29)
@@ -114,11 +116,11 @@ def test_scores_of_every_width_and_dtype(capability, width, dtype):
         assert_close(got[:49], want / (ends - torch.arange(49)))
 
 
-def test_prune_scores_with_the_bits_of_token_importance(capability):
-    """Otherwise near ties would be decided differently."""
+def test_prune_has_the_bits_of_token_importance(capability):
+    """Otherwise it would decide near ties differently."""
     lengths = (300, 1, 0, 77, 500)
     cu_seqlens = offsets(*lengths)
-    # Rows that differ in nothing but the order of their numbers: their sums differ in the last bits alone.
+    # The rows differ only in the order of their numbers, so their sums differ only in the last bits.
     row = torch.randn(96)
     hidden = torch.stack([row[torch.randperm(96)] for _ in range(sum(lengths))])
     centrality = torch.ones(len(hidden))
@@ -129,7 +131,7 @@ def test_prune_scores_with_the_bits_of_token_importance(capability):
     assert torch.equal(kept.selection.indices, expected.indices)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+def test_thread_count_does_not_change_results():
     lengths = torch.randint(0, 300, (200,))
     cu_seqlens = offsets(*lengths.tolist())
     hidden, centrality = torch.randn(int(lengths.sum()), 64), torch.rand(int(lengths.sum()))
@@ -153,7 +155,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 @pytest.mark.parametrize("row_bytes", [4096, 4104])
 def test_gradient_larger_than_the_caches(row_bytes):
-    """Written past them where rows are aligned."""
+    """The kernel writes around the caches where rows are aligned."""
     rows = 56 * 1024 * 1024 // row_bytes
     inverse = torch.full((rows,), -1, dtype=torch.int32)
     indices = torch.randperm(rows)[: rows // 3].sort().values

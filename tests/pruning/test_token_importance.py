@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 from closeness import assert_close
+from devices import every_device
 from hypothesis import given
+from pairwise import pairwise
 from ragged import BATCHES, RaggedBatch, ragged_batches
 from torch import Tensor
 
 from stamp_kernels.ops.pruning.importance import token_importance
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def expected_importance(
@@ -36,10 +36,9 @@ def inputs(batch: RaggedBatch, width: int = 24, dtype: torch.dtype = torch.float
     return hidden, centrality.double() if dtype == torch.float64 else centrality
 
 
-@pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("normalize", ["none", "visible_queries"])
-@pytest.mark.parametrize("norm", ["l1", "l2"])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.core
+@every_device
+@pairwise(name=BATCHES, norm=["l1", "l2"], normalize=["none", "visible_queries"])
 def test_is_norm_times_centrality(device, norm, normalize, name):
     batch = BATCHES[name]
     hidden, centrality = inputs(batch)
@@ -59,19 +58,19 @@ def test_ragged_batches(batch):
 
 
 @pytest.mark.parametrize("width", [0, 1, 3, 64, 100, 896])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@every_device
 def test_result_is_fp32_whatever_the_inputs(device, dtype, width):
     batch = BATCHES["ragged"]
     hidden, centrality = inputs(batch, width, dtype)
     for norm in ("l1", "l2"):
         importance = token_importance(hidden.to(device), centrality.to(device), batch.cu_seqlens.to(device), norm=norm)
         assert importance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        # To fp32 accuracy for the half precisions too: the inputs are exact, only the sums could lose something.
+        # Exact to fp32 for the half precisions too: the inputs are exact, and only the sums could lose digits.
         assert_close(importance.cpu(), expected_importance(hidden, centrality, batch, norm))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@every_device
 def test_half_precision_norms_do_not_overflow(device):
     hidden = torch.full((2, 512), 60000.0, dtype=torch.float16, device=device)
     centrality = torch.ones(2, device=device)
@@ -85,7 +84,7 @@ def test_every_row_is_a_token_without_cu_seqlens():
     assert_close(token_importance(hidden, centrality), expected_importance(hidden, centrality, batch))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@every_device
 def test_strided_inputs(device):
     hidden, centrality = torch.randn(7, 3, 10, device=device), torch.rand(7, 2, device=device)
     importance = token_importance(hidden[:, 1, ::2], centrality[:, 1])
@@ -100,7 +99,7 @@ def test_autocast_changes_nothing():
         assert torch.equal(token_importance(hidden, centrality, batch.cu_seqlens, norm="l2"), expected)
 
 
-def test_scores_get_no_gradient():
+def test_importance_gets_no_gradient():
     hidden, centrality = torch.randn(5, 4, requires_grad=True), torch.rand(5, requires_grad=True)
     assert not token_importance(hidden, centrality).requires_grad
 
@@ -114,7 +113,7 @@ def test_opcheck(name):
     torch.library.opcheck(op, (hidden, centrality, None, 2, False))
 
 
-def test_compiles_whole_and_once_for_all_sizes():
+def test_compiles_once_for_all_sizes():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(token_importance, fullgraph=True, dynamic=True, backend=counter)
     for batch in (RaggedBatch((3, 4), 2), RaggedBatch((5, 0, 9), 0), RaggedBatch((2,) * 50, 1)):

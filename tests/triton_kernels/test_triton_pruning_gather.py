@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_selection import STRIDED, random_tensor
+from pruning_cases import STRIDED, random_tensor
 from torch import Tensor
 
 pytest.importorskip("triton")

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_kernels import launcher, reference
+from pruning_cases import RATIOS, VALUES
 from ragged import BATCHES, RaggedBatch
-from test_selection import RATIOS, VALUES
 from torch import Tensor
 
 pytest.importorskip("triton")
