@@ -27,7 +27,8 @@ from training_step import TRAINING_STEPS
 from workloads import COMPILED, TIMED, Workload
 
 from stamp_kernels.ops._served_by_triton import ServedByTriton
-from stamp_kernels.triton_kernels.aot import TARGETS, Launch, compile_only, machine_code, specialisation
+from stamp_kernels.triton_kernels.aot import TARGETS, Launch, compile_only, specialisation
+from stamp_kernels.triton_kernels.machine_code import machine_code
 
 TABLE = Path(__file__).parent / "machine_code.csv"
 META = torch.device("meta")
