@@ -16,7 +16,7 @@ def _shift_targets_fake(labels, cu_seqlens, steps, stride, ignore_index):
 
 
 def _shift_targets_triton(*args):
-    from stamp_kernels.triton_kernels.cross_entropy.targets import shift_targets  # imports Triton
+    from stamp_kernels.triton_kernels.cross_entropy.shift_targets import shift_targets  # imports Triton
 
     return shift_targets(*args)
 
