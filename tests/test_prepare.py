@@ -96,7 +96,7 @@ def test_attention_makes_the_same_constants(constants):
 
 @pairwise(vocab_ranges=[None, RANGES, [(0, 40)] * 3, [(3, 30)] * 3], memory=["auto", "minimal"], per_step=[False, True])
 def test_cross_entropy_finds_all_constants(constants, monkeypatch, vocab_ranges, memory, per_step):
-    from stamp_kernels.triton_kernels.cross_entropy import launchers
+    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers
 
     for min_logits in (0, launchers.MIN_LOGITS_IN_CHUNKS):
         monkeypatch.setattr(launchers, "MIN_LOGITS_IN_CHUNKS", min_logits)
@@ -130,7 +130,7 @@ def test_multi_step_prediction_finds_all_constants(constants):
 
 def test_constants_hold_what_they_name(constants):
     prepare("meta", vocab_ranges=RANGES)
-    from stamp_kernels.triton_kernels.cross_entropy.tiles import ranges_on_device
+    from stamp_kernels.triton_kernels.cross_entropy.softmaxes import ranges_on_device
 
     on_cpu: Tensor = ranges_on_device(tuple(RANGES), torch.device("cpu"))
     assert on_cpu.tolist() == [list(span) for span in RANGES] and on_cpu.dtype == torch.int32

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one module per op family; installed as `stamp_kernels.triton_kernels`."""
+"""Triton kernels and their launchers, one folder for each op family; installed as `stamp_kernels.triton_kernels`."""

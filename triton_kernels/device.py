@@ -1,4 +1,4 @@
-"""What the launchers ask about a device, and the limits that hold for every launch."""
+"""What the launchers ask about a device, and the limits of every launch."""
 
 import functools
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ class DeviceProperties(NamedTuple):
 
     Attributes:
         capability: CUDA's compute capability.
-        shared_memory: bytes of shared memory that one block may have, opted in for.
+        shared_memory: bytes of shared memory that one block may opt in to.
         num_processors: streaming multiprocessors.
     """
 
@@ -24,7 +24,7 @@ class DeviceProperties(NamedTuple):
 
 H100 = DeviceProperties((9, 0), 227 * 1024, 132)
 
-# What a tensor that is not on a GPU stands for: kernels that are interpreted or compiled ahead of time.
+# The GPU assumed for tensors that are on none: kernels that are interpreted or compiled ahead of time.
 _stand_in = H100
 
 
@@ -39,13 +39,13 @@ def _properties_of_gpu(device: torch.device) -> DeviceProperties:
 
 
 def device_properties(device: torch.device) -> DeviceProperties:
-    """Of the GPU; of an H100, or what `stand_in` says, for a device that is none."""
+    """The properties of the GPU. Other devices have those of an H100, or what `stand_in` says."""
     return _properties_of_gpu(device) if device.type == "cuda" else _stand_in
 
 
 @contextmanager
 def stand_in(properties: DeviceProperties) -> Iterator[None]:
-    """Within the block, devices that are no GPU have these properties."""
+    """Give devices that are no GPU these properties within the block."""
     global _stand_in
     before, _stand_in = _stand_in, properties
     try:
@@ -55,9 +55,9 @@ def stand_in(properties: DeviceProperties) -> Iterator[None]:
 
 
 def launch_grid(x: int, y: int = 1, z: int = 1) -> tuple[int, int, int]:
-    """The grid, if CUDA and Triton's launcher can take it.
+    """The grid, if CUDA and Triton's launcher support it.
 
-    Triton multiplies the three in 32 bits and skips the launch, without a word, where the product is not positive.
+    Triton multiplies the dimensions in 32 bits and silently skips the launch if the product is not positive.
 
     Raises:
         ValueError: a dimension or the product is too large.

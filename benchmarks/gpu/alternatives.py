@@ -107,7 +107,7 @@ def _cross_entropy_by_width(width: int) -> Question:
 
 
 def _chunk_bytes(mebibytes: int) -> Variant:
-    change = partial(changed_constant, f"{_TRITON}.cross_entropy.chunked", "CHUNK_BYTES", mebibytes * 2**20)
+    change = partial(changed_constant, f"{_TRITON}.cross_entropy.configs", "CHUNK_BYTES", mebibytes * 2**20)
     return Variant(f"{mebibytes} MiB", change)
 
 

@@ -28,7 +28,8 @@ from workloads import COMPILED, TIMED, Workload
 from workloads.training_step import TRAINING_STEPS
 
 from stamp_kernels.ops._served_by_triton import ServedByTriton
-from stamp_kernels.triton_kernels.aot import TARGETS, Launch, compile_only, machine_code, specialisation
+from stamp_kernels.triton_kernels.aot import TARGETS, Launch, compile_only, specialisation
+from stamp_kernels.triton_kernels.machine_code import machine_code
 
 TABLE = Path(__file__).parent / "machine_code.csv"
 META = torch.device("meta")

@@ -51,7 +51,7 @@ def prepare(
     # These import Triton.
     from stamp_kernels.triton_kernels.attention.bias_gradient import distance_ranges
     from stamp_kernels.triton_kernels.attention.relative_bias import distance_buckets
-    from stamp_kernels.triton_kernels.cross_entropy.tiles import ranges_on_device
+    from stamp_kernels.triton_kernels.cross_entropy.softmaxes import ranges_on_device
 
     if relative_bias is not None:
         of_bias = relative_bias.table.shape[0], relative_bias.max_distance, relative_bias.bidirectional

@@ -13,7 +13,8 @@ sys.path.append(str(SCRIPTS))
 from machine_code import WORKLOADS, Row, differences, read_table
 
 from stamp_kernels import triton_kernels
-from stamp_kernels.triton_kernels.aot import TARGETS, MachineCode, _innermost_loops, _instructions, compile_only
+from stamp_kernels.triton_kernels.aot import TARGETS, compile_only
+from stamp_kernels.triton_kernels.machine_code import MachineCode, _innermost_loops, _instructions
 
 MODULES = [module.name for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}.")]
 # One for each kernel and for what changes its code most; `make aot` compiles all.
@@ -24,7 +25,7 @@ COMPILED_HERE = (
 
 
 def test_kernels_are_as_in_the_table():
-    """No problem on any architecture, and the figures of the committed table; its text says what differs."""
+    """No problem on any architecture, and the figures of the committed table. The output says what differs."""
     run = run_script("machine_code.py", "--workloads", *COMPILED_HERE)
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -41,7 +42,7 @@ def test_table_has_every_kernel_and_no_problem():
 
 
 class AddmmRaises(TorchDispatchMode):
-    """As torch 2.11's kernel for `meta` does where the output's dtype is not that of the factors."""
+    """Like torch 2.11's `meta` kernel where the output has another dtype than the factors."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.addmm.dtype_out:
@@ -58,7 +59,7 @@ def test_products_into_an_output_need_no_meta_kernel():
 
 GOOD = MachineCode(
     registers=128, shared=32768, spilled=0, matrix_instructions={"HGMMA": 12}, loops=(100,), num_warps=4,
-    wants=("HGMMA",),
+    expected=("HGMMA",),
 )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ GOOD = MachineCode(
         (86, dict(shared=131_072), ["131072 bytes of shared memory, a block may have 101376"]),
         (90, dict(spilled=8), ["spills 8 bytes"]),
         (90, dict(matrix_instructions={"HMMA": 24}), ["no HGMMA but {'HMMA': 24}"]),
-        (90, dict(matrix_instructions={}, wants=()), []),
+        (90, dict(matrix_instructions={}, expected=()), []),
     ],
     ids=str,
 )
@@ -78,7 +79,7 @@ def test_problems(arch, changed, problems):
     assert GOOD._replace(**changed).problems(arch) == problems
 
 
-ROW = Row("L120", "short_kernel", "90", "4", "161", "40960", "0", "38 HGMMA", "809", "abc", "")
+ROW = Row("L120", "stamp_attention_fwd_short_kernel", "90", "4", "161", "40960", "0", "38 HGMMA", "809", "abc", "")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_differences(now, before, is_whole, expected):
 
 
 def test_innermost_loops_are_counted_by_instructions():
-    """An outer loop is not counted, nor a loop of fewer than 32 instructions, nor a branch forwards."""
+    """Outer loops, loops of fewer than 32 instructions and forward branches are not counted."""
     body = [f"        /*{16 * i:04x}*/                   FFMA R1, R2, R3, R4 ;" for i in range(120)]
 
     def branch(at: int, to: int) -> None:

@@ -1,4 +1,4 @@
-"""Constants on a device: made once, outside of whatever the caller is in, and never while a graph is captured."""
+"""Constants on a device: made once, outside the modes of the caller, and never while a graph is captured."""
 
 import threading
 

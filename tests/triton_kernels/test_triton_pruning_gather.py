@@ -9,12 +9,13 @@ pytest.importorskip("triton")
 
 import stamp_kernels.reference.pruning as reference
 import stamp_kernels.triton_kernels.pruning.gather as kernels
+from stamp_kernels.triton_kernels.pruning.configs import gather_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def row_map(rows: int, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """Rows in any order, every one likely more than once, and some of them none."""
+    """Rows in any order, most of them more than once, and -1."""
     return torch.randint(-1, rows, (num_rows,)).to(dtype)
 
 
@@ -48,7 +49,7 @@ def test_rows_of_any_width(row_bytes, map_dtype):
     x = torch.randint(0, 256, (40, row_bytes), dtype=torch.uint8, device=DEVICE)
     indices = row_map(40, 53, map_dtype)
     assert_gathers_as_the_reference([x], indices)
-    # Rows that start at any byte of memory
+    # Rows that begin at any byte
     for offset in (1, 2, 4, 8):
         shifted = torch.empty(x.numel() + offset, dtype=torch.uint8, device=DEVICE)[offset:].view_as(x).copy_(x)
         assert_gathers_as_the_reference([shifted], indices)
@@ -73,7 +74,7 @@ def test_without_rows(rows, num_rows, map_dtype):
     assert_gathers_as_the_reference([torch.randn(rows, 3), torch.randn(rows)], indices)
 
 
-def test_rows_that_nobody_names_are_not_read():
+def test_rows_outside_the_map_are_not_read():
     x = torch.randn(6, 4)
     x[3] = torch.nan
     (y,) = kernels.gather_tokens_forward([x.to(DEVICE)], torch.tensor([0, -1, 5], device=DEVICE))
@@ -96,7 +97,7 @@ def test_rows_that_nobody_names_are_not_read():
     ],
 )
 def test_widest_access(row_bytes, stride_bytes, address, element_size, divisor):
-    config = kernels.gather_config(row_bytes, stride_bytes, address)
+    config = gather_config(row_bytes, stride_bytes, address)
     assert (config.element_size, config.stride_divisor) == (element_size, divisor)
     assert config.width * element_size == row_bytes and config.stride * element_size == stride_bytes
 
@@ -110,7 +111,7 @@ def test_widest_access(row_bytes, stride_bytes, address, element_size, divisor):
         ([torch.zeros(3), torch.zeros(4)], torch.tensor([0]), "all tensors must have the same number of rows, got 4"),
     ],
 )
-def test_gather_refuses_what_it_would_read_elsewhere(monkeypatch, x, indices, message):
+def test_indices_outside_the_rows_are_refused(monkeypatch, x, indices, message):
     monkeypatch.setenv("STAMP_KERNELS_CHECK", "1")
     with pytest.raises(RuntimeError, match=message):
         kernels.gather_tokens_forward([tensor.to(DEVICE) for tensor in x], indices.to(DEVICE))

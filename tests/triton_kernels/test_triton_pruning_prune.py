@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-import stamp_kernels.triton_kernels.pruning.selection as kernels
 from stamp_kernels.common.budget import keep_ratio_to_q32
-from stamp_kernels.triton_kernels.pruning.selection import SelectionConfig
+from stamp_kernels.triton_kernels.pruning import configs
+from stamp_kernels.triton_kernels.pruning.configs import SelectionConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,7 +22,7 @@ def on_device(x: Any) -> Any:
 
 
 def exact_inputs(batch: RaggedBatch) -> tuple[list[Tensor], Tensor]:
-    """Small integers, whose scores are the same bits from every backend, with ties; NaN in the tail rows."""
+    """Small integers with ties, whose importance has the same bits in every backend; NaN in the tail rows."""
     hidden, centrality = torch.randint(-2, 3, (batch.total, 8)).float(), torch.randint(0, 4, (batch.total,)).float()
     hidden[batch.valid :], centrality[batch.valid :] = torch.nan, torch.nan
     return [hidden, torch.arange(batch.total), torch.rand(batch.total, 3, 2) < 0.5], centrality
@@ -60,13 +60,14 @@ def test_named_batches(name, with_positions):
     assert_prunes_as_the_reference(batch, positions=positions, protect=torch.rand(batch.total) < 0.3)
 
 
-@pytest.mark.parametrize("with_positions", [False, True], ids=["", "positions"])
-@pytest.mark.parametrize("blocks", ["in registers", "in blocks"])
-@pytest.mark.parametrize("codes_per_item", [1, 3])
-def test_items(codes_per_item, blocks, with_positions, monkeypatch):
-    if blocks == "in blocks":
-        monkeypatch.setattr(kernels, "SELECTION_CONFIGS", ())
-        monkeypatch.setattr(kernels, "LONG_SELECTION_CONFIG", SelectionConfig(1, 4, 1))
+@pytest.mark.parametrize(
+    ("codes_per_item", "kernel", "with_positions"),
+    [(1, "short", False), (3, "short", True), (1, "long", True), (3, "long", False)],
+)
+def test_items(codes_per_item, kernel, with_positions, monkeypatch):
+    if kernel == "long":
+        monkeypatch.setattr(configs, "SELECTION_CONFIGS", ())
+        monkeypatch.setattr(configs, "LONG_SELECTION_CONFIG", SelectionConfig(1, 4, 1))
     batch = RaggedBatch(tuple(codes_per_item * n for n in (5, 0, 1, 13, 7)), tail=3)
     assert_prunes_as_the_reference(
         batch,
@@ -77,14 +78,14 @@ def test_items(codes_per_item, blocks, with_positions, monkeypatch):
 
 
 @pytest.mark.parametrize("norm_order", [1, 2])
-def test_budgets_and_scores(norm_order):
+def test_budgets_and_norms(norm_order):
     batch = BATCHES["ragged"]
     for budget in ((None, 3, None), (None, None, torch.tensor([1, 0, 2, 20, 1, 0], dtype=torch.int32))):
         assert_prunes_as_the_reference(batch, budget=budget, norm_order=norm_order, max_seqlen=300)
 
 
-def test_scores_by_the_visible_queries():
-    """Sequences of up to four tokens, whose scores are multiples of 1 / 12 and differ by more than rounding."""
+def test_importance_per_visible_query():
+    """Sequences of up to four tokens, whose importances are multiples of 1 / 12 and differ by more than rounding."""
     batch = RaggedBatch((4, 2, 0, 3, 1, 4), tail=1)
     assert_prunes_as_the_reference(batch, per_visible_query=True, budget=(None, 2, None))
 

@@ -15,9 +15,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import stamp_kernels.reference.pruning as oracle
-import stamp_kernels.triton_kernels.pruning.selection as kernels
 from stamp_kernels.common.budget import keep_ratio_to_q32
-from stamp_kernels.triton_kernels.pruning.selection import SELECTION_CONFIGS, SelectionConfig, selection_config
+from stamp_kernels.triton_kernels.pruning import configs, selection
+from stamp_kernels.triton_kernels.pruning.configs import SELECTION_CONFIGS, SelectionConfig, selection_config
 
 # Infinities of either sign in one item, added up by numpy.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in add:RuntimeWarning")
@@ -73,9 +73,9 @@ def whole_items(batch: RaggedBatch, codes_per_item: int) -> RaggedBatch:
 
 
 def use_small_blocks(patch: pytest.MonkeyPatch) -> None:
-    """Registers for 4 items and blocks of 8 beyond: sequences of a few dozen tokens take what long ones take."""
-    patch.setattr(kernels, "SELECTION_CONFIGS", (SelectionConfig(2, 2, 1), SelectionConfig(1, 4, 1)))
-    patch.setattr(kernels, "LONG_SELECTION_CONFIG", SelectionConfig(1, 8, 1))
+    """The short kernel for up to 4 items, and blocks of 8 in the long one: a few dozen tokens are a long sequence."""
+    patch.setattr(configs, "SELECTION_CONFIGS", (SelectionConfig(2, 2, 1), SelectionConfig(1, 4, 1)))
+    patch.setattr(configs, "LONG_SELECTION_CONFIG", SelectionConfig(1, 8, 1))
 
 
 @pytest.fixture
@@ -113,13 +113,13 @@ def selections(draw) -> tuple[Any, ...]:
     )
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(selections())
 def test_any_selection(arguments):
     assert_selects_as_the_reference(*arguments)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(selections())
 def test_any_selection_in_several_blocks(arguments):
     with pytest.MonkeyPatch.context() as patch:
@@ -134,8 +134,7 @@ def test_order_of_any_two_values(dtype):
     assert_selects_as_the_reference(*arguments_of(batch, pairs.flatten(), count=1))
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1 / 3, 0.7, 1.0])
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize(("name", "ratio"), zip(BATCHES, itertools.cycle([1 / 3, 1.0, 0.7, 0.0]), strict=False))
 def test_named_batches(name, ratio):
     batch = BATCHES[name]
     importance = torch.rand(batch.total)
@@ -146,11 +145,12 @@ def test_named_batches(name, ratio):
     assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=ratio, protect=protect))
 
 
-@pytest.mark.parametrize("codes_per_item", [1, 4])
-@pytest.mark.parametrize("config", range(len(SELECTION_CONFIGS) + 1))
-def test_sequences_that_fill_a_block_and_one_item_less(config, codes_per_item):
-    """Of every size of block; beyond the largest one sequence takes several."""
-    full = [*(config.items for config in SELECTION_CONFIGS), 3 * kernels.LONG_SELECTION_CONFIG.items][config]
+@pytest.mark.parametrize(
+    ("config", "codes_per_item"), [(0, 4), (1, 1), (2, 4), (3, 1), (4, 1), (5, 1), (5, 4)], ids=str
+)
+def test_sequences_that_fill_a_block(config, codes_per_item):
+    """And sequences of one item less, for every size of block; with the last config a sequence takes several blocks."""
+    full = [*(config.items for config in SELECTION_CONFIGS), 3 * configs.LONG_SELECTION_CONFIG.items][config]
     batch = whole_items(RaggedBatch((full, 3, 0, full - 1), tail=2), codes_per_item)
     _, is_long = selection_config(batch.max_seqlen // codes_per_item)
     assert is_long == (config == len(SELECTION_CONFIGS))
@@ -163,10 +163,11 @@ def test_sequences_that_fill_a_block_and_one_item_less(config, codes_per_item):
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("count", [0, 8, 21, 40])
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(0, torch.float64), (8, torch.float32), (21, torch.float64), (40, torch.float32)], ids=str
+)
 def test_all_alike_in_several_blocks(count, dtype):
-    """The first of equal scores stay, wherever the blocks end."""
+    """The first items of equal importance stay, wherever the blocks end."""
     batch = RaggedBatch((40, 9, 40), tail=1)
     for value in (1.5, torch.nan):
         importance = torch.full((batch.total,), value, dtype=dtype)
@@ -174,8 +175,8 @@ def test_all_alike_in_several_blocks(count, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("max_seqlen", [100, 10**6], ids=["in registers", "in blocks"])
-def test_scores_that_differ_in_their_last_bit(max_seqlen, dtype):
+@pytest.mark.parametrize("max_seqlen", [100, 10**6], ids=["short", "long"])
+def test_importance_that_differs_in_the_last_bit(max_seqlen, dtype):
     batch = RaggedBatch((97, 80), tail=0)
     integers = torch.int32 if dtype == torch.float32 else torch.int64
     bits = torch.randperm(batch.total).to(integers)
@@ -185,10 +186,10 @@ def test_scores_that_differ_in_their_last_bit(max_seqlen, dtype):
 
 
 @pytest.mark.parametrize("share", [0.7, 1.0])
-@pytest.mark.parametrize("max_seqlen", [97, 10**6], ids=["in registers", "in blocks"])
+@pytest.mark.parametrize("max_seqlen", [97, 10**6], ids=["short", "long"])
 def test_more_protected_than_the_budget(max_seqlen, share):
     batch = BATCHES["long_among_short"]
-    importance = torch.full((batch.total,), torch.inf)  # as great as a score can be
+    importance = torch.full((batch.total,), torch.inf)  # the greatest importance there is
     protect = random_protect(batch, share)
     for budget in (dict(ratio=0.1), dict(count=0), dict(count=5)):
         assert_selects_as_the_reference(
@@ -196,16 +197,16 @@ def test_more_protected_than_the_budget(max_seqlen, share):
         )
 
 
-def test_items_add_up_from_the_first_token_to_the_last():
+def test_items_add_up_from_the_first_token():
     """The order of a sum decides its bits: 1e8 + 1 - 1e8 is 0 and 1e8 - 1e8 + 1 is 1."""
     batch = RaggedBatch((9,), tail=0)
     importance = torch.tensor([1e8, 1.0, -1e8, 1e8, -1e8, 1.0, 0.5, 0.0, 0.0])
     assert_selects_as_the_reference(*arguments_of(batch, importance, count=2, codes_per_item=3))
 
 
-@pytest.mark.parametrize("max_seqlen", [8, 10**6], ids=["in registers", "in blocks"])
+@pytest.mark.parametrize("max_seqlen", [8, 10**6], ids=["short", "long"])
 def test_many_short_sequences(max_seqlen):
-    """More than a program serves, and tails longer than one fills."""
+    """More sequences than a program takes, and longer tails than a program fills."""
     batch = RaggedBatch(tuple(torch.randint(0, 9, (40 if max_seqlen > 8 else 250,)).tolist()), tail=3000)
     importance = torch.randint(0, 4, (batch.total,)).float()
     protect = random_protect(batch)
@@ -217,14 +218,14 @@ def test_many_short_sequences(max_seqlen):
 
 
 def test_offsets_of_several_blocks_of_sequences(monkeypatch):
-    monkeypatch.setattr(kernels, "_OFFSETS_BLOCK", 16)
+    monkeypatch.setattr(selection, "_OFFSETS_BLOCK", 16)
     batch = RaggedBatch(tuple(torch.randint(0, 9, (50,)).tolist()), tail=1)
     importance = torch.rand(batch.total)
     assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=0.5))
     assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=0.5, protect=random_protect(batch)))
 
 
-@pytest.mark.parametrize("max_seqlen", [13, 10**6], ids=["in registers", "in blocks"])
+@pytest.mark.parametrize("max_seqlen", [13, 10**6], ids=["short", "long"])
 def test_a_result_with_no_row_to_spare(max_seqlen):
     batch = BATCHES["ragged"]
     importance, protect = torch.rand(batch.total), random_protect(batch)
@@ -236,14 +237,14 @@ def test_a_result_with_no_row_to_spare(max_seqlen):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Contents on a GPU are not checked."""
-    for module in (oracle, kernels):
+    for module in (oracle, selection):
         monkeypatch.setattr(module, "contents_are_checked", lambda device: False)
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("max_seqlen", [0, 10**6], ids=["in registers", "in blocks"])
+@pytest.mark.parametrize("max_seqlen", [0, 10**6], ids=["short", "long"])
 @pytest.mark.parametrize("codes_per_item", [1, 3])
-def test_a_result_too_small_is_cut_off(codes_per_item, max_seqlen):
+def test_a_too_small_result_is_cut_off(codes_per_item, max_seqlen):
     batch = whole_items(BATCHES["ragged"], codes_per_item)
     importance, protect = torch.rand(batch.total), random_protect(batch)
     for total_kept in (0, 1, 4, 9, 16):
@@ -256,8 +257,8 @@ def test_a_result_too_small_is_cut_off(codes_per_item, max_seqlen):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("max_seqlen", [17, 10**6], ids=["in registers", "in blocks"])
-def test_tokens_after_the_last_whole_item_are_dropped(max_seqlen):
+@pytest.mark.parametrize("max_seqlen", [17, 10**6], ids=["short", "long"])
+def test_tokens_of_an_incomplete_item_are_dropped(max_seqlen):
     batch = RaggedBatch((5, 0, 1, 13, 2, 17, 8), tail=2)
     importance, protect = torch.rand(batch.total), random_protect(batch, 0.4)
     for codes_per_item in (2, 3, 4, 20):

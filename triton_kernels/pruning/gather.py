@@ -1,12 +1,10 @@
-"""Gather: the rows of a selection, and the adjoint, which gathers too.
+"""Gather: the rows of a selection, and their gradients, which are a gather too.
 
-    forward   y[j] = x[indices[j]]                         indices [T'] int64, -1 on tail rows
-    backward  dx[t] = inverse[t] < 0 ? 0 : dy[inverse[t]]  inverse [T] int32, -1 where token t was dropped
+    forward   y[j] = x[indices[j]], 0 where indices[j] is -1         indices [T'] int64, -1 on tail rows
+    backward  dx[t] = dy[inverse[t]], 0 where inverse[t] is -1       inverse [T] int32, -1 where token t was dropped
 
-Every row is written once: neither a zero-fill pass nor atomics.
+Every row is written once, so there is no pass that fills with zeros, and there are no atomics.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,65 +13,44 @@ from torch import Tensor
 
 from stamp_kernels.common.contents import contents_are_checked
 from stamp_kernels.triton_kernels.device import launch_grid
-from stamp_kernels.triton_kernels.rows import power_of_two_divisor
+from stamp_kernels.triton_kernels.pruning.configs import gather_config
 
 
-@triton.jit(do_not_specialize=["num_rows", "source_stride"])
-def gather_rows_kernel(
-    destination_ptr,  # [num_rows, WIDTH]
-    source_ptr,  # [rows, WIDTH]
+@triton.jit(do_not_specialize=["num_rows", "stride_row"])
+def stamp_gather_rows_kernel(
+    y_ptr,  # [num_rows, WIDTH]
+    x_ptr,  # [N, WIDTH]
     row_map_ptr,  # int64 or int32 [num_rows]
-    source_stride,
+    stride_row,  # of x
     num_rows,
-    WIDTH: tl.constexpr, STRIDE_DIVISOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile of ROWS x COLUMNS of `destination[j] = source[row_map[j]]`, zeros where the map says -1.
+    WIDTH: tl.constexpr,
+    STRIDE_DIVISOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of ROWS x COLUMNS of `y[j] = x[row_map[j]]`, 0 where the map is -1.
 
-    Grid: [ceil(num_rows / ROWS), ceil(WIDTH / COLUMNS)]. Both tensors are seen as integers, as wide as their alignment
-    allows; a stride that is a multiple of STRIDE_DIVISOR lets a thread move 16 bytes at once.
+    x and y are integers as wide as their alignment allows. A stride that is a multiple of STRIDE_DIVISOR lets a thread
+    move 16 bytes at once.
+
+    Grid: [ceil(num_rows / ROWS), ceil(WIDTH / COLUMNS)].
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     exists = row < num_rows
-    source_row = tl.load(row_map_ptr + row, mask=exists, other=-1).to(tl.int64)
-    stride = tl.multiple_of(tl.cast(source_stride, tl.int64), STRIDE_DIVISOR)
+    x_row = tl.load(row_map_ptr + row, mask=exists, other=-1).to(tl.int64)
+    stride = tl.multiple_of(tl.cast(stride_row, tl.int64), STRIDE_DIVISOR)
     in_row = column < WIDTH
-    value = tl.load(
-        source_ptr + (source_row * stride)[:, None] + column, mask=(source_row >= 0)[:, None] & in_row, other=0
-    )
-    destination = destination_ptr + (row.to(tl.int64) * WIDTH)[:, None] + column
-    tl.store(destination, value, mask=exists[:, None] & in_row)
+    value = tl.load(x_ptr + (x_row * stride)[:, None] + column, mask=(x_row >= 0)[:, None] & in_row, other=0)
+    y_pointers = y_ptr + (row.to(tl.int64) * WIDTH)[:, None] + column
+    tl.store(y_pointers, value, mask=exists[:, None] & in_row)  # [ROWS, COLUMNS]
 
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-# Four warps, each thread four accesses of 16 bytes; more rows only where they are narrow.
-_GATHER_BYTES = 4 * 32 * 4 * 16
-_GATHER_MAX_ROWS = 256
-
-
-class GatherConfig(NamedTuple):
-    """How rows are moved: in integers of `element_size` bytes, of which a row has `width`."""
-
-    element_size: int
-    width: int
-    stride: int
-    stride_divisor: int
-    rows: int
-    columns: int
-
-
-def gather_config(row_bytes: int, stride_bytes: int, address: int) -> GatherConfig:
-    """The widest access to which rows, their distance and the address of the first are aligned."""
-    alignment = power_of_two_divisor(row_bytes | stride_bytes | address, 16)
-    element_size = min(8, alignment)
-    width = row_bytes // element_size
-    columns = min(triton.next_power_of_2(width), _GATHER_BYTES // element_size)
-    rows = min(_GATHER_MAX_ROWS, _GATHER_BYTES // (columns * element_size))
-    return GatherConfig(element_size, width, stride_bytes // element_size, alignment // element_size, rows, columns)
 
 
 def _rows_are_contiguous(x: Tensor) -> bool:
-    """A row is copied as one piece; the rows themselves may be apart."""
+    """Whether every row is one piece of memory; the rows may be apart."""
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size != 1 and stride != expected:
@@ -83,7 +60,7 @@ def _rows_are_contiguous(x: Tensor) -> bool:
 
 
 def gather_rows(x: Tensor, row_map: Tensor) -> Tensor:
-    """`y[j] = x[row_map[j]]`, zeros where the map says -1: one launch.
+    """`y[j] = x[row_map[j]]`, 0 where the map is -1. One launch.
 
     Args:
         x: `[N, ...]`, any dtype.
@@ -98,12 +75,12 @@ def gather_rows(x: Tensor, row_map: Tensor) -> Tensor:
     )
     integers = _INTEGERS[config.element_size]
     grid = launch_grid(triton.cdiv(y.shape[0], config.rows), triton.cdiv(config.width, config.columns))
-    gather_rows_kernel[grid](
-        triton.reinterpret(y, integers),
-        triton.reinterpret(x, integers),
-        row_map,
-        config.stride,
-        y.shape[0],
+    stamp_gather_rows_kernel[grid](
+        y_ptr=triton.reinterpret(y, integers),
+        x_ptr=triton.reinterpret(x, integers),
+        row_map_ptr=row_map,
+        stride_row=config.stride,
+        num_rows=y.shape[0],
         WIDTH=config.width,
         STRIDE_DIVISOR=config.stride_divisor,
         ROWS=config.rows,
@@ -134,8 +111,5 @@ def gather_tokens_forward(x: list[Tensor], indices: Tensor) -> list[Tensor]:
 
 
 def gather_tokens_backward(grad: list[Tensor], inverse: Tensor) -> list[Tensor]:
-    """The op `stamp::gather_tokens_backward`: row t is row `inverse[t]`, int32 `[T]`, of `grad`, or 0.
-
-    The adjoint gathers too: every row is written once, without atomics.
-    """
+    """The op `stamp::gather_tokens_backward`: row t is row `inverse[t]`, int32 `[T]`, of `grad`, or 0."""
     return _gather_list(grad, inverse, "inverse")

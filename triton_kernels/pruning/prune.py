@@ -1,7 +1,7 @@
-"""Pruning: score, select and gather, from a block's hidden states and centrality to the kept rows.
+"""Pruning: importance, selection and gather in one op, from a block's hidden states and centrality to the kept rows.
 
-It has no kernels of its own: one launch of `importance`, two of `selection` (three with `protect`), whose last also
-writes the positions, and one gather per tensor.
+It has no kernels of its own: one launch of `importance.py`, two of `selection.py` (three with `protect`), the last of
+which also writes the positions, and one gather for each tensor.
 """
 
 from torch import Tensor

@@ -152,25 +152,23 @@ def _is_for_the_reference(hidden: Tensor) -> bool:
 def _forward_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _is_for_the_reference(hidden):
         return reference.multi_token_cross_entropy_forward(hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy.launchers import multi_token_cross_entropy_forward  # imports Triton
+    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
 
-    return multi_token_cross_entropy_forward(hidden, *args)
+    return launchers.multi_token_cross_entropy_forward(hidden, *args)
 
 
 def _backward_triton(grad_loss: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _is_for_the_reference(hidden):
         return reference.multi_token_cross_entropy_backward(grad_loss, hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy.launchers import (
-        multi_token_cross_entropy_backward,  # imports Triton
-    )
+    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
 
-    return multi_token_cross_entropy_backward(grad_loss, hidden, *args)
+    return launchers.multi_token_cross_entropy_backward(grad_loss, hidden, *args)
 
 
 def _with_gradients_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if _is_for_the_reference(hidden):
         return reference.multi_token_cross_entropy_with_gradients(hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy import launchers  # imports Triton
+    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
 
     return launchers.multi_token_cross_entropy_with_gradients(hidden, *args)
 

@@ -18,7 +18,7 @@ def _fake(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, ignore_in
 
 
 def _triton(*args: Any) -> Tensor:
-    from stamp_kernels.triton_kernels.cross_entropy.targets import shift_targets  # imports Triton
+    from stamp_kernels.triton_kernels.cross_entropy.shift_targets import shift_targets  # imports Triton
 
     return shift_targets(*args)
 

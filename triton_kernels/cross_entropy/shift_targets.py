@@ -1,4 +1,9 @@
-"""Targets of multi-step prediction: the labels ahead of every row, within its sequence. One launch."""
+"""Targets of multi-step prediction: the labels ahead of every row, within its sequence.
+
+    targets[t, k - 1] = labels[t + k * step_stride]
+
+From the end of the sequence of t on, targets are ignore_index.
+"""
 
 import torch
 import triton
@@ -9,18 +14,23 @@ from stamp_kernels.common.contents import check_cu_seqlens_contents
 from stamp_kernels.triton_kernels.device import launch_grid
 from stamp_kernels.triton_kernels.rows import sequence_ends
 
+_BLOCK = 256
+
 
 @triton.jit(do_not_specialize=["stride_label", "num_sequences", "total", "num_steps", "step_stride", "ignore_index"])
-def shift_targets_kernel(
+def stamp_shift_targets_kernel(
     targets_ptr,  # int64 [T, num_steps]
     labels_ptr,  # integers [T]
     cu_seqlens_ptr,  # int32 [B + 1]
-    stride_label, num_sequences, total, num_steps,
+    stride_label,
+    num_sequences,
+    total,
+    num_steps,
     step_stride,  # rows from one step to the next, at most T
     ignore_index,
     BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`targets[t, k - 1] = labels[t + k * step_stride]` for BLOCK rows t, ignore_index from their sequence's end on.
+):
+    """All targets of BLOCK rows.
 
     Grid: [ceil(T / BLOCK)].
     """
@@ -36,25 +46,22 @@ def shift_targets_kernel(
         tl.store(pointers, tl.where(inside, label, ignore_index), mask=row < total)
 
 
-_BLOCK = 256
-
-
 def shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, ignore_index: int) -> Tensor:
-    """The op `stamp::shift_targets`: int64 `[T, steps]`. No host sync."""
+    """The op `stamp::shift_targets`: int64 `[T, steps]`. One launch, no host sync."""
     total = labels.shape[0]
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total)
     targets = labels.new_empty((total, steps), dtype=torch.int64)
     if total > 0:
-        shift_targets_kernel[launch_grid(triton.cdiv(total, _BLOCK))](
-            targets,
-            labels,
-            cu_seqlens.contiguous(),
-            labels.stride(0),
-            cu_seqlens.shape[0] - 1,
-            total,
-            steps,
-            min(stride, total),
-            ignore_index,
+        stamp_shift_targets_kernel[launch_grid(triton.cdiv(total, _BLOCK))](
+            targets_ptr=targets,
+            labels_ptr=labels,
+            cu_seqlens_ptr=cu_seqlens.contiguous(),
+            stride_label=labels.stride(0),
+            num_sequences=cu_seqlens.shape[0] - 1,
+            total=total,
+            num_steps=steps,
+            step_stride=min(stride, total),
+            ignore_index=ignore_index,
             BLOCK=_BLOCK,
             num_warps=4,
         )

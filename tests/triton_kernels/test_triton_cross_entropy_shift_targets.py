@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from stamp_kernels.reference.cross_entropy import shift_targets as reference
-from stamp_kernels.triton_kernels.cross_entropy.targets import shift_targets
+from stamp_kernels.triton_kernels.cross_entropy.shift_targets import shift_targets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,7 +34,7 @@ def test_integer_dtypes(dtype):
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_named_batches_with_tail_labels_that_nobody_may_see(name):
+def test_labels_of_tail_rows_never_show(name):
     batch = BATCHES[name]
     labels = torch.arange(batch.total)
     labels[batch.valid :] = 999

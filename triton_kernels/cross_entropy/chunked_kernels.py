@@ -1,0 +1,126 @@
+"""Multi-token cross-entropy with its gradients, from the logits of a row chunk: the kernel.
+
+With the notation of `forward_kernels.py` and `backward_kernels.py`, for each row of the chunk:
+
+    z_v = logits_v + b_v         capped: c tanh(z_v / c)
+    lse = log sum_v exp(z_v)
+    loss_k = lse - (1 - eps) z_{y_k} - eps / V sum_v z_v + zeta lse^2
+    dz_v = sum_k s_k (1 + 2 zeta lse) exp(z_v - lse) - s eps / V - sum_k s_k (1 - eps) [v = y_k]
+"""
+
+import triton
+import triton.language as tl
+
+from stamp_kernels.common.arguments import LossOptions
+from stamp_kernels.triton_kernels.cross_entropy.tiles import (
+    PerStep,
+    Rows,
+    cap,
+    cap_slope,
+    divisible,
+    exp_of_difference,
+    finite_pivot,
+)
+
+# A row of logits has memory for a multiple of this many classes. It then begins on a 64-byte boundary, and all its
+# loads and stores are as wide as a thread can make them, whatever the number of classes.
+ROW_DIVISOR = tl.constexpr(16)
+
+
+@triton.jit
+def _finished_logits(logits_ptr, bias_ptr, class_, has_memory, exists, softcap):
+    """z of some classes (or one) of a row, with bias and cap; any number where they do not exist."""
+    z = tl.load(logits_ptr + class_, mask=has_memory, other=0.0)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + class_, mask=exists, other=0.0).to(tl.float32)
+    if softcap is not None:
+        z = cap(z, softcap)
+    return z
+
+
+@triton.jit(do_not_specialize=["num_rows", "first_row", "first_class", "first_step"])
+def stamp_cross_entropy_chunk_kernel(
+    dlogits: Rows,  # [rows of the chunk, NUM_CLASSES], in the dtype of the products, in the memory of the logits
+    logits: Rows,  # fp32 [rows of the chunk, NUM_CLASSES]
+    losses_ptr,  # fp32 [K, N]
+    bias_ptr,  # [NUM_CLASSES] or None: of this softmax
+    targets: PerStep,  # int64 [N, K]
+    scale_ptr,  # fp32 [K]: gradients of a row's losses
+    loss_options: LossOptions,  # without vocab_ranges
+    num_rows,  # N
+    first_row,  # of the chunk
+    first_class,  # of the softmax
+    first_step,  # of the softmax
+    STEPS_PER_SOFTMAX: tl.constexpr,
+    SUM_LOGITS: tl.constexpr,
+    NUM_CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: its losses from its logits, and then the gradient of the logits in their place.
+
+    Two passes over the row: an online softmax, and the gradient. A gradient of 16 bits covers the first half of its
+    row: what a block overwrites has been read, by itself or by a block before it.
+
+    Grid: [rows of the chunk].
+    """
+    index = tl.program_id(0).to(tl.int64)
+    row = first_row + index
+    logits_ptr = logits.ptr + index * divisible(logits.stride_row, ROW_DIVISOR)
+    dlogits_ptr = dlogits.ptr + index * divisible(dlogits.stride_row, ROW_DIVISOR)
+    # The memory of a row goes on up to here. A mask that ended within a vector would break up its load.
+    END_OF_ROW: tl.constexpr = (NUM_CLASSES + ROW_DIVISOR - 1) // ROW_DIVISOR * ROW_DIVISOR
+    softcap = loss_options.softcap
+    label_smoothing = loss_options.label_smoothing
+
+    # lse: every lane has an online softmax of its own until the end of the row
+    lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    lane_sum = tl.zeros([BLOCK], tl.float32)
+    sum_logits = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, NUM_CLASSES, BLOCK):
+        class_ = start + tl.arange(0, BLOCK)
+        exists = class_ < NUM_CLASSES
+        z = _finished_logits(logits_ptr, bias_ptr, class_, class_ < END_OF_ROW, exists, softcap)  # [BLOCK]
+        if SUM_LOGITS:
+            sum_logits += tl.where(exists, z, 0.0)
+        z = tl.where(exists, z, float("-inf"))
+        new_max = tl.maximum(lane_max, z)
+        pivot = finite_pivot(new_max)
+        lane_sum = lane_sum * exp_of_difference(lane_max, pivot) + exp_of_difference(z, pivot)
+        lane_max = new_max
+    row_max = tl.max(lane_max, axis=0)
+    lse = row_max + tl.log(tl.sum(lane_sum * exp_of_difference(lane_max, finite_pivot(row_max)), axis=0))
+
+    # loss_k, and the terms of dz that all classes share
+    factor = 0.0
+    offset = 0.0
+    for i in tl.static_range(STEPS_PER_SOFTMAX):
+        step = first_step + i
+        target = tl.load(targets.ptr + row * targets.stride_row + step * targets.stride_step)
+        is_valid = target != loss_options.ignore_index
+        target -= first_class
+        # A target outside the range, which is found only under STAMP_KERNELS_CHECK=1, must not be read.
+        is_target = is_valid & (target >= 0) & (target < NUM_CLASSES)
+        z = _finished_logits(logits_ptr, bias_ptr, target, is_target, is_target, softcap)
+        loss = lse - (1.0 - label_smoothing) * z + loss_options.z_loss * lse * lse
+        loss -= label_smoothing / NUM_CLASSES * tl.sum(sum_logits, axis=0)
+        tl.store(losses_ptr + tl.cast(step, tl.int64) * num_rows + row, tl.where(is_valid, loss, 0.0))
+        scale = tl.where(is_valid, tl.load(scale_ptr + step), 0.0)
+        factor += scale * (1.0 + 2.0 * loss_options.z_loss * lse)
+        offset += scale * label_smoothing / NUM_CLASSES
+
+    # dz = factor exp(z - lse) - offset - sum_k target_factor_k [v = y_k]
+    for start in range(0, NUM_CLASSES, BLOCK):
+        class_ = start + tl.arange(0, BLOCK)
+        exists = class_ < NUM_CLASSES
+        z = _finished_logits(logits_ptr, bias_ptr, class_, class_ < END_OF_ROW, exists, softcap)  # [BLOCK]
+        dz = exp_of_difference(z, lse) * factor - offset
+        for i in tl.static_range(STEPS_PER_SOFTMAX):
+            step = first_step + i
+            target = tl.load(targets.ptr + row * targets.stride_row + step * targets.stride_step)
+            is_valid = target != loss_options.ignore_index
+            target_factor = tl.where(is_valid, (1.0 - label_smoothing) * tl.load(scale_ptr + step), 0.0)
+            dz -= tl.where(class_ == target - first_class, target_factor, 0.0)
+        if softcap is not None:
+            dz *= cap_slope(z, softcap)
+        tl.debug_barrier()  # every thread has read its part of the block
+        tl.store(dlogits_ptr + class_, dz.to(dlogits_ptr.dtype.element_ty), mask=class_ < END_OF_ROW)
