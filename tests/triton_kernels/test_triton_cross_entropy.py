@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from closeness import assert_close
+from cross_entropy_cases import CASES, Case, forward_arguments
 from op_kernels import launcher, reference
-from test_cross_entropy import CASES, Case, forward_arguments
 from torch import Tensor
 
 pytest.importorskip("triton")

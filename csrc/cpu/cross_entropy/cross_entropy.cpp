@@ -117,8 +117,8 @@ bool all_steps_share_a_softmax(const CrossEntropyInputs& inputs) {
   const bool share_tensors = !is_per_step(inputs.hidden, 2) && !is_per_step(inputs.weight, 2) &&
       !(inputs.bias.has_value() && is_per_step(*inputs.bias, 1));
   return share_tensors && std::all_of(inputs.ranges.begin(), inputs.ranges.end(), [&](ClassRange range) {
-    return range.start == inputs.ranges[0].start && range.end == inputs.ranges[0].end;
-  });
+           return range.start == inputs.ranges[0].start && range.end == inputs.ranges[0].end;
+         });
 }
 
 Softmax softmax_of_steps(const CrossEntropyInputs& inputs, int64_t first_step, int64_t num_steps) {
@@ -267,8 +267,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const std::optional<std::vector<double>>& step_weights, const OptionalTensor& step_weights_tensor,
     const std::optional<std::vector<int64_t>>& vocab_ranges, int64_t ignore_index, double label_smoothing,
     double z_loss, std::optional<double> softcap, int64_t reduction) {
-  const CrossEntropyInputs inputs = checked_inputs(
-      hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
+  const CrossEntropyInputs inputs =
+      checked_inputs(hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
   const Tensor losses = zeros(inputs, {inputs.num_steps, inputs.num_rows});
   const Tensor lse = zeros(inputs, {inputs.num_steps, inputs.num_rows});
   CrossEntropyOutputs outputs;
@@ -289,8 +289,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const OptionalTensor& bias, const Tensor& lse, const Tensor& step_scale,
     const std::optional<std::vector<int64_t>>& vocab_ranges, int64_t ignore_index, double label_smoothing,
     double z_loss, std::optional<double> softcap, bool need_hidden, bool need_weight, bool need_bias) {
-  const CrossEntropyInputs inputs = checked_inputs(
-      hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
+  const CrossEntropyInputs inputs =
+      checked_inputs(hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
   const Tensor grad_losses = contiguous_as(grad_loss, ScalarType::Double);  // [], or [N, K] of losses by row
   const Tensor scales = contiguous_as(step_scale, ScalarType::Double);      // [K], or [0] for losses by row
   const double* grad = grad_losses.const_data_ptr<double>();
@@ -316,8 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(
     double z_loss, std::optional<double> softcap, int64_t reduction, bool need_hidden, bool need_weight,
     bool need_bias) {
   STD_TORCH_CHECK(reduction != kNone, "gradients in the forward pass need a loss that is reduced to one number");
-  const CrossEntropyInputs inputs = checked_inputs(
-      hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
+  const CrossEntropyInputs inputs =
+      checked_inputs(hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
   const StepScales scales = step_scales(inputs, {step_weights, step_weights_tensor}, reduction);
   const Tensor losses = zeros(inputs, {inputs.num_steps, inputs.num_rows});
   const CrossEntropyGradients gradients = zero_gradients(inputs, bias, {need_hidden, need_weight, need_bias});

@@ -27,14 +27,14 @@ struct MatrixRows {
 // product, see RightMatrix. `scalar` is the compute type: float, or double where dtype is kFloat64.
 struct CrossEntropyRowChunk {
   // Sizes
-  int64_t num_rows;           // a multiple of kRowMultiple; rows past the last one that is given are 0
-  int64_t rows_per_block;     // a multiple of kRowMultiple
-  int64_t width;              // of hidden
-  int64_t padded_width;       // the width in whole vectors, in which gradients are stored
+  int64_t num_rows;        // a multiple of kRowMultiple; rows past the last one that is given are 0
+  int64_t rows_per_block;  // a multiple of kRowMultiple
+  int64_t width;           // of hidden
+  int64_t padded_width;    // the width in whole vectors, in which gradients are stored
   int64_t num_classes;
   int64_t classes_per_split;  // a multiple of classes_per_chunk
   int64_t classes_per_chunk;
-  int64_t num_targets;        // per row: one for each step that shares the softmax
+  int64_t num_targets;  // per row: one for each step that shares the softmax
 
   // Inputs
   void* hidden;             // scalar [num_rows, width] in panels of columns, zeros past the width
@@ -50,11 +50,11 @@ struct CrossEntropyRowChunk {
   void* class_chunk_max;  // scalar [num_class_chunks, num_rows]
 
   // Results of the sums
-  void* target_logits;          // scalar [num_targets, num_rows]
-  void* class_split_max;        // scalar [num_class_splits, num_rows]
-  void* class_split_sum;        // scalar [num_class_splits, num_rows], of exp(logit - class_split_max)
-  void* class_split_sum_logits; // scalar [num_class_splits, num_rows]
-  bool needs_sum_logits;        // for label smoothing
+  void* target_logits;           // scalar [num_targets, num_rows]
+  void* class_split_max;         // scalar [num_class_splits, num_rows]
+  void* class_split_sum;         // scalar [num_class_splits, num_rows], of exp(logit - class_split_max)
+  void* class_split_sum_logits;  // scalar [num_class_splits, num_rows]
+  bool needs_sum_logits;         // for label smoothing
 
   // The gradient of the logits is probability_scale * p - offset, minus target_weights at the targets.
   const void* lse;                // scalar [num_rows]; +inf where a row does not count

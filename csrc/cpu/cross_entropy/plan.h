@@ -26,7 +26,7 @@ struct SoftmaxSizes {
   int64_t padded_width;  // of hidden, in whole vectors
   int64_t scalar_bytes;  // of a number in the compute type
   bool needs_gradients;
-  bool has_lse;          // from an earlier pass: no sums to compute
+  bool has_lse;  // from an earlier pass: no sums to compute
 };
 
 struct CrossEntropyPlan {
@@ -37,7 +37,7 @@ struct CrossEntropyPlan {
   int64_t num_class_splits;   // 1 where threads share the rows
   int64_t classes_per_split;  // a multiple of classes_per_chunk
   int64_t classes_per_chunk;
-  bool keeps_logits;          // of a row chunk, from the sums to the gradients
+  bool keeps_logits;  // of a row chunk, from the sums to the gradients
 
   // Memory in scalars. That of gradients is only allocated where they are needed.
   int64_t logits_size;              // [num_row_blocks, num_classes, rows_per_block] of each worker; 0: not kept

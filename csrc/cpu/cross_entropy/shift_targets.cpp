@@ -66,9 +66,8 @@ Tensor shift_targets(
   check_cu_seqlens("cu_seqlens", offsets, total, INT32_MAX);
   const Tensor targets = torch::stable::new_empty(labels, {total, steps}, ScalarType::Long);
   // A stride of `total` rows leaves every sequence already; a longer one could overflow.
-  const Shift shift = {
-      offsets.const_data_ptr<int32_t>(), offsets.size(0) - 1, total, labels.stride(0), steps, std::min(stride, total),
-      ignore_index};
+  const Shift shift = {offsets.const_data_ptr<int32_t>(), offsets.size(0) - 1, total, labels.stride(0), steps,
+                       std::min(stride, total),           ignore_index};
   const void* data = labels.const_data_ptr();
   int64_t* to = targets.mutable_data_ptr<int64_t>();
   switch (labels.scalar_type()) {

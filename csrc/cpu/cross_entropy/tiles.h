@@ -19,9 +19,9 @@
 
 #include <cstdint>
 
-#include "cpu/cross_entropy/kernels.h"
 #include "cpu/core/matrix_product.h"
 #include "cpu/core/simd.h"
+#include "cpu/cross_entropy/kernels.h"
 
 namespace stamp::cpu {
 namespace {
@@ -225,8 +225,8 @@ LeftMatrix<typename V::scalar> weight_rows(
 
 template <typename scalar>
 scalar capped(scalar logit, scalar cap) {
-  return cap * static_cast<scalar>(sizeof(scalar) == sizeof(float) ? __builtin_tanhf(logit / cap)
-                                                                   : __builtin_tanh(logit / cap));
+  return cap *
+      static_cast<scalar>(sizeof(scalar) == sizeof(float) ? __builtin_tanhf(logit / cap) : __builtin_tanh(logit / cap));
 }
 
 // Into the L2 cache, to be written if `to_write`. A product reads rows that are strided in memory, and would wait for
@@ -388,8 +388,8 @@ void compute_dlogits(
     }
     for (int64_t i = 0; i < tile.rows.size; i += V::width) {
       const vector logit = V::load(logits + c * row_chunk.rows_per_block + i);
-      vector dlogit = has_exponentials ? logit * V::load(factors + i)
-                                       : V::exp(logit - V::load(lse + i)) * V::load(scale + i);
+      vector dlogit =
+          has_exponentials ? logit * V::load(factors + i) : V::exp(logit - V::load(lse + i)) * V::load(scale + i);
       dlogit -= V::load(offset + i);
       if (cap > 0) {
         dlogit *= slope(logit);
@@ -464,8 +464,8 @@ void gradients_of_class_split(const CrossEntropyRowChunk& row_chunk, int64_t cla
 
 template <typename V>
 constexpr CrossEntropyKernels cross_entropy_kernels_of() {
-  return {V::width, kPanelWidth<V>, &cross_entropy_scratch_bytes<V>, &load_hidden<V>, &sums_of_class_split<V>,
-          &gradients_of_class_split<V>};
+  return {V::width,        kPanelWidth<V>,          &cross_entropy_scratch_bytes<V>,
+          &load_hidden<V>, &sums_of_class_split<V>, &gradients_of_class_split<V>};
 }
 
 }  // namespace

@@ -52,7 +52,10 @@ class Worker {
   Worker(
       const CrossEntropyInputs& inputs, const Softmax& softmax, const CrossEntropyPlan& plan,
       const CrossEntropyOutputs& outputs)
-      : inputs_(inputs), softmax_(softmax), plan_(plan), outputs_(outputs),
+      : inputs_(inputs),
+        softmax_(softmax),
+        plan_(plan),
+        outputs_(outputs),
         kernels_(cross_entropy_kernels(inputs.dtype)) {
     set_sizes();
     set_inputs();
@@ -77,12 +80,20 @@ class Worker {
 
   // What run() adds to: the gradients of the weight [num_classes, padded_width] and the bias [num_classes] of the
   // softmax; null: not needed.
-  scalar* grad_weight() const { return static_cast<scalar*>(row_chunk_.grad_weight); }
-  scalar* grad_bias() const { return static_cast<scalar*>(row_chunk_.grad_bias); }
+  scalar* grad_weight() const {
+    return static_cast<scalar*>(row_chunk_.grad_weight);
+  }
+  scalar* grad_bias() const {
+    return static_cast<scalar*>(row_chunk_.grad_bias);
+  }
 
   // Adds to these instead.
-  void set_grad_weight(scalar* grad_weight) { row_chunk_.grad_weight = grad_weight; }
-  void set_grad_bias(scalar* grad_bias) { row_chunk_.grad_bias = grad_bias; }
+  void set_grad_weight(scalar* grad_weight) {
+    row_chunk_.grad_weight = grad_weight;
+  }
+  void set_grad_bias(scalar* grad_bias) {
+    row_chunk_.grad_bias = grad_bias;
+  }
 
  private:
   enum Phase : int64_t { kLoad, kSums, kFinish, kGradients, kAdd, kPhases };
@@ -121,8 +132,7 @@ class Worker {
           first_class_in(*gradients.weight, 2) * row_chunk_.padded_width;
     }
     if (gradients.bias.has_value()) {
-      row_chunk_.grad_bias =
-          gradients.bias->template mutable_data_ptr<scalar>() + first_class_in(*gradients.bias, 1);
+      row_chunk_.grad_bias = gradients.bias->template mutable_data_ptr<scalar>() + first_class_in(*gradients.bias, 1);
     }
   }
 
@@ -161,8 +171,8 @@ class Worker {
     }
     scratch_bytes_ = kernels_.scratch_bytes(row_chunk_);
     num_threads_ = std::min<int64_t>(plan_.num_class_splits, torch::stable::get_num_threads());
-    held_.push_back(torch::stable::new_empty(
-        inputs_.hidden, {num_threads_ * scratch_of_thread(scratch_bytes_)}, ScalarType::Byte));
+    held_.push_back(
+        torch::stable::new_empty(inputs_.hidden, {num_threads_ * scratch_of_thread(scratch_bytes_)}, ScalarType::Byte));
     scratch_ = static_cast<char*>(held_.back().mutable_data_ptr());
   }
 
@@ -328,7 +338,9 @@ class SplitResult {
  public:
   // A null `result` is not needed, and needs no memory.
   SplitResult(const CrossEntropyInputs& inputs, scalar* result, int64_t num_splits, int64_t size)
-      : result_(result), num_splits_(num_splits), size_(result == nullptr ? 0 : size),
+      : result_(result),
+        num_splits_(num_splits),
+        size_(result == nullptr ? 0 : size),
         held_(torch::stable::new_empty(inputs.hidden, {num_splits * size_}, compute_type(inputs.dtype))),
         splits_(held_.mutable_data_ptr<scalar>()) {}
 

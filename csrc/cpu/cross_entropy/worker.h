@@ -43,8 +43,12 @@ struct CrossEntropyInputs {
   double z_loss;
   double softcap;  // 0: none
 
-  int64_t target(int64_t row, int64_t step) const { return targets_data[row * num_steps + step]; }
-  bool has_target(int64_t row, int64_t step) const { return target(row, step) != ignore_index; }
+  int64_t target(int64_t row, int64_t step) const {
+    return targets_data[row * num_steps + step];
+  }
+  bool has_target(int64_t row, int64_t step) const {
+    return target(row, step) != ignore_index;
+  }
 };
 
 // The rows of one hidden against the classes of one range of one weight. Steps that share hidden, weight, bias and
