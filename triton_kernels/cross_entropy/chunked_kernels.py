@@ -100,8 +100,8 @@ def stamp_cross_entropy_chunk_kernel(
         target -= first_class
         # A target outside the range, which is found only under STAMP_KERNELS_CHECK=1, must not be read.
         is_target = is_valid & (target >= 0) & (target < NUM_CLASSES)
-        z = _finished_logits(logits_ptr, bias_ptr, target, is_target, is_target, softcap)
-        loss = lse - (1.0 - label_smoothing) * z + loss_options.z_loss * lse * lse
+        target_logit = _finished_logits(logits_ptr, bias_ptr, target, is_target, is_target, softcap)
+        loss = lse - (1.0 - label_smoothing) * target_logit + loss_options.z_loss * lse * lse
         loss -= label_smoothing / NUM_CLASSES * tl.sum(sum_logits, axis=0)
         tl.store(losses_ptr + tl.cast(step, tl.int64) * num_rows + row, tl.where(is_valid, loss, 0.0))
         scale = tl.where(is_valid, tl.load(scale_ptr + step), 0.0)
