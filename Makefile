@@ -16,6 +16,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 # Every test process uses as many threads as there are cores; waiting threads must not take the cores of the others.
+# Where the tests marked `core` are; to collect the others takes longer than to run these.
+CORE := tests/attention tests/pruning tests/cross_entropy tests/modules tests/integrations/transformers/test_t5_plain.py \
+	tests/test_structure.py tests/test_types.py
+SANITIZED := tests/attention/test_attention_cpu.py tests/pruning/test_pruning_cpu.py \
+	tests/cross_entropy/test_cross_entropy_cpu.py
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help install check test lint format sanitize profile profile-long quality benchmark aot wheel gpu-bundle \
@@ -35,7 +40,7 @@ $(INSTALLED): $(SOURCES)
 	touch $@
 
 check: lint ## lint, types and the core of the tests, in under 90 seconds
-	$(PYTEST) -m core
+	$(PYTEST) -m core $(CORE)
 
 test: install ## all tests
 	$(PYTEST)
@@ -50,6 +55,12 @@ format: install ## rewrite the sources in the committed style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+# The instrumented library and a copy of the package are in build/sanitize. Its runtime must be the first library loaded.
+sanitize: install ## tests of the CPU kernels under the address and undefined-behaviour sanitizers
+	STAMP_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED)
 
 profile: install ## the main job: what each configuration costs, on MovieLens-100K or on DATA=<file>
 	$(BIN)/stamp-profile train $(if $(DATA),--data $(DATA)) --output $(or $(OUTPUT),build/profile)

@@ -200,7 +200,7 @@ def shared_op_arguments(inputs: dict[str, Any]) -> tuple:
 def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors that have a gradient, by the gradient's name."""
     tensors = {f"d{name}": inputs[name] for name in ("q", "k", "v")}
-    return tensors | ({"dtable": inputs["relative_bias"].table} if "relative_bias" in inputs else {})
+    return tensors | ({"dbias_table": inputs["relative_bias"].table} if "relative_bias" in inputs else {})
 
 
 def small_integers(out: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class RaggedBatch:
         return max(self.lengths, default=0)
 
     @property
-    def batch(self) -> int:
+    def num_sequences(self) -> int:
         return len(self.lengths)
 
     @property
@@ -36,7 +36,7 @@ class RaggedBatch:
 
     def slices(self) -> list[slice]:
         """Rows of each sequence."""
-        starts = [sum(self.lengths[:i]) for i in range(self.batch)]
+        starts = [sum(self.lengths[:i]) for i in range(self.num_sequences)]
         return [slice(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
 
     def positions(self) -> Tensor:

@@ -93,7 +93,7 @@ def test_to_padded_puts_each_sequence_in_a_row(batch, room, side):
 @pytest.mark.parametrize("name", BATCHES)
 def test_to_padded_has_the_longest_sequences_width(name):
     batch = BATCHES[name]
-    assert packed_of(batch, 2).to_padded().shape == (batch.batch, batch.max_seqlen, 2)
+    assert packed_of(batch, 2).to_padded().shape == (batch.num_sequences, batch.max_seqlen, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.bfloat16])
@@ -116,7 +116,7 @@ def test_gradients_reach_only_valid_tokens(device):
     packed = packed_of(batch, 2, device=device)
     packed.values[batch.valid :] = torch.nan
     values = packed.values.requires_grad_()
-    weight = torch.randn(batch.batch, batch.max_seqlen, 2, device=device)
+    weight = torch.randn(batch.num_sequences, batch.max_seqlen, 2, device=device)
     mask = padded_mask(batch.lengths, batch.max_seqlen, "right").to(device)
     weight_with_nan = weight.masked_fill(~mask.unsqueeze(2), torch.nan)
     packed.to_padded(padding_value=3).backward(weight_with_nan)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.core
+
 SCRIPT = """
 import torch
 from torch import Tensor

@@ -87,7 +87,7 @@ def test_any_lengths_match_dense_attention(batch, keys, causal, cross):
     torch.manual_seed(0)  # for every example, so that hypothesis can repeat a failure
     # One more sequence: if every query saw a single key, the gradients of the scores would have no relative error.
     batch = RaggedBatch((*batch.lengths, 5), batch.tail)
-    batch_k = RaggedBatch((*keys[: batch.batch - 1], 4), tail=1) if cross else None
+    batch_k = RaggedBatch((*keys[: batch.num_sequences - 1], 4), tail=1) if cross else None
     inputs = AttentionCase(batch, batch_k, heads=(2, 1), head_dim=8, causal=causal, bias="bidirectional").inputs()
     want = forward_and_backward(dense_attention, inputs)
     for name in ("auto", "reference"):
@@ -106,7 +106,7 @@ def test_lower_precision_matches_dense_attention(backend, head_dim, dtype):
     inputs = case.inputs(dtype)
     want = forward_and_backward(dense_attention, in_float64(inputs))
     got = forward_and_backward(packed_attention, inputs)
-    assert got["out"].dtype == got["dq"].dtype == got["dtable"].dtype == dtype
+    assert got["out"].dtype == got["dq"].dtype == got["dbias_table"].dtype == dtype
     assert got["lse"].dtype == got["centrality"].dtype == torch.float32
     assert_results_close(got, want, dtype)
 
@@ -238,7 +238,7 @@ def test_differentiable_once():
         dq.sum().backward()
 
 
-NEEDS = ("dq", "dk", "dv", "dtable")
+NEEDS = ("dq", "dk", "dv", "dbias_table")
 
 
 @pytest.mark.parametrize("needed", NEEDS)

@@ -110,8 +110,8 @@ def test_loss_equals_that_of_padded_labels():
     targets = shift_targets(labels, batch.cu_seqlens, steps=2)
     got = multi_token_cross_entropy(hidden, weight, targets, return_step_losses=True)
 
-    padded_labels = torch.full((batch.batch, batch.max_seqlen), -100)
-    padded_hidden = torch.zeros(batch.batch, batch.max_seqlen, 20).double()
+    padded_labels = torch.full((batch.num_sequences, batch.max_seqlen), -100)
+    padded_hidden = torch.zeros(batch.num_sequences, batch.max_seqlen, 20).double()
     for i, rows in enumerate(batch.slices()):
         padded_labels[i, : rows.stop - rows.start] = labels[rows]
         padded_hidden[i, : rows.stop - rows.start] = hidden[rows]

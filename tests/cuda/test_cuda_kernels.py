@@ -159,16 +159,16 @@ def assert_selects_like_reference(
     expected_inverse = expected_inverse.where(expected_inverse < total_kept, -1)
 
     indices = Guarded(total_kept, torch.int64)
-    offsets = Guarded(batch.batch + 1, torch.int32)
+    offsets = Guarded(batch.num_sequences + 1, torch.int32)
     inverse = Guarded(batch.total, torch.int32)
-    num_protected = None if protect is None else Guarded(batch.batch, torch.int32)
+    num_protected = None if protect is None else Guarded(batch.num_sequences, torch.int32)
     kernels.run_select_tokens(
         Arguments(
             dtype=DTYPES.index(importance.dtype),
             small_tiling=small_tiling,
             importance=importance,
             cu_seqlens=cu_seqlens,
-            num_sequences=batch.batch,
+            num_sequences=batch.num_sequences,
             total=batch.total,
             max_seqlen=max_seqlen,
             **budget_arguments(ratio_q32, keep_count, keep_counts, min_keep),
@@ -205,7 +205,9 @@ def budgets(draw, batch: RaggedBatch) -> dict[str, int | float | Tensor]:
         return {kind: draw(st.integers(0, 15))}
     dtype = draw(st.sampled_from([torch.int32, torch.int64]))
     return {
-        kind: torch.tensor(draw(st.lists(st.integers(0, 15), min_size=batch.batch, max_size=batch.batch)), dtype=dtype)
+        kind: torch.tensor(
+            draw(st.lists(st.integers(0, 15), min_size=batch.num_sequences, max_size=batch.num_sequences)), dtype=dtype
+        )
     }
 
 
@@ -371,7 +373,7 @@ def importance_arguments(
         norm_order=norm_order,
         per_visible_query=per_visible_query,
         cu_seqlens=cu_seqlens,
-        num_sequences=batch.batch,
+        num_sequences=batch.num_sequences,
         total=batch.total,
     )
 
@@ -504,9 +506,9 @@ def assert_prunes_like_reference(
     )
 
     kept_positions, indices = Guarded(total_kept, torch.int32), Guarded(total_kept, torch.int64)
-    offsets, inverse = Guarded(batch.batch + 1, torch.int32), Guarded(batch.total, torch.int32)
+    offsets, inverse = Guarded(batch.num_sequences + 1, torch.int32), Guarded(batch.total, torch.int32)
     importance = Guarded(batch.total, compute_dtype)
-    num_protected = torch.empty(batch.batch, dtype=torch.int32)
+    num_protected = torch.empty(batch.num_sequences, dtype=torch.int32)
     copies, destinations = [], []
     for tensor in x:
         row_bytes = math.prod(tensor.shape[1:]) * tensor.element_size()

@@ -71,6 +71,7 @@ def head_output(head, hidden, batch):
 # The loss
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("head", HEADS)
 def test_loss_is_weighted_cross_entropy(head, causal):
@@ -88,6 +89,7 @@ def test_loss_is_weighted_cross_entropy(head, causal):
         assert_close(got, want)
 
 
+@pytest.mark.core
 def test_step_losses():
     aux = module(step_weights=(1.0, 0.0, 2.0), lambda_=0.3)
     hidden, targets, others = packed_inputs()
@@ -155,6 +157,7 @@ def test_codes_per_item_without_ranges_changes_nothing():
     assert_close(by_level(hidden, targets, **others), plain(hidden, targets, **others))
 
 
+@pytest.mark.core
 def test_own_unembedding():
     aux = module(vocab_size=VOCAB)
     hidden, targets, others = packed_inputs()

@@ -142,6 +142,7 @@ def test_norm_and_normalize_reach_the_importance(device, norm, normalize):
     assert_pruned(pruned.to("cpu"), packed, kept)
 
 
+@pytest.mark.core
 def test_full_rows_prune_like_padded_rows():
     """Without padding, the padded arithmetic of earlier implementations keeps the same tokens."""
     batch_size, length = 5, 12
@@ -165,6 +166,7 @@ def test_compact_positions_count_the_kept_tokens():
     assert pruned.materialized_positions().tolist() == [i for n in batch.lengths for i in range(math.ceil(n / 2))]
 
 
+@pytest.mark.core
 def test_original_positions_survive_two_prunings():
     batch = RaggedBatch((16, 8), tail=0)
     packed = PackedBatch(torch.arange(24.0).unsqueeze(1), batch.cu_seqlens, 16)  # every value is its own row
@@ -187,6 +189,7 @@ def test_evaluation_prunes_where_asked():
     assert SemanticAdaptivePruning(0.5).eval()(packed, centrality).selection is not None
 
 
+@pytest.mark.core
 def test_gradient_reaches_only_kept_tokens():
     batch = BATCHES["ragged"]
     packed = packed_of(batch)

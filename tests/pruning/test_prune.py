@@ -95,7 +95,7 @@ def test_dtypes_and_named_batches(device, dtype, name):
     hidden, centrality = inputs(batch, width=33, dtype=dtype)
     arguments = ([hidden.to(device)], centrality.to(device), batch.cu_seqlens.to(device), batch.max_seqlen)
     assert_same(prune(*arguments, keep_ratio=1 / 3), one_after_the_other(*arguments, keep_ratio=1 / 3))
-    keep_counts = torch.arange(batch.batch, device=device) % 3
+    keep_counts = torch.arange(batch.num_sequences, device=device) % 3
     assert_same(prune(*arguments, keep_count=keep_counts), one_after_the_other(*arguments, keep_count=keep_counts))
 
 
@@ -177,7 +177,7 @@ def test_capacity_for_lengths_on_the_device(monkeypatch):
     monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
     roomy = prune(*arguments, keep_ratio=1 / 3)
     assert roomy.lengths_cpu is None
-    assert roomy.x.shape[0] == batch.total // 3 + batch.batch
+    assert roomy.x.shape[0] == batch.total // 3 + batch.num_sequences
     rows = len(exact.x)
     assert torch.equal(roomy.x[:rows], exact.x) and not roomy.x[rows:].any()
     known = prune(*arguments, keep_ratio=1 / 3, lengths_cpu=torch.tensor(batch.lengths))

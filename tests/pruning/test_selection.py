@@ -45,11 +45,11 @@ def test_keeps_the_best_share_of_each_sequence(device, sample, ratio, min_keep):
 def test_keeps_a_given_count_of_each_sequence(device, sample, data, min_keep, as_tensor):
     batch, importance, protect = sample
     if as_tensor:
-        counts = data.draw(st.lists(st.integers(0, 15), min_size=batch.batch, max_size=batch.batch))
+        counts = data.draw(st.lists(st.integers(0, 15), min_size=batch.num_sequences, max_size=batch.num_sequences))
         keep_count = torch.tensor(counts, dtype=data.draw(st.sampled_from([torch.int32, torch.int64])), device=device)
     else:
         keep_count = data.draw(st.integers(0, 15))
-        counts = [keep_count] * batch.batch
+        counts = [keep_count] * batch.num_sequences
     selection = select_tokens(
         importance.to(device),
         batch.cu_seqlens.to(device),
@@ -70,7 +70,7 @@ def test_budget_of_max_seqlen_is_common_to_all(sample, ratio):
         importance, batch.cu_seqlens, max_seqlen, keep_ratio=float(ratio), protect=protect, budget="max_seqlen"
     )
     budget = max(1, exact_ceil(ratio, max_seqlen))
-    assert_selects(selection, batch, oracle(batch, importance, protect, [budget] * batch.batch))
+    assert_selects(selection, batch, oracle(batch, importance, protect, [budget] * batch.num_sequences))
 
 
 @given(denominator=st.integers(1, 64), data=st.data())
@@ -137,7 +137,7 @@ def test_importance_gets_no_gradient():
 def test_opcheck(name):
     batch = BATCHES[name]
     importance, protect = torch.rand(batch.total), torch.rand(batch.total) < 0.2
-    counts = torch.full((batch.batch,), 2)
+    counts = torch.full((batch.num_sequences,), 2)
     for ratio_q32, count, keep_counts in ((2**31, None, None), (None, 3, None), (None, None, counts)):
         torch.library.opcheck(
             torch.ops.stamp.select_tokens.default,

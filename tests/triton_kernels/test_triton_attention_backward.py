@@ -28,7 +28,7 @@ from stamp_kernels.triton_kernels.aot import TARGETS
 from stamp_kernels.triton_kernels.attention.configs import backward_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GRADIENTS = ("dq", "dk", "dv", "dtable")
+GRADIENTS = ("dq", "dk", "dv", "dbias_table")
 
 # More than one block of queries and of keys with most tiles, and a part of a block at the end.
 LONG = RaggedBatch((67, 3, 0, 130, 33), tail=2)
@@ -54,7 +54,7 @@ def backward(
         grad_out[int(inputs["cu_seqlens_q"][-1]) :] = torch.nan
     out[int(inputs["cu_seqlens_q"][-1]) :] = torch.nan
     lse[:, int(inputs["cu_seqlens_q"][-1]) :] = torch.nan
-    needs = needs or {name: name != "dtable" or "relative_bias" in inputs for name in GRADIENTS}
+    needs = needs or {name: name != "dbias_table" or "relative_bias" in inputs for name in GRADIENTS}
     arguments = (grad_out, *qkv, out, lse, *arguments, *dropout, *(needs.get(name, False) for name in GRADIENTS))
     gradients = launcher("packed_attention_backward")(*map(on_device, arguments))
     for name, gradient in zip(GRADIENTS, gradients, strict=True):
@@ -136,8 +136,8 @@ def test_numbers_of_buckets(num_buckets):
     bias = inputs["relative_bias"]
     table = torch.randn(num_buckets, 3, requires_grad=True)
     inputs["relative_bias"] = type(bias)(table, bias.bidirectional, 40)
-    want = forward_and_backward(dense_attention, in_float64(inputs))["dtable"]
-    assert_close(backward(inputs, {"dtable": True})["dtable"], want, torch.float32)
+    want = forward_and_backward(dense_attention, in_float64(inputs))["dbias_table"]
+    assert_close(backward(inputs, {"dbias_table": True})["dbias_table"], want, torch.float32)
 
 
 def test_many_sequences():

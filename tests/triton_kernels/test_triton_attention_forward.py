@@ -321,7 +321,7 @@ def _located(batch, tiles):
     """(sequence, block, first, length) of each of the tiles of 4 rows."""
     located = torch.empty(len(tiles), 4, dtype=torch.int32, device=DEVICE)
     tiles = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
-    _locate[(len(tiles),)](located, tiles, batch.cu_seqlens.to(DEVICE), batch.batch, batch.total, BLOCK=4)
+    _locate[(len(tiles),)](located, tiles, batch.cu_seqlens.to(DEVICE), batch.num_sequences, batch.total, BLOCK=4)
     return located.tolist()
 
 
@@ -331,7 +331,7 @@ def test_tiles_cover_every_row_once(num_sequences):
     batch = RaggedBatch((*lengths[:-1], 40) if lengths else (), tail=5)
     covered = torch.zeros(batch.total, dtype=torch.int32)
     ends = [*batch.cu_seqlens[1:].tolist(), batch.total]
-    for sequence, block, first, length in _located(batch, range(num_tiles(batch.total, batch.batch, 4))):
+    for sequence, block, first, length in _located(batch, range(num_tiles(batch.total, batch.num_sequences, 4))):
         assert first == batch.cu_seqlens[sequence] and first + length == ends[sequence]
         covered[first + 4 * block : first + min(4 * block + 4, length)] += 1
     assert (covered == 1).all()

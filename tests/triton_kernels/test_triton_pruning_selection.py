@@ -97,7 +97,7 @@ def selections(draw) -> tuple[Any, ...]:
     if importance.dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter makes its denormals zero
         importance = torch.where(importance.abs() < 1e-38, 0 * importance, importance)
     protect = draw(st.none() | st.lists(st.booleans(), min_size=batch.total, max_size=batch.total))
-    counts = st.lists(st.integers(0, 9), min_size=batch.batch, max_size=batch.batch)
+    counts = st.lists(st.integers(0, 9), min_size=batch.num_sequences, max_size=batch.num_sequences)
     counts = counts.map(lambda counts: torch.tensor(counts, dtype=draw(st.sampled_from([torch.int32, torch.int64]))))
     budget = draw(
         st.fixed_dictionaries({"ratio": RATIOS}) | st.fixed_dictionaries({"count": st.integers(0, 15) | counts})
@@ -211,7 +211,7 @@ def test_many_short_sequences(max_seqlen):
     importance = torch.randint(0, 4, (batch.total,)).float()
     protect = random_protect(batch)
     assert_selects_as_the_reference(*arguments_of(batch, importance, ratio=1 / 3, max_seqlen=max_seqlen))
-    counts = torch.randint(0, 6, (batch.batch,))
+    counts = torch.randint(0, 6, (batch.num_sequences,))
     assert_selects_as_the_reference(
         *arguments_of(batch, importance, count=counts, protect=protect, max_seqlen=max_seqlen)
     )
@@ -283,7 +283,7 @@ def test_counts_beyond_32_bits():
     importance = torch.rand(batch.total)
     assert_selects_as_the_reference(*arguments_of(batch, importance, count=2**40))
     assert_selects_as_the_reference(*arguments_of(batch, importance, count=0, min_keep=2**40))
-    assert_selects_as_the_reference(*arguments_of(batch, importance, count=torch.full((batch.batch,), 2**40)))
+    assert_selects_as_the_reference(*arguments_of(batch, importance, count=torch.full((batch.num_sequences,), 2**40)))
 
 
 def test_strided_arguments():
@@ -293,7 +293,7 @@ def test_strided_arguments():
     batch = BATCHES["ragged"]
     importance, protect = torch.rand(batch.total), random_protect(batch)
     importance, cu_seqlens, *rest = arguments_of(
-        batch, importance, count=torch.randint(0, 4, (batch.batch,)), protect=protect
+        batch, importance, count=torch.randint(0, 4, (batch.num_sequences,)), protect=protect
     )
     views = [every_other(x) if isinstance(x, Tensor) else x for x in rest]
     assert_selects_as_the_reference(every_other(importance), every_other(cu_seqlens), *views)

@@ -24,6 +24,7 @@ def batch_of(padding: str, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tens
     return batch | {"attention_mask": batch["attention_mask"] * ~holes}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("padding", ["right", "left", SCATTERED])
 @pytest.mark.parametrize(
     ("dtype", "config"), [(torch.float64, V1_1), (torch.float32, {})], ids=["float64-v1.1", "float32-t5"]
