@@ -50,8 +50,8 @@ def prepare(
     if device.type == "cpu":
         return
     # These import Triton.
-    from stamp_kernels.triton_kernels.attention.backward import distance_ranges
-    from stamp_kernels.triton_kernels.attention.tiles import distance_buckets
+    from stamp_kernels.triton_kernels.attention.bias_gradient import distance_ranges
+    from stamp_kernels.triton_kernels.attention.relative_bias import distance_buckets
     from stamp_kernels.triton_kernels.cross_entropy.tiles import ranges_on_device
 
     if relative_bias is not None:

@@ -1,4 +1,4 @@
-"""Views of one `[T, H, D]` that lie differently in memory."""
+"""Views of one `[T, H, D]` with different layouts in memory."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ def _at_offset(offset: int) -> Layout:
 
 
 def _rows_apart(extra: int) -> Layout:
-    """Each row followed by `extra` elements of something else."""
+    """`extra` unused elements after each row."""
     return lambda x: x.new_empty(x.shape[0], x[0].numel() + extra)[:, : x[0].numel()].view(x.shape).copy_(x)
 
 
@@ -21,7 +21,7 @@ def _heads_apart(extra: int) -> Layout:
     return lambda x: x.new_empty(*x.shape[:2], x.shape[2] + extra)[..., : x.shape[2]].copy_(x)
 
 
-# By name: a function that copies x into such a place.
+# By name: a function that copies x into that layout.
 LAYOUTS: dict[str, Layout] = {
     **{f"{offset} elements into the storage": _at_offset(offset) for offset in range(1, 9)},
     **{f"rows {extra} elements apart": _rows_apart(extra) for extra in (1, 4, 8, 24)},
@@ -33,8 +33,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 _NAMES = list(LAYOUTS)
-# Four at a time, for the rows that a call has; five calls have every layout.
+# Four layouts for the tensors of one call; five calls have every layout.
 _MIXES = [_NAMES[min(i, len(_NAMES) - 4) :][:4] for i in range(0, len(_NAMES), 4)]
-mixed_layouts = pytest.mark.parametrize(
-    "layouts", [[LAYOUTS[name] for name in mix] for mix in _MIXES], ids=map(str, _MIXES)
-)
+MIXES: dict[str, list[Layout]] = {str(mix): [LAYOUTS[name] for name in mix] for mix in _MIXES}
+mixed_layouts = pytest.mark.parametrize("layouts", list(MIXES.values()), ids=MIXES)

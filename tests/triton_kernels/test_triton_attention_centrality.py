@@ -3,6 +3,7 @@
 import pytest
 import torch
 from attention_cases import (
+    CASES,
     KEYS_OF_RAGGED,
     AttentionCase,
     all_cases,
@@ -24,29 +25,33 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def run(inputs, lse):
     inputs = detached(inputs)
-    arguments = (inputs["q"], inputs["k"], lse, *shared_op_arguments(inputs), inputs.get("query_mask"))
+    arguments = (inputs["q"], inputs["k"], lse, *shared_op_arguments(inputs), inputs.get("centrality_query_mask"))
     return launcher("attention_centrality")(
         *(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
     ).cpu()
 
 
 def lse_and_centrality(inputs):
-    """fp32 lse, NaN on tail rows, and the centrality in float64, of the oracle."""
+    """Of the oracle: lse in fp32, NaN on tail rows, and the centrality in float64."""
     want = dense_attention(**detached(in_float64(inputs)))
     lse = want.lse.float()
     lse[:, int(inputs["cu_seqlens_q"][-1]) :] = torch.nan
     return lse, want.centrality
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @all_cases
-def test_column_sums_of_the_softmax(case, dtype):
+def test_column_sums_of_the_softmax(case, dtype=torch.float16):
     inputs = case.inputs(dtype)
     lse, want = lse_and_centrality(inputs)
     got = run(inputs, lse)
     assert got.dtype == torch.float32
     assert_close(got, want)
     assert not got[(case.batch_k or case.batch).valid :].any()
+
+
+@pytest.mark.parametrize("name", ["gqa", "causal_bias_positions", "dropout_everything"])
+def test_column_sums_in_fp32(name):
+    test_column_sums_of_the_softmax(CASES[name], torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", [8, 40, 64, 80])
@@ -80,22 +85,22 @@ def test_strided_views():
 
 @mixed_layouts
 def test_rows_anywhere_in_memory(layouts):
-    """`promises_are_kept` sees to what the compiler is told of them."""
+    """`promises_are_kept` checks what the compiler is promised."""
     inputs = detached(AttentionCase(RaggedBatch((5, 0, 9), tail=1), head_dim=24).inputs(torch.float16))
     lse, want = lse_and_centrality(inputs)
     for q_layout, k_layout in (layouts[:2], layouts[2:]):
         assert_close(run(inputs | dict(q=q_layout(inputs["q"]), k=k_layout(inputs["k"])), lse), want)
 
 
-def test_every_vote_is_cast_once():
+def test_every_counting_query_adds_one():
     inputs = AttentionCase(batch_k=KEYS_OF_RAGGED, causal=True, heads=(4, 2), query_mask=True).inputs(torch.float32)
     lse, _ = lse_and_centrality(inputs)
     valid = int(inputs["cu_seqlens_q"][-1])
-    votes = 4 * (~lse[0, :valid].isneginf() & inputs["query_mask"][:valid]).sum()
-    assert_close(run(inputs, lse).sum(), votes.float())
+    rows_that_count = 4 * (~lse[0, :valid].isneginf() & inputs["centrality_query_mask"][:valid]).sum()
+    assert_close(run(inputs, lse).sum(), rows_that_count.float())  # a row of weights sums to 1
 
 
-def test_a_sequence_alone_has_the_bits_it_has_in_a_batch():
+def test_same_bits_alone_and_in_a_batch():
     case = AttentionCase(RaggedBatch((5, 0, 70, 16), tail=2), heads=(2, 1), causal=True, bias="bidirectional")
     inputs = case.inputs(torch.float32)
     lse, _ = lse_and_centrality(inputs)

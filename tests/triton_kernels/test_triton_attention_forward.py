@@ -10,7 +10,6 @@ from attention_cases import (
     DROPOUT_SEED,
     KEYS_OF_RAGGED,
     AttentionCase,
-    all_cases,
     assert_results_close,
     dense_attention,
     detached,
@@ -18,8 +17,9 @@ from attention_cases import (
     shared_op_arguments,
 )
 from op_kernels import launcher
+from pairwise import pairwise
 from ragged import BATCHES, RaggedBatch
-from row_layouts import LAYOUTS, mixed_layouts
+from row_layouts import LAYOUTS, MIXES
 
 pytest.importorskip("triton")
 
@@ -29,11 +29,10 @@ import triton.language as tl
 from stamp_kernels.reference.dropout import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 from stamp_kernels.triton_kernels.aot import TARGETS
-from stamp_kernels.triton_kernels.attention.forward import forward_config
+from stamp_kernels.triton_kernels.attention.configs import forward_config
+from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, keep_tile
+from stamp_kernels.triton_kernels.attention.relative_bias import distance_buckets
 from stamp_kernels.triton_kernels.attention.tiles import (
-    distance_buckets,
-    dropout_threshold,
-    keep_tile,
     locate_tile,
     num_tiles,
     rows_with_vector_strides,
@@ -43,17 +42,19 @@ from stamp_kernels.triton_kernels.device import H100
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# A bound of max_seqlen that selects each kernel, whatever the lengths below it.
+# A bound max_seqlen that selects each kernel, if no sequence is longer.
 KERNELS = {"slots of 16": 0, "slots of 32": 32, "short": 100, "general": 300}
+every_kernel = pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
 
 
 def run(inputs, max_seqlen=0, return_centrality=True):
-    """The launcher's results by name; `max_seqlen` raises the bounds in `inputs`."""
+    """The launcher's results by name. `max_seqlen` raises the bounds that `inputs` has."""
     inputs = detached(inputs)
     cu_q, cu_k, max_q, max_k, *rest = shared_op_arguments(inputs)
     arguments = (
         *(inputs[name] for name in ("q", "k", "v")), cu_q, cu_k, max(max_q, max_seqlen), max(max_k, max_seqlen), *rest,
-        inputs.get("query_mask"), inputs.get("dropout_p", 0.0), inputs.get("dropout_seed"), return_centrality,
+        inputs.get("centrality_query_mask"), inputs.get("dropout_p", 0.0), inputs.get("dropout_seed"),
+        return_centrality,
     )  # fmt: skip
     arguments = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments)
     out, lse, centrality = (x.cpu() for x in launcher("packed_attention_forward")(*arguments))
@@ -65,7 +66,7 @@ def oracle(inputs):
     return want._asdict()
 
 
-def test_bounds_select_the_kernels_that_they_name():
+def test_bounds_select_their_kernels():
     for name, max_seqlen in KERNELS.items():
         for element_size in (2, 4):
             config = forward_config(
@@ -100,36 +101,57 @@ def test_tiles_suit_the_architecture(arch):
 # Values
 
 
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
-@all_cases
-def test_matches_dense_attention(case, max_seqlen, dtype=torch.float16):
-    inputs = case.inputs(dtype)
-    got = run(inputs, max_seqlen)
+def _kernels_of_cases():
+    """(case, kernel): every kernel that takes a case's lengths; the two sizes of slots take turns."""
+    for i, (name, case) in enumerate(CASES.items()):
+        longest = max(case.batch.max_seqlen, (case.batch_k or case.batch).max_seqlen)
+        slots = "slots of 16" if i % 2 and longest <= 16 else "slots of 32"
+        for kernel in (slots, "short", "general"):
+            if longest <= max(KERNELS[kernel], 16):
+                yield name, kernel
+
+
+@pytest.mark.parametrize(("name", "kernel"), list(_kernels_of_cases()))
+def test_matches_dense_attention(name, kernel, dtype=torch.float16):
+    inputs = CASES[name].inputs(dtype)
+    got = run(inputs, KERNELS[kernel])
     assert got["out"].dtype == dtype and got["lse"].dtype == got["centrality"].dtype == torch.float32
     assert_results_close(got, oracle(inputs), dtype)
 
 
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
-@pytest.mark.parametrize("name", ["gqa", "causal_bias_positions", "dropout_everything"])
-def test_matches_dense_attention_in_fp32(name, max_seqlen):
-    test_matches_dense_attention(CASES[name], max_seqlen, torch.float32)
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [("gqa", "slots of 16"), ("causal_bias_positions", "short"), ("gqa", "general")]
+    + [("dropout_everything", kernel) for kernel in KERNELS],
+)
+def test_matches_dense_attention_in_fp32(name, kernel):
+    test_matches_dense_attention(name, kernel, torch.float32)
 
 
-@pytest.mark.parametrize("head_dim", [8, 40, 64, 80])
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
-def test_head_dims(head_dim, max_seqlen):
+@pytest.mark.parametrize(
+    ("kernel", "head_dim"),
+    [
+        ("slots of 16", 8), ("slots of 16", 80), ("slots of 32", 40), ("slots of 32", 64), ("short", 40), ("short", 64),
+        ("general", 64), ("general", 80),
+    ],
+)  # fmt: skip
+def test_head_dims(kernel, head_dim):
+    """In each kernel one that fills its columns and one that does not."""
     case = AttentionCase(heads=(2, 1), head_dim=head_dim, causal=True, bias="unidirectional", query_mask=True)
     inputs = case.inputs(torch.float16)
-    assert_results_close(run(inputs, max_seqlen), oracle(inputs), torch.float16)
+    assert_results_close(run(inputs, KERNELS[kernel]), oracle(inputs), torch.float16)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-@pytest.mark.parametrize("max_seqlen", [0, 300], ids=["short", "general"])
-def test_several_blocks_of_queries_and_keys(causal, cross, max_seqlen):
+@pytest.mark.parametrize(
+    ("kernel", "causal", "cross"),
+    [("general", causal, cross) for causal in (False, True) for cross in (False, True)]
+    + [("short", False, False), ("short", True, True)],
+)
+def test_several_blocks_of_queries_and_keys(kernel, causal, cross):
     """Full blocks and blocks on the diagonal or at the end; tiles whose distances share one bucket.
 
-    Across, causal: the first query sees one key less than a block, and the last query of a block the first of a block.
+    Cross and causal: the first query sees one key less than a block, and the last query of a block the first key of a
+    block.
     """
     batch_k = RaggedBatch((105, 65, 64), tail=1) if cross else None
     case = AttentionCase(
@@ -137,35 +159,35 @@ def test_several_blocks_of_queries_and_keys(causal, cross, max_seqlen):
         positions=True, query_mask=True, dropout_p=0.25,
     )  # fmt: skip
     inputs = case.inputs(torch.float16)
-    assert_results_close(run(inputs, max_seqlen), oracle(inputs), torch.float16)
+    # The batch is too long for slots, so that the bound 0 selects the short kernel.
+    assert_results_close(run(inputs, 300 if kernel == "general" else 0), oracle(inputs), torch.float16)
 
 
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
-def test_strided_views(max_seqlen):
+@every_kernel
+def test_views_of_one_projection(max_seqlen):
     batch = BATCHES["ragged"]
-    inputs = dict(cu_seqlens_q=batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, causal=False, scale=None)
-    aligned = torch.randn(batch.total, 3, 2, 16).unbind(1)
-    transposed = torch.randn(3, batch.total, 16, 2).transpose(2, 3).unbind(0)  # features 2 apart
-    odd = torch.randn(batch.total, 3, 2, 17)[..., 1:].unbind(1)
-    for q, k, v in (aligned, transposed, odd):
-        views = inputs | dict(q=q, k=k, v=v)
-        assert_results_close(run(views, max_seqlen), oracle(views), torch.float32)
+    q, k, v = torch.randn(batch.total, 3, 2, 16).unbind(1)
+    views = dict(
+        q=q, k=k, v=v, cu_seqlens_q=batch.cu_seqlens, max_seqlen_q=batch.max_seqlen, causal=False, scale=None
+    )  # fmt: skip
+    assert_results_close(run(views, max_seqlen), oracle(views), torch.float32)
 
 
-@mixed_layouts
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
-def test_rows_anywhere_in_memory(max_seqlen, layouts):
-    """`promises_are_kept` sees to what the compiler is told of them."""
+@pytest.mark.parametrize(
+    ("kernel", "layouts"), list(zip(2 * list(KERNELS), itertools.cycle(MIXES), strict=False)), ids=str
+)
+def test_rows_anywhere_in_memory(kernel, layouts):
+    """Two mixes of layouts in each kernel; `promises_are_kept` checks what the compiler is promised."""
     inputs = detached(AttentionCase(RaggedBatch((5, 0, 9), tail=1), head_dim=24).inputs(torch.float16))
-    views = {name: layout(inputs[name]) for name, layout in zip(("q", "k", "v"), layouts, strict=False)}
-    assert_results_close(run(inputs | views, max_seqlen), oracle(inputs), torch.float16)
+    views = {name: layout(inputs[name]) for name, layout in zip(("q", "k", "v"), MIXES[layouts], strict=False)}
+    assert_results_close(run(inputs | views, KERNELS[kernel]), oracle(inputs), torch.float16)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_rows_off_the_grid_are_copied(name, dtype, device):
-    """A row must start on a 16-byte boundary, and strides be multiples of 8 elements; what has both is not copied."""
+    """Rows that start on 16-byte boundaries, with strides that are multiples of 8 elements, are not copied."""
     x = torch.randn(5, 2, 24).to(dtype)
     view = LAYOUTS[name](x.to(device))
     is_on_grid = ("elements into" in name and view.storage_offset() * dtype.itemsize % 16 == 0) or name in (
@@ -178,7 +200,7 @@ def test_rows_off_the_grid_are_copied(name, dtype, device):
 
 
 def test_a_single_row_off_the_grid_is_copied():
-    """Torch calls it contiguous, whatever the strides of dimensions of size 1."""
+    """Torch ignores the strides of dimensions of size 1, and calls it contiguous."""
     row = torch.randn(100)[3:27].as_strided((1, 1, 24), (33, 17, 1), 3)
     copy = rows_with_vector_strides(row)
     assert torch.equal(copy, row) and copy.stride() == (24, 24, 1) and copy.data_ptr() % 16 == 0
@@ -188,40 +210,43 @@ def every_other(x):
     return torch.stack([x, torch.zeros_like(x)], dim=1)[:, 0]
 
 
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("max_seqlen", [0, 300], ids=["slots", "general"])
 def test_strided_offsets_positions_and_mask(max_seqlen):
+    """All kernels get them from one launcher; the general one passes them on to the centrality kernel."""
     inputs = AttentionCase(bias="bidirectional", positions=True, query_mask=True).inputs(torch.float32)
-    views = inputs | {name: every_other(inputs[name]) for name in ("cu_seqlens_q", "positions_q", "query_mask")}
+    views = inputs | {
+        name: every_other(inputs[name]) for name in ("cu_seqlens_q", "positions_q", "centrality_query_mask")
+    }
     assert_results_close(run(views, max_seqlen), oracle(inputs), torch.float32)
 
 
 @pytest.mark.parametrize("max_seqlen", [200, 300], ids=["general", "longer"])
 def test_bucket_that_hides_its_keys(max_seqlen):
-    """A bias of -inf: whole tiles of scores are -inf before a query sees its first key."""
+    """A bias of -inf: whole tiles of scores are -inf before a query sees a key."""
     inputs = AttentionCase(RaggedBatch((150,), tail=1), heads=(1, 1), bias="bidirectional").inputs(torch.float32)
     with torch.no_grad():
         inputs["relative_bias"].table[[3, 7]] = -torch.inf  # all that is far before and after
     assert_results_close(run(inputs, max_seqlen), oracle(inputs), torch.float32)
 
 
-@pytest.mark.parametrize("poisoned", ["q", "k"])
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
-def test_nan_stays_in_its_sequence(poisoned, max_seqlen):
+@every_kernel
+def test_nan_stays_in_its_sequence(max_seqlen):
     case = AttentionCase(RaggedBatch((5, 7, 4), tail=1))
     inputs = detached(case.inputs(torch.float32))
     want = run(inputs, max_seqlen)
-    inputs[poisoned] = inputs[poisoned].clone()
-    inputs[poisoned][6] = torch.nan
-    got = run(inputs, max_seqlen)
-    assert got["out"][5:12].isnan().any()
-    for rows in (slice(0, 5), slice(12, 17)):
-        assert torch.equal(got["out"][rows], want["out"][rows])
-        assert torch.equal(got["lse"][:, rows], want["lse"][:, rows])
-        assert torch.equal(got["centrality"][rows], want["centrality"][rows])
+    for name in ("q", "k"):
+        poisoned = inputs[name].clone()
+        poisoned[6] = torch.nan
+        got = run(inputs | {name: poisoned}, max_seqlen)
+        assert got["out"][5:12].isnan().any()
+        for rows in (slice(0, 5), slice(12, 17)):
+            assert torch.equal(got["out"][rows], want["out"][rows])
+            assert torch.equal(got["lse"][:, rows], want["lse"][:, rows])
+            assert torch.equal(got["centrality"][rows], want["centrality"][rows])
 
 
 @pytest.mark.parametrize("table_dtype", [torch.float16, torch.float32], ids=str)
-def test_table_of_another_dtype_and_stride(table_dtype):
+def test_bias_table_of_another_dtype_and_stride(table_dtype):
     inputs = CASES["bias"].inputs(torch.float16)
     bias = inputs["relative_bias"]
     table = bias.table.detach().to(table_dtype).t().contiguous().t()
@@ -229,48 +254,46 @@ def test_table_of_another_dtype_and_stride(table_dtype):
     assert_results_close(run(inputs), oracle(inputs), torch.float16)
 
 
-# Rows that nobody computes, bits
+# Tail rows, empty batches, bits
 
 
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
+@every_kernel
 def test_tail_longer_than_everything_else(max_seqlen):
     case = AttentionCase(RaggedBatch((3, 0, 5), tail=150), heads=(2, 1), query_mask=True)
     got = run(case.inputs(torch.float16), max_seqlen)
     assert not got["out"][8:].any() and not got["lse"][:, 8:].any() and not got["centrality"][8:].any()
 
 
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
-@pytest.mark.parametrize("lengths", [(), (0,)], ids=["no sequence", "an empty one"])
-@pytest.mark.parametrize("tail", [0, 3])
-def test_batch_without_a_token(lengths, tail, max_seqlen):
-    got = run(AttentionCase(RaggedBatch(lengths, tail)).inputs(torch.float32), max_seqlen)
+@pairwise(kernel=KERNELS, lengths=[(), (0,)], tail=[0, 3])
+def test_batch_without_a_token(kernel, lengths, tail):
+    got = run(AttentionCase(RaggedBatch(lengths, tail)).inputs(torch.float32), KERNELS[kernel])
     assert got["out"].shape == (tail, 2, 16) and got["lse"].shape == (2, tail) and got["centrality"].shape == (tail,)
     assert not any(x.any() for x in got.values())
 
 
-def test_centrality_that_nobody_asked_for():
-    for max_seqlen in KERNELS.values():
-        inputs = CASES["plain"].inputs(torch.float32)
+def test_no_centrality_unless_asked_for():
+    for kernel in ("slots of 16", "short", "general"):
+        inputs, max_seqlen = CASES["plain"].inputs(torch.float32), KERNELS[kernel]
         got, with_centrality = run(inputs, max_seqlen, False), run(inputs, max_seqlen)
         assert got["centrality"].shape == (0,) and got["centrality"].dtype == torch.float32
         assert torch.equal(got["out"], with_centrality["out"])
 
 
-@pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
-def test_a_sequence_alone_has_the_bits_it_has_in_a_batch(max_seqlen):
+@every_kernel
+def test_same_bits_alone_and_in_a_batch(max_seqlen):
     case = AttentionCase(
         RaggedBatch((5, 3, 0, 11, 16, 7), tail=2), heads=(2, 1), causal=True, bias="bidirectional", positions=True,
         query_mask=True,
     )  # fmt: skip
     inputs = detached(case.inputs(torch.float32))
-    # The interpreter's matrix product is BLAS's, whose last bits depend on the place in the tile: these are exact.
+    # Exact products: the interpreter multiplies with BLAS, whose last bits depend on the place in the tile.
     inputs["q"], inputs["k"] = (torch.randint(-3, 4, inputs[name].shape).float() for name in ("q", "k"))
     for rows in case.batch.slices():
         inputs["v"][rows] = torch.eye(16)[: rows.stop - rows.start, None]
     batch, again = run(inputs, max_seqlen), run(inputs, max_seqlen)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     for rows in case.batch.slices():
-        alone = {name: inputs[name][rows] for name in ("q", "k", "v", "positions_q", "query_mask")}
+        alone = {name: inputs[name][rows] for name in ("q", "k", "v", "positions_q", "centrality_query_mask")}
         length = rows.stop - rows.start
         alone = run(
             inputs | alone | dict(cu_seqlens_q=torch.tensor([0, length], dtype=torch.int32)), max(max_seqlen, 16)
@@ -280,15 +303,15 @@ def test_a_sequence_alone_has_the_bits_it_has_in_a_batch(max_seqlen):
         assert torch.equal(alone["centrality"], batch["centrality"][rows])
 
 
-# What a tile is
+# Parts of the kernels
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def _locate(located_ptr, tiles_ptr, cu_seqlens_ptr, num_sequences, total, BLOCK: tl.constexpr):
     i = tl.program_id(0)
-    sequence, block = locate_tile(tl.load(tiles_ptr + i), cu_seqlens_ptr, num_sequences, BLOCK)
-    first, length = sequence_rows(sequence, cu_seqlens_ptr, num_sequences, total)
-    tl.store(located_ptr + i * 4, sequence)
+    index, block = locate_tile(tl.load(tiles_ptr + i), cu_seqlens_ptr, num_sequences, BLOCK)
+    first, length = sequence_rows(index, cu_seqlens_ptr, num_sequences, total)
+    tl.store(located_ptr + i * 4, index)
     tl.store(located_ptr + i * 4 + 1, block)
     tl.store(located_ptr + i * 4 + 2, first)
     tl.store(located_ptr + i * 4 + 3, length)
@@ -325,27 +348,28 @@ def test_tiles_of_thousands_of_sequences(num_sequences):
 
 
 @triton.jit
-def _keep(kept_ptr, seed_ptr, threshold, first_key, num_keys, M: tl.constexpr, N: tl.constexpr):
-    head, sequence = tl.program_id(0), tl.program_id(1)
+def _keep(kept_ptr, seed_ptr, threshold, start_k, num_keys, M: tl.constexpr, N: tl.constexpr):
+    head, index = tl.program_id(0), tl.program_id(1)
     query, column = tl.arange(0, M), tl.arange(0, N)
-    kept = keep_tile(seed_ptr, threshold, sequence, head, query, first_key, N)
-    row = (sequence * tl.num_programs(0) + head) * M + query
-    tl.store(kept_ptr + row[:, None] * num_keys + first_key + column[None, :], kept.to(tl.int8))
+    dropout = Dropout(seed=seed_ptr, threshold=threshold, keep_scale=1.0)
+    kept = keep_tile(dropout, index, head, query, start_k, N)
+    row = (index * tl.num_programs(0) + head) * M + query
+    tl.store(kept_ptr + row[:, None] * num_keys + start_k + column[None, :], kept.to(tl.int8))
 
 
 @pytest.mark.parametrize("p", [1e-3, 0.3, 0.75])
-def test_dropout_mask_is_the_contracts(p):
+def test_dropout_mask_is_the_documented_one(p):
     seed = torch.tensor([DROPOUT_SEED], device=DEVICE)
     kept = torch.empty(3, 2, 16, 64, dtype=torch.int8, device=DEVICE)
-    for first_key in (0, 32):
-        _keep[(2, 3)](kept, seed, dropout_threshold(p), first_key, 64, M=16, N=32)
+    for start_k in (0, 32):
+        _keep[(2, 3)](kept, seed, dropout_threshold(p), start_k, 64, M=16, N=32)
     assert torch.equal(kept.cpu().bool(), attention_keep_mask(p, seed.cpu(), torch.arange(3), 2, 16, 64))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 12), (4, 100), (64, 77), (16, 9)])
 def test_buckets_of_all_distances(num_buckets, max_distance, bidirectional):
-    """Beyond max_distance the bucket is that of max_distance, so a clamped look-up is exact."""
+    """Distances beyond max_distance have the bucket of max_distance, so a clamped look-up is exact."""
     distances = torch.arange(-4 * max_distance, 4 * max_distance + 1)
     buckets = distance_buckets(num_buckets, max_distance, bidirectional, torch.device("cpu"))
     want = relative_position_bucket(
