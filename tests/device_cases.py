@@ -49,7 +49,9 @@ def stamped_t5() -> StampT5ForConditionalGeneration:
 
 
 def t5_batch() -> dict[str, Tensor]:
-    codes = torch.stack([torch.randint(start, start + 15, (BATCH.num_sequences, 3)) for start in (1, 16, 31, 46)], dim=2)
+    codes = torch.stack(
+        [torch.randint(start, start + 15, (BATCH.num_sequences, 3)) for start in (1, 16, 31, 46)], dim=2
+    )
     codes[:3, 2] = -100
     mask = (torch.arange(BATCH.max_seqlen) < torch.tensor(BATCH.lengths)[:, None]).long()
     ids = torch.randint(1, 61, mask.shape) * mask

@@ -36,4 +36,4 @@ _NAMES = list(LAYOUTS)
 # Four layouts for the tensors of one call; five calls have every layout.
 _MIXES = [_NAMES[min(i, len(_NAMES) - 4) :][:4] for i in range(0, len(_NAMES), 4)]
 MIXES: dict[str, list[Layout]] = {str(mix): [LAYOUTS[name] for name in mix] for mix in _MIXES}
-mixed_layouts = pytest.mark.parametrize("layouts", MIXES.values(), ids=MIXES)
+mixed_layouts = pytest.mark.parametrize("layouts", list(MIXES.values()), ids=MIXES)

@@ -92,7 +92,7 @@ def test_rows_anywhere_in_memory(layouts):
         assert_close(run(inputs | dict(q=q_layout(inputs["q"]), k=k_layout(inputs["k"])), lse), want)
 
 
-def test_every_query_that_counts_counts_once():
+def test_every_counting_query_adds_one():
     inputs = AttentionCase(batch_k=KEYS_OF_RAGGED, causal=True, heads=(4, 2), query_mask=True).inputs(torch.float32)
     lse, _ = lse_and_centrality(inputs)
     valid = int(inputs["cu_seqlens_q"][-1])

@@ -265,12 +265,13 @@ def stamp_attention_bwd_key_kernel(
                     # dV += (P D)^T dO
                     dv = tl.dot(dropped.to(grad_out.dtype), grad_out, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
                 if dk_rows.ptr is not None:
+                    # [BLOCK_M]; loaded before the product: after it, sm_100 spills 8 bytes at head_dim 128
+                    delta = tl.load(per_query.delta + first_row + query, mask=query < num_queries, other=0.0)
                     # dP^T = D^T * (V dO^T)
                     d_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                     if dropout.seed is not None:
                         d_weights *= factors
                     # dS^T = P^T * (dP^T - delta)
-                    delta = tl.load(per_query.delta + first_row + query, mask=query < num_queries, other=0.0)
                     d_scores = weights * (d_weights - delta[None, :])
                     # dK += dS^T Q
                     dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]

@@ -182,8 +182,7 @@ def row_pointers(rows, first, index, BLOCK_D: tl.constexpr):
     whether 16 divides it, so it would read heads of 72 features 2 bytes at a time.
     """
     column = tl.arange(0, BLOCK_D)
-    stride = tl.multiple_of(tl.cast(rows.stride_row, tl.int64), 8)
-    offsets = (first + index).to(tl.int64) * stride  # [BLOCK]
+    offsets = (first + index).to(tl.int64) * tl.multiple_of(tl.cast(rows.stride_row, tl.int64), 8)  # [BLOCK]
     return tl.multiple_of(rows.ptr + offsets[:, None] + column[None, :], (1, 16))
 
 
