@@ -109,11 +109,13 @@ def test_peers_of_a_cpu(peer, causal, bias):
     assert_same(forward_and_backward(peer, problem), ours(problem), torch.float64)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's, of this peer
 def test_nested_sdpa():
     problem = make_problem()
     assert_same(forward_and_backward(nested_sdpa, problem), ours(problem), torch.float64)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")  # torch's, of this peer
 @with_and_without
 def test_flex_forward_without_a_compiler(causal, bias):
     problem = make_problem(causal=causal, bias=bias)

@@ -110,6 +110,8 @@ def test_peers_say_why_they_are_unavailable(peer):
         peer(make_problem())
 
 
+# A child that hangs is not waited for.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("code", "output", "ending"),
     [

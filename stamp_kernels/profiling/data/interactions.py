@@ -158,7 +158,8 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | Non
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path.name}: not a readable .npz archive, expected one with seq_items and seq_offsets")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # np.load leaves a damaged file open if it opens it itself.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("seq_items", "seq_offsets", "sids") if key in archive.files}
             found = archive.files
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -156,7 +156,8 @@ def _disambiguate(codes: np.ndarray, codebook_size: int) -> np.ndarray:
 
 def _read_cache(path: Path, shape: tuple[int, int], codebook_size: int) -> np.ndarray | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # np.load leaves a damaged file open if it opens it itself.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             semantic_ids: np.ndarray = archive["semantic_ids"]
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
