@@ -48,13 +48,13 @@ def _add_queries(
         keys = tile_positions(bias.positions_k, sequence.first_k, start_k, sequence.num_keys, BLOCK_N)
     for start_q in range(begin_q, end_q, BLOCK_M):
         query = start_q + tl.arange(0, BLOCK_M)
-        row = sequence.first_q + query
         exists = query < sequence.num_queries
         q = load_rows(q_rows, sequence.first_q, query, sequence.num_queries, tile)  # [BLOCK_M, BLOCK_D]
         # A query whose lse is +inf adds nothing: one past the end, one that sees no key, one that the mask excludes.
-        lse = load_lse(lse_ptr, row, exists)  # [BLOCK_M]
+        lse = load_lse(lse_ptr + sequence.first_q, query, exists)  # [BLOCK_M]
         if query_mask_ptr is not None:
-            lse = tl.where(tl.load(query_mask_ptr + row, mask=exists, other=0) != 0, lse, float("inf"))
+            counts = tl.load(query_mask_ptr + sequence.first_q + query, mask=exists, other=0) != 0  # [BLOCK_M]
+            lse = tl.where(counts, lse, float("inf"))
         # S = scale Q K^T + bias
         scores = scale_log2 * tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if bias.table is not None:
