@@ -24,9 +24,6 @@ from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy
 from stamp_kernels.triton_kernels.cross_entropy.row_lists import list_rows
 from stamp_kernels.triton_kernels.cross_entropy.softmaxes import softmaxes_of
 
-# Infinities and NaN that are meant, and what the interpreter computes in masked lanes.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # bf16 products are wrong in Triton's interpreter.
