@@ -6,9 +6,8 @@ from torch import Tensor
 from stamp_kernels.ops._checks import check_tensor
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace what it calls
-def _is_available(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
+# Asked once, because torch.compile of torch 2.11 cannot trace the question.
+_DEVICES = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
 
 
 def cast_for_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -22,7 +21,7 @@ def cast_for_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     device_type = next(iter(tensors.values())).device.type
     if device_type == "meta":  # a GPU's tensors in ahead-of-time compilation
         device_type = "cuda"
-    if not _is_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in _DEVICES or not torch.is_autocast_enabled(device_type):
         return tuple(tensors.values())
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors.values())
