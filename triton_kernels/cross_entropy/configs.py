@@ -155,7 +155,7 @@ def weight_gradient_config(properties: DeviceProperties, width: int, *, element_
     elif block_d > 128:
         config = GradientConfig(64, 64, 256, 64, num_warps=8, num_stages=1 if architecture == 10 else 2)
     else:
-        num_stages = 2 if architecture == 10 and block_d <= 64 else 3
+        num_stages = 2 if architecture == 10 else 3
         num_warps = 4 if architecture == 9 or (architecture == 12 and block_d <= 64) else 8
         config = GradientConfig(64, 64, block_d, min(block_d, 64), num_warps=num_warps, num_stages=num_stages)
     return _with_stages_that_fit(properties, config, width, element_size)
