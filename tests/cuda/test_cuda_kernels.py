@@ -6,12 +6,10 @@ The tests marked `gpu` cover what only a GPU shows: timing, real concurrency, an
 import ctypes
 import math
 import mmap
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulator import Arguments, Guarded, address
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_kernels import reference
@@ -24,94 +22,6 @@ from stamp_kernels.reference.pruning import token_importance
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Few distinct values, for many ties, with both ends of the order and their neighbours.
 VALUES = [-math.inf, -2.0, -1e-40, -0.0, 0.0, 1e-40, 1.0, 1.0000001, 3.4e38, math.inf, math.nan]
-FIELDS = [
-    "dtype",
-    "small_tiling",
-    "hidden",
-    "row_stride",
-    "row_bytes",
-    "element_bytes",
-    "centrality",
-    "centrality_is_double",
-    "norm_order",
-    "per_visible_query",
-    "importance",
-    "cu_seqlens",
-    "num_sequences",
-    "total",
-    "max_seqlen",
-    "budget_kind",
-    "ratio_q32",
-    "keep_count",
-    "keep_counts",
-    "min_keep",
-    "protect",
-    "num_protected",
-    "codes_per_item",
-    "total_kept",
-    "positions",
-    "cu_seqlens_kept",
-    "indices",
-    "inverse",
-    "kept_positions",
-]
-
-
-class Arguments(ctypes.Structure):
-    """`Arguments` of kernels_on_host.cpp. A tensor is passed as its address, None as 0."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in FIELDS]
-
-    def __init__(self, **values: int | bool | Tensor | None) -> None:
-        super().__init__()
-        for name, value in values.items():
-            setattr(self, name, address(value) if isinstance(value, Tensor) or value is None else int(value))
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler, c++")
-    source = Path(__file__).parent / "kernels_on_host.cpp"
-    library = tmp_path_factory.mktemp("cuda_on_host") / "kernels_on_host.so"
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    include = ["-I", str(Path(__file__).parents[2] / "csrc")]
-    subprocess.run([compiler, *flags, *include, "-fPIC", "-shared", "-o", str(library), str(source)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.launches_so_far.restype = ctypes.c_int64
-    arguments = ctypes.POINTER(Arguments)
-    loaded.run_token_importance.argtypes = loaded.run_select_tokens.argtypes = [arguments]
-    loaded.run_prune.argtypes = [arguments, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64]
-    return loaded
-
-
-@pytest.fixture(params=[False, True], ids=["rising", "falling"])
-def thread_order(request, kernels) -> bool:
-    """The order in which the emulator resumes threads: a missing barrier shows in one of the two orders."""
-    kernels.set_thread_order(int(request.param))
-    return request.param
-
-
-class Guarded:
-    """A poisoned tensor between two margins that nothing may write to."""
-
-    MARGIN = 64
-
-    def __init__(self, size: int, dtype: torch.dtype) -> None:
-        poison = math.nan if dtype.is_floating_point else -7
-        self.memory = torch.full((size + 2 * self.MARGIN,), poison, dtype=dtype)
-        self.tensor = self.memory[self.MARGIN : self.MARGIN + size]
-        self.margins = torch.cat([self.memory[: self.MARGIN], self.memory[self.MARGIN + size :]])
-
-    def check(self) -> Tensor:
-        margins = torch.cat([self.memory[: self.MARGIN], self.memory[self.MARGIN + len(self.tensor) :]])
-        assert torch.equal(margins.nan_to_num(), self.margins.nan_to_num()), "written outside of an output"
-        return self.tensor
 
 
 def budget_arguments(
