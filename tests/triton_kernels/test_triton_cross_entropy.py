@@ -362,7 +362,7 @@ LAYOUTS |= {"features apart": swapped(-1, -2), "steps inside": swapped(0, 1)}
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    zip(LAYOUTS, itertools.cycle([(24, 49, torch.float16), (17, 50, torch.float32)]), strict=False),
+    list(zip(LAYOUTS, itertools.cycle([(24, 49, torch.float16), (17, 50, torch.float32)]), strict=False)),
     ids=str,
 )
 def test_strided_inputs(name, sizes):

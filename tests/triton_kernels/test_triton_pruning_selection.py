@@ -134,7 +134,7 @@ def test_order_of_any_two_values(dtype):
     assert_selects_as_the_reference(*arguments_of(batch, pairs.flatten(), count=1))
 
 
-@pytest.mark.parametrize(("name", "ratio"), zip(BATCHES, itertools.cycle([1 / 3, 1.0, 0.7, 0.0]), strict=False))
+@pytest.mark.parametrize(("name", "ratio"), list(zip(BATCHES, itertools.cycle([1 / 3, 1.0, 0.7, 0.0]), strict=False)))
 def test_named_batches(name, ratio):
     batch = BATCHES[name]
     importance = torch.rand(batch.total)
