@@ -5,7 +5,6 @@ from torch import Tensor
 
 from stamp_kernels.ops._checks import check_tensor
 
-
 # Asked once, because torch.compile of torch 2.11 cannot trace the question.
 _DEVICES = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
 
