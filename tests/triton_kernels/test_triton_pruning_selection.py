@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import stamp_kernels.common.contents as contents
 import stamp_kernels.reference.pruning as oracle
 from stamp_kernels.common.budget import keep_ratio_to_q32
 from stamp_kernels.triton_kernels.pruning import configs, selection
@@ -237,7 +238,7 @@ def test_a_result_with_no_row_to_spare(max_seqlen):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Contents on a GPU are not checked."""
-    for module in (oracle, selection):
+    for module in (contents, oracle, selection):
         monkeypatch.setattr(module, "contents_are_checked", lambda device: False)
 
 
