@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from closeness import assert_close
 from ragged import BATCHES
 
 from stamp_kernels._backend import reference_is_forced, use_backend
+from stamp_kernels.ops._library import _with_groups
 from stamp_kernels.ops.pruning.gather import gather_tokens
 from stamp_kernels.ops.pruning.importance import token_importance
 from stamp_kernels.ops.pruning.selection import select_tokens
@@ -124,3 +126,34 @@ def test_reference_backend_compiles_whole():
         values = compiled(*arguments)[2]
     expected = score_and_prune(*arguments)[2]
     assert torch.equal(values[: expected.shape[0]], expected)
+
+
+class Factors(NamedTuple):
+    mat1: str
+    mat2: str
+
+
+class SwappedFactors(NamedTuple):
+    mat2: str
+    mat1: str
+
+
+class MissingFactors(NamedTuple):
+    weight: str
+
+
+def test_arguments_reach_their_group():
+    taken = _with_groups(torch.ops.aten.addmm.default, [Factors], lambda *args: args)
+    assert taken("self", "left", "right", "beta", "alpha") == ("self", Factors("left", "right"), "beta", "alpha")
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (SwappedFactors, r"has the arguments \['mat2', 'beta'\] where SwappedFactors has"),
+        (MissingFactors, r"has no argument \['weight'\]"),
+    ],
+)
+def test_group_that_is_not_in_the_schema_is_refused(group, message):
+    with pytest.raises(TypeError, match=message):
+        _with_groups(torch.ops.aten.addmm.default, [group], lambda *args: args)

@@ -190,14 +190,16 @@ def _with_groups(
     if not groups:
         return function
     names = [argument.name for argument in op._schema.arguments]
-    group_of_first = {group._fields[0]: group for group in groups}  # type: ignore[attr-defined]
+    fields: dict[type[tuple[Any, ...]], tuple[str, ...]]
+    fields = {group: group._fields for group in groups}  # type: ignore[attr-defined]  # of NamedTuples
+    group_of_first = {of_group[0]: group for group, of_group in fields.items()}
     spans = []  # (start, end, group or None) of each argument of `function`
     start = 0
     while start < len(names):
         group = group_of_first.pop(names[start], None)
-        end = start + 1 if group is None else start + len(group._fields)  # type: ignore[attr-defined]
-        if group is not None and tuple(names[start:end]) != group._fields:  # type: ignore[attr-defined]
-            raise TypeError(f"{op} has the arguments {names[start:end]} where {group.__name__} has {group._fields}")  # type: ignore[attr-defined]
+        end = start + 1 if group is None else start + len(fields[group])
+        if group is not None and tuple(names[start:end]) != fields[group]:
+            raise TypeError(f"{op} has the arguments {names[start:end]} where {group.__name__} has {fields[group]}")
         spans.append((start, end, group))
         start = end
     if group_of_first:
