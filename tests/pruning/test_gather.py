@@ -1,5 +1,6 @@
 """gather_tokens against index_select and its gradient; what it refuses, opcheck and torch.compile."""
 
+import doctest
 import math
 import re
 
@@ -10,6 +11,7 @@ from pruning_cases import STRIDED, expected_rows, random_tensor, selection_of
 from ragged import BATCHES, RaggedBatch
 from torch import Tensor
 
+from stamp_kernels.ops.pruning import gather
 from stamp_kernels.ops.pruning.gather import gather_tokens
 from stamp_kernels.ops.pruning.selection import select_tokens
 
@@ -92,6 +94,38 @@ def test_dropped_rows_and_tail_rows_leak_nothing(device):
     grad[is_tail] = math.nan
     y.backward(grad)
     assert torch.equal(x.grad, (~dropped).float().unsqueeze(1).expand(-1, 3))
+
+
+@every_device
+def test_tail_rows_take_the_fill_value(device, backend):
+    """Of every dtype; one value for all tensors, or one for each."""
+    selection = selection_of(BATCHES["ragged"], device)
+    is_tail = selection.indices < 0
+    fills = {torch.int64: -100, torch.uint8: 255, torch.bool: True, torch.bfloat16: -math.inf, torch.float64: 0.5}
+    x = [random_tensor((RAGGED.total, *shape), dtype, device) for dtype in fills for shape in ((), (3,), (2, 0))]
+    values = [fills[tensor.dtype] for tensor in x]
+    for tensor, value, y in zip(x, values, gather_tokens(x, selection, fill_value=values), strict=True):
+        expected = expected_rows(tensor, selection)
+        expected[is_tail] = value
+        assert torch.equal(y, expected) and y.dtype == tensor.dtype
+        assert torch.equal(gather_tokens(tensor, selection, fill_value=value), expected)
+    ones = gather_tokens(x, selection, fill_value=1)
+    assert all((y[is_tail] == 1).all() for y in ones)
+
+
+@every_device
+def test_fill_value_has_no_gradient(device, backend):
+    selection = selection_of(BATCHES["ragged"], device)
+    x = torch.randn(RAGGED.total, 3, device=device, requires_grad=True)
+    y = gather_tokens([torch.arange(RAGGED.total, device=device), x], selection, fill_value=[-100, 7.5])[1]
+    grad = torch.randn_like(y)
+    grad[selection.indices < 0] = math.nan
+    y.backward(grad)
+    expected = torch.zeros_like(x)
+    for kept_row, row in enumerate(selection.indices.tolist()):
+        if row >= 0:
+            expected[row] = grad[kept_row]
+    assert torch.equal(x.grad, expected)
 
 
 @every_device
@@ -180,6 +214,15 @@ def test_compiled_with_one_tensor_twice():
     assert torch.equal(x.grad, 3.0 * (selection.inverse >= 0)[:, None].expand(6, 2))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_compiled_without_gradients(count):
+    selection = selection_of(BATCHES["ragged"])
+    x = [torch.randn(RAGGED.total, 2) for _ in range(count)]
+    compiled = torch.compile(gather_tokens, fullgraph=True, backend="aot_eager")
+    for y, tensor in zip(compiled(x, selection), x, strict=True):
+        assert torch.equal(y, expected_rows(tensor, selection))
+
+
 def test_raw_op_refuses_to_drop_a_gradient():
     selection = selection_of(BATCHES["ragged"])
     x = torch.randn(selection.total_source, 2, requires_grad=True)
@@ -205,6 +248,32 @@ def test_raw_op_refuses_to_drop_a_gradient():
 def test_names_the_bad_argument(x, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         gather_tokens(x, selection_of(RAGGED))
+
+
+@pytest.mark.parametrize(
+    ("x", "fill_value", "message"),
+    [
+        (torch.zeros(T), "0", "fill_value must be a number, got str"),
+        (torch.zeros(T), [1.0], "fill_value must be a number, got list"),
+        (torch.zeros(T), torch.tensor(1.0), "fill_value must be a number, got Tensor"),
+        (torch.zeros(T), 1e39, "fill_value must be at most 3.4028234663852886e+38 in magnitude for a tensor of"),
+        (torch.zeros(T).half(), -1e5, "fill_value must be at most 65504.0 in magnitude for a tensor of torch.float16"),
+        (torch.zeros(T).byte(), -100, "fill_value must be an integer from 0 to 255 for a tensor of torch.uint8, got"),
+        (torch.zeros(T).long(), 1.5, "for a tensor of torch.int64, got 1.5"),
+        (torch.zeros(T).long(), 2**63, "fill_value must be an integer from -9223372036854775808 to"),
+        (torch.zeros(T).bool(), -100, "fill_value must be False or True for a tensor of torch.bool, got -100"),
+        ([torch.zeros(T)] * 2, [1.0], "fill_value must be a number, or one for each of the 2 tensors, got [1.0]"),
+        ([torch.zeros(T)] * 2, [1.0, None], "fill_value[1] must be a number, got NoneType"),
+        ([torch.zeros(T), torch.zeros(T).bool()], -100, "fill_value must be False or True for a tensor of"),
+    ],
+)
+def test_names_the_bad_fill_value(x, fill_value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gather_tokens(x, selection_of(RAGGED), fill_value=fill_value)
+
+
+def test_example():
+    assert doctest.testmod(gather, extraglobs={"select_tokens": select_tokens}).failed == 0
 
 
 def test_checks_the_selection():

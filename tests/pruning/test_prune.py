@@ -122,6 +122,21 @@ def test_rows_beyond_the_kept_ones_are_empty(device):
     assert (got.selection.indices[kept:] == -1).all()
 
 
+@every_device
+def test_tail_rows_take_the_fill_values(device, backend):
+    batch = BATCHES["ragged"]
+    hidden, centrality = (x.to(device) for x in inputs(batch))
+    targets = torch.randint(9, (batch.total, 2), device=device)
+    arguments = (centrality, batch.cu_seqlens.to(device), batch.max_seqlen)
+    options = dict(keep_ratio=0.5, total_kept=batch.total)
+    got = prune([hidden, targets], *arguments, **options, fill_value=[0, -100])
+    kept = int(got.selection.cu_seqlens[-1])
+    assert kept < batch.total
+    assert torch.equal(got.x[1][:kept], targets[got.selection.indices[:kept]])
+    assert (got.x[1][kept:] == -100).all() and not got.x[0][kept:].any() and not got.positions[kept:].any()
+    assert (prune(hidden, *arguments, **options, fill_value=2.5).x[kept:] == 2.5).all()
+
+
 def test_one_tensor_in_one_tensor_out():
     batch = BATCHES["ragged"]
     hidden, centrality = inputs(batch)
@@ -223,6 +238,16 @@ def test_compiles_once_for_all_sizes():
         assert counter.frame_count == compilations
 
 
+def test_compiled_without_gradients():
+    batch = BATCHES["ragged"]
+    hidden, centrality = inputs(batch)
+    x, arguments = [hidden, torch.arange(batch.total)], (centrality, batch.cu_seqlens, batch.max_seqlen)
+    want = prune(x, *arguments, keep_ratio=0.5)
+    got = torch.compile(prune, fullgraph=True, backend="aot_eager")(x, *arguments, keep_ratio=0.5)
+    rows = len(want.positions)
+    assert all(torch.equal(a[:rows], b) and not a[rows:].any() for a, b in zip(got.x, want.x, strict=True))
+
+
 def test_raw_op_refuses_to_drop_a_gradient():
     hidden = torch.randn(3, 2, requires_grad=True)
     cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
@@ -244,6 +269,8 @@ def test_raw_op_refuses_to_drop_a_gradient():
         ({"norm": "l3"}, "norm must be one of ('l1', 'l2'), got 'l3'"),
         ({"keep_count": 2}, "exactly one of keep_ratio and keep_count must be given, got 0.5 and 2"),
         ({"codes_per_item": 0}, "codes_per_item must be in [1, inf), got 0"),
+        ({"x": [torch.zeros(5, 2)], "fill_value": [0, -100]}, "one for each of the 1 tensors, got [0, -100]"),
+        ({"x": [torch.zeros(5, 2), torch.zeros(5).bool()], "fill_value": [0, 2]}, "fill_value[1] must be False or"),
     ],
     ids=str,
 )

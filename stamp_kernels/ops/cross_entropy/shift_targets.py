@@ -43,8 +43,9 @@ def shift_targets(
     """The targets of multi-step prediction: for every row the labels `stride, 2 stride, ..., steps * stride` ahead.
 
     Targets never cross into the next sequence. With semantic IDs of L codes, stride 1 predicts the next tokens and
-    stride L the same level of the next items. Shift before pruning and gather the targets with the selection, so that
-    a kept token keeps its true targets: `gather_tokens(shift_targets(labels, cu_seqlens, steps=2), selection)`.
+    stride L the same level of the next items. Shift before pruning and prune the targets with the states, so that a
+    kept token keeps its true targets: `packed, selection, targets = prune(packed, centrality, targets=targets)` with a
+    SemanticAdaptivePruning, or `gather_tokens(targets, selection, fill_value=ignore_index)`.
 
     Args:
         labels: `[T]`, any integer dtype, one label per row (not shifted: row t's own token). A label equal to

@@ -1,7 +1,9 @@
 """Gather: the rows that a selection keeps, and their gradients."""
 
+import math
 from collections.abc import Sequence
-from typing import Any, overload
+from numbers import Integral, Real
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.reference import pruning as reference
+
+# The value of tail rows: a number, or one for each tensor of a list.
+FillValue: TypeAlias = float | Sequence[float]
 
 
 def _fake(x: list[Tensor], row_map: Tensor) -> list[Tensor]:
@@ -56,6 +61,15 @@ def mark_outputs_without_grad(ctx: Any, inputs_need_grad: Sequence[bool], output
     ctx.mark_non_differentiable(*(y for y, needs in zip(outputs, inputs_need_grad, strict=True) if not needs))
 
 
+def any_requires_grad(tensors: Sequence[Tensor]) -> bool:
+    """Whether an autograd.Function is needed.
+
+    Without one, torch.compile (2.13) drops ctx from the arguments of a Function with a variable number of inputs, if
+    there happen to be as many inputs as parameters of its forward: two tensors here.
+    """
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def gradients_of_gathered(
     inputs_need_grad: Sequence[bool], grads: Sequence[Tensor | None], inverse: Tensor
 ) -> list[Tensor | None]:
@@ -85,38 +99,104 @@ class _GatherTokens(torch.autograd.Function):
 
 
 @overload
-def gather_tokens(x: Tensor, selection: TokenSelection) -> Tensor: ...
+def gather_tokens(x: Tensor, selection: TokenSelection, *, fill_value: float = ...) -> Tensor: ...
 @overload
-def gather_tokens(x: list[Tensor], selection: TokenSelection) -> list[Tensor]: ...
-def gather_tokens(x: Tensor | list[Tensor], selection: TokenSelection) -> Tensor | list[Tensor]:
+def gather_tokens(x: list[Tensor], selection: TokenSelection, *, fill_value: FillValue = ...) -> list[Tensor]: ...
+def gather_tokens(
+    x: Tensor | list[Tensor], selection: TokenSelection, *, fill_value: FillValue = 0
+) -> Tensor | list[Tensor]:
     """Take the rows that a selection keeps, of one tensor or of several at once.
 
-    `y[j] = x[selection.indices[j]]`; tail rows are 0. The gradient of row t is that of its kept row, or 0 if it was
-    dropped: one write per row and no atomics, since the indices are unique.
+    `y[j] = x[selection.indices[j]]`, and fill_value on tail rows. The gradient of row t is that of its kept row, or 0
+    if it was dropped: one write per row and no atomics, since the indices are unique.
+
+    0 is a class like any other, so targets need `fill_value=ignore_index`: without it a loss counts the tail rows. A
+    selection has them under torch.compile, with total_kept, and on a GPU whose lengths the CPU does not know.
 
     Args:
         x: a tensor `[T, ...]` or a non-empty list of such tensors, of any dtypes, with T = selection.total_source.
         selection: what `select_tokens` returned, on the same device.
+        fill_value: the value of tail rows, which gets no gradient; for a list one number, or one for each tensor.
 
     Returns:
         The same structure with T' = len(selection.indices) rows.
 
     Raises:
-        ValueError: an empty list, a tensor with another number of rows or on another device.
+        ValueError: an empty list, a tensor with another number of rows or on another device, a fill_value that is not
+            a number or that a tensor's dtype cannot hold.
         RuntimeError: an index outside the rows (on the CPU, or under STAMP_KERNELS_CHECK=1).
+
+    Example:
+        >>> cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+        >>> importance = torch.tensor([0.1, 0.3, 0.2, 0.5, 0.4])
+        >>> selection = select_tokens(importance, cu_seqlens, 3, keep_count=1, total_kept=3)
+        >>> gather_tokens(torch.tensor([4, 5, 6, 7, 8]), selection, fill_value=-100)
+        tensor([   5,    7, -100])
     """
     check_tensor("selection.indices", selection.indices, shape=["kept"], dtypes=[torch.int64])
     device = selection.indices.device
     check_tensor(
         "selection.inverse", selection.inverse, shape=[selection.total_source], dtypes=[torch.int32], device=device
     )
-    tensors = list_of_tensors(x)
-    check_rows(tensors, selection.total_source, "selection.total_source", device, is_list=not isinstance(x, Tensor))
+    tensors, is_list = list_of_tensors(x), not isinstance(x, Tensor)
+    check_rows(tensors, selection.total_source, "selection.total_source", device, is_list=is_list)
+    fill_values = checked_fill_values(fill_value, tensors, is_list=is_list)
     if reference_is_forced():
         rows = _gather_rows(tensors, selection.indices)
+    elif not any_requires_grad(tensors):
+        rows = _forward(tensors, selection.indices)
     else:
         rows = list(_GatherTokens.apply(selection.indices, selection.inverse, *without_repeats(*tensors)))
-    return rows[0] if isinstance(x, Tensor) else rows
+    rows = fill_tail_rows(rows, selection.indices, fill_values)
+    return rows if is_list else rows[0]
+
+
+def checked_fill_values(fill_value: FillValue, tensors: list[Tensor], *, is_list: bool) -> list[float]:
+    """One value for each tensor, which its dtype can hold."""
+    if is_list and isinstance(fill_value, list | tuple):
+        if len(fill_value) != len(tensors):
+            raise ValueError(
+                f"fill_value must be a number, or one for each of the {len(tensors)} tensors, got {fill_value}"
+            )
+        names, values = [f"fill_value[{i}]" for i in range(len(tensors))], list(fill_value)
+    else:
+        names, values = ["fill_value"] * len(tensors), [fill_value] * len(tensors)
+    for name, value, tensor in zip(names, values, tensors, strict=True):
+        _check_fill_value(name, value, tensor.dtype)
+    return values
+
+
+def _check_fill_value(name: str, value: float, dtype: torch.dtype) -> None:
+    if isinstance(value, int) and value == 0:  # the default, which every dtype can hold
+        return
+    if not isinstance(value, Real | torch.SymInt):
+        raise ValueError(f"{name} must be a number, got {type(value).__name__}")
+    if dtype == torch.bool:
+        fits, allowed = value in (0, 1), "False or True"
+    elif dtype.is_floating_point or dtype.is_complex:
+        largest = torch.finfo(dtype).max
+        fits, allowed = not math.isfinite(value) or abs(value) <= largest, f"at most {largest} in magnitude"
+    else:
+        low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+        fits = isinstance(value, Integral | torch.SymInt) and low <= value <= high
+        allowed = f"an integer from {low} to {high}"
+    if not fits:
+        raise ValueError(f"{name} must be {allowed} for a tensor of {dtype}, got {value}")
+
+
+def fill_tail_rows(rows: list[Tensor], row_map: Tensor, fill_values: list[float]) -> list[Tensor]:
+    """Gathered rows with another value than 0, which the ops write, where row_map is -1.
+
+    This is a pass of its own over the tensors with such a value. In practice those are targets: few bytes beside hidden
+    states, so the kernels need no argument for it.
+    """
+    if all(value == 0 for value in fill_values):
+        return rows
+    is_tail = row_map < 0
+    return [
+        x if value == 0 else x.masked_fill(is_tail.view(-1, *[1] * (x.dim() - 1)), value)
+        for x, value in zip(rows, fill_values, strict=True)
+    ]
 
 
 def list_of_tensors(x: Tensor | list[Tensor]) -> list[Tensor]:

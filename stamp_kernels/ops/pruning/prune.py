@@ -12,7 +12,11 @@ from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
 from stamp_kernels.ops.pruning.gather import (
+    FillValue,
+    any_requires_grad,
     check_rows,
+    checked_fill_values,
+    fill_tail_rows,
     gradients_of_gathered,
     list_of_tensors,
     mark_outputs_without_grad,
@@ -37,7 +41,7 @@ else:
         """What `prune` returns.
 
         Attributes:
-            x: the kept rows, a tensor or a list as they were given; tail rows are 0.
+            x: the kept rows, a tensor or a list as they were given; tail rows are fill_value.
             positions: int32 `[T']`, original position of each kept token; 0 on tail rows.
             selection: which tokens they are.
             lengths_cpu: int64 `[B]`, the kept lengths, if the CPU knows them.
@@ -111,6 +115,7 @@ def prune(
     norm: Norm = ..., normalize: Normalize = ..., keep_ratio: float | None = ..., keep_count: int | Tensor | None = ...,
     min_keep: int = ..., protect: Tensor | None = ..., total_kept: int | None = ..., lengths_cpu: Tensor | None = ...,
     num_protected: int | Tensor | None = ..., budget: BudgetOf = ..., codes_per_item: int | None = ...,
+    fill_value: float = ...,
 ) -> "PrunedTokens[Tensor]": ...  # fmt: skip
 @overload
 def prune(
@@ -118,6 +123,7 @@ def prune(
     norm: Norm = ..., normalize: Normalize = ..., keep_ratio: float | None = ..., keep_count: int | Tensor | None = ...,
     min_keep: int = ..., protect: Tensor | None = ..., total_kept: int | None = ..., lengths_cpu: Tensor | None = ...,
     num_protected: int | Tensor | None = ..., budget: BudgetOf = ..., codes_per_item: int | None = ...,
+    fill_value: FillValue = ...,
 ) -> "PrunedTokens[list[Tensor]]": ...  # fmt: skip
 def prune(
     x: Tensor | list[Tensor],  # [T, D] floating, and what else goes along
@@ -137,6 +143,7 @@ def prune(
     num_protected: int | Tensor | None = None,
     budget: BudgetOf = "sequence",
     codes_per_item: int | None = None,
+    fill_value: FillValue = 0,
 ) -> Any:
     """Keep the most important tokens of every sequence: importance, selection and gather in one.
 
@@ -152,6 +159,8 @@ def prune(
         positions: each token's index in its original sequence. None: its index in this one.
         keep_ratio, keep_count, min_keep, protect, total_kept, lengths_cpu, num_protected, budget, codes_per_item: as in
             `select_tokens`.
+        fill_value: as in `gather_tokens`: the value of tail rows. Targets in x need ignore_index, as in
+            `prune([hidden, targets], ..., fill_value=[0, -100])`.
 
     Returns:
         PrunedTokens with T' rows: see `select_tokens`.
@@ -161,9 +170,10 @@ def prune(
         RuntimeError: contents are wrong, see `select_tokens`.
     """
     tensors = list_of_tensors(x)
-    hidden = tensors[0]
-    total = check_importance_arguments(hidden, centrality, cu_seqlens, norm, normalize, "x" if hidden is x else "x[0]")
+    hidden, is_list = tensors[0], not isinstance(x, Tensor)
+    total = check_importance_arguments(hidden, centrality, cu_seqlens, norm, normalize, "x[0]" if is_list else "x")
     check_rows(tensors, total, "as many as x[0]", hidden.device)
+    fill_values = checked_fill_values(fill_value, tensors, is_list=is_list)
     if positions is not None:
         check_tensor("positions", positions, shape=[total], dtypes=[torch.int32], device=hidden.device)
     options = KeepOptions(
@@ -174,10 +184,13 @@ def prune(
     arguments = (centrality.detach(), positions, cu_seqlens, max_seqlen, NORM_ORDERS[norm], per_visible_query)
     if reference_is_forced():
         rows, *selected = reference.prune(tensors, *arguments, resolved.arguments)
+    elif not any_requires_grad(tensors):
+        rows, *selected = _prune(tensors, *arguments, *resolved.arguments)
     else:
         outputs = _Prune.apply((*arguments, *resolved.arguments), *without_repeats(*tensors))
         rows, selected = list(outputs[: len(tensors)]), outputs[len(tensors) :]
     kept_positions, indices, cu_seqlens_kept, inverse = selected
+    rows = fill_tail_rows(rows, indices, fill_values)
     max_kept, kept_lengths = resolved.kept_lengths(cu_seqlens_kept)
     selection = TokenSelection(indices, cu_seqlens_kept, max_kept, inverse, total)
-    return PrunedTokens(rows[0] if isinstance(x, Tensor) else rows, kept_positions, selection, kept_lengths)
+    return PrunedTokens(rows if is_list else rows[0], kept_positions, selection, kept_lengths)
