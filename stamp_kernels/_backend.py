@@ -14,8 +14,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-# A plain global rather than a ContextVar, which would break torch.compile(fullgraph=True).
+# Plain globals rather than a ContextVar, which torch.compile(fullgraph=True) cannot trace, or thread-local ones, of
+# which it does not see the changes.
 _backend = _checked(os.environ.get("STAMP_KERNELS_BACKEND", "auto"), "the environment variable STAMP_KERNELS_BACKEND")
+_outer: list[tuple[object, str]] = []  # of each open block, outermost first: the block, and the backend around it
 
 
 @contextmanager
@@ -27,18 +29,35 @@ def use_backend(name: Literal["auto", "reference"]) -> Iterator[None]:
             debugging; `"auto"` for the registered ops. The environment variable `STAMP_KERNELS_BACKEND` sets the
             default for the process.
 
-    The choice is per process, not per thread.
+    The choice is per process, not per thread or task, so blocks must end in reverse order.
 
     Raises:
-        ValueError: `name` is neither.
+        ValueError: name is neither.
+        RuntimeError: at the end of a block, if one that began after it is still open, in another thread or task. The
+            backend is then that of the open block, and when that ends the one before both.
     """
     global _backend
-    previous = _backend
-    _backend = _checked(name, "use_backend: name")
+    block, chosen = object(), _checked(name, "use_backend: name")
+    _outer.append((block, _backend))
+    _backend = chosen
     try:
         yield
     finally:
-        _backend = previous
+        _end(block)
+
+
+def _end(block: object) -> None:
+    global _backend
+    index = next(i for i, (opened, _) in enumerate(_outer) if opened is block)
+    _, before = _outer.pop(index)
+    if index == len(_outer):
+        _backend = before
+        return
+    _outer[index] = (_outer[index][0], before)
+    raise RuntimeError(
+        "a use_backend block ended while one that began later is still open: the choice is per process, so blocks of "
+        "several threads or tasks must not overlap"
+    )
 
 
 def reference_is_forced() -> bool:

@@ -79,6 +79,19 @@ def test_use_backend_names_what_is_allowed():
         pass
 
 
+def test_blocks_that_overlap_leave_no_backend_behind():
+    """As two threads would open and close them, in every order."""
+    before = reference_is_forced()
+    first, second = use_backend("reference"), use_backend("reference")
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(RuntimeError, match="several threads or tasks must not overlap"):
+        first.__exit__(None, None, None)
+    assert reference_is_forced()
+    second.__exit__(None, None, None)
+    assert reference_is_forced() == before
+
+
 def score_and_prune(hidden, centrality, cu_seqlens, max_seqlen):
     importance = token_importance(hidden, centrality, cu_seqlens)
     selection = select_tokens(importance, cu_seqlens, max_seqlen, keep_ratio=1 / 3)
