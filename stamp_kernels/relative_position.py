@@ -56,6 +56,8 @@ class RelativePositionBias:
     max_distance: int = 128
 
     def __post_init__(self) -> None:
+        if not isinstance(self.table, Tensor):
+            raise ValueError(f"relative_bias.table must be a tensor, got {type(self.table).__name__}")
         if self.table.dim() != 2 or not self.table.is_floating_point():
             raise ValueError(
                 "relative_bias.table must be a floating tensor [num_buckets, num_heads], got "
@@ -68,6 +70,8 @@ class RelativePositionBias:
                 f"relative_bias.table must have at least {2 * directions} rows in {directions} equal parts, got "
                 f"{self.table.shape[0]}"
             )
+        if isinstance(self.max_distance, bool) or not isinstance(self.max_distance, int | torch.SymInt):
+            raise ValueError(f"relative_bias.max_distance must be an int, got {type(self.max_distance).__name__}")
         if self.max_distance <= num_exact:
             raise ValueError(
                 f"relative_bias.max_distance must exceed the {num_exact} exact distances, got {self.max_distance}"

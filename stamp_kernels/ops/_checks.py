@@ -3,6 +3,8 @@
 Each raises a ValueError that names the argument, what it was and what is allowed. None needs a sync.
 """
 
+import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -16,11 +18,16 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {tuple(allowed)}, got {value!r}")
 
 
-def check_range(name: str, value: float, low: float, high: float = float("inf"), *, below_high: bool = False) -> None:
-    """`low <= value <= high`, or `low <= value < high`."""
+def check_range(name: str, value: float, low: float, high: float = float("inf"), *, below_high: bool = False) -> float:
+    """`low <= value <= high`, or `low <= value < high`. Returns the value, of Python's type where it was NumPy's."""
+    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        if not isinstance(value, numbers.Real):
+            raise ValueError(f"{name} must be a number (not a tensor), got {type(value).__name__}")
+        value = float(value)
     if not (low <= value and (value < high if below_high else value <= high)):
         interval = f"[{low}, {high}{')' if below_high or high == float('inf') else ']'}"
         raise ValueError(f"{name} must be in {interval}, got {value}")
+    return value
 
 
 def check_tensor(
@@ -55,14 +62,10 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> Non
         raise ValueError(f"{name} must have batch + 1 >= 1 entries, got shape {list(cu_seqlens.shape)}")
 
 
-def checked_count(name: str, value: int | None, minimum: int = 0) -> int:
-    """The value, which must be an int of at least `minimum`."""
-    check_count(name, value, minimum)
-    assert value is not None
-    return value
-
-
-def check_count(name: str, value: int | None, minimum: int = 0) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+def check_count(name: str, value: int | None, minimum: int = 0) -> int:
+    """An int of at least `minimum`. Returns it, of Python's type where it was NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
         raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
-    check_range(name, value, minimum)
+    count: int = operator.index(value) if not isinstance(value, int | torch.SymInt) else value
+    check_range(name, count, minimum)
+    return count

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BiasArguments, Sequences
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_cu_seqlens, check_tensor, checked_count
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_cu_seqlens, check_range, check_tensor
 from stamp_kernels.relative_position import RelativePositionBias
 
 MAX_HEAD_DIM = 256
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 def num_query_key_pairs(sequences: Sequences) -> int:
@@ -41,13 +42,13 @@ def checked_sequences(
     device: torch.device,
 ) -> Sequences:
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
-    max_seqlen_q = checked_count("max_seqlen_q", max_seqlen_q)
+    max_seqlen_q = check_count("max_seqlen_q", max_seqlen_q)
     if (cu_seqlens_k is None) != (max_seqlen_k is None):
         raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
     if cu_seqlens_k is None:
         return Sequences(cu_seqlens_q, None, max_seqlen_q, max_seqlen_q)
     check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=[torch.int32], device=device)
-    return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, checked_count("max_seqlen_k", max_seqlen_k))
+    return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, check_count("max_seqlen_k", max_seqlen_k))
 
 
 def checked_bias(
@@ -77,6 +78,22 @@ def bias_arguments(
     return BiasArguments(
         relative_bias.table, relative_bias.bidirectional, relative_bias.max_distance, positions_q, positions_k
     )
+
+
+def check_v(v: Tensor, k: Tensor) -> None:
+    check_tensor("v", v, dtypes=[k.dtype], device=k.device)
+    if v.dim() == 3 and v.shape[:2] == k.shape[:2] and v.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"v: head_dim must be that of q and k, {k.shape[2]}, got {v.shape[2]}: pad the smaller ones with zeros, "
+            "give the scale of the unpadded q, and cut the output"
+        )
+    check_tensor("v", v, shape=k.shape)
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    return float(check_range("scale", scale, -_LARGEST_FLOAT, _LARGEST_FLOAT))
 
 
 def check_query_mask(name: str, mask: Tensor | None, q: Tensor) -> None:

@@ -15,6 +15,7 @@ from stamp_kernels.ops.attention._inputs import (
     check_q_and_k,
     check_query_mask,
     checked_bias,
+    checked_scale,
     checked_sequences,
     num_query_key_pairs,
 )
@@ -112,7 +113,7 @@ def attention_centrality(
     check_query_mask("query_mask", query_mask, q)
     total_q, num_heads, head_dim = q.shape
     check_tensor("lse", lse, shape=[num_heads, total_q], dtypes=[compute_dtype(q.dtype)], device=q.device)
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = checked_scale(scale, head_dim)
     with torch.no_grad():
         if not reference_is_forced():
             return _attention_centrality(q, k, lse, *sequences, causal, scale, *bias, query_mask)

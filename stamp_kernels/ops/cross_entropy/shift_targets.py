@@ -72,8 +72,7 @@ def shift_targets(
     """
     check_tensor("labels", labels, shape=["T"], dtypes=_INTEGER_DTYPES)
     check_cu_seqlens("cu_seqlens", cu_seqlens, labels.device)
-    check_count("steps", steps, 1)
-    check_count("stride", stride, 1)
+    steps, stride = check_count("steps", steps, 1), check_count("stride", stride, 1)
     shift = reference.shift_targets if reference_is_forced() else _shift_targets
     targets: Tensor = shift(labels, cu_seqlens, steps, stride, ignore_index)
     return targets

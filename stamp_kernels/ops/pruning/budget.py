@@ -69,9 +69,8 @@ def resolve_budget(
         ValueError, RuntimeError: as `select_tokens` says.
     """
     check_cu_seqlens("cu_seqlens", cu_seqlens, device)
-    check_count("max_seqlen", max_seqlen)
     num_sequences = cu_seqlens.shape[0] - 1
-    _check_options(options, total, num_sequences, device)
+    options = _checked_options(options, total, num_sequences, device)
 
     keep_ratio = options.keep_ratio
     if keep_ratio is not None:
@@ -103,24 +102,19 @@ def resolve_budget(
     return ResolvedBudget(arguments, max_kept)
 
 
-def _check_options(options: KeepOptions, total: int, num_sequences: int, device: torch.device) -> None:
+def _checked_options(options: KeepOptions, total: int, num_sequences: int, device: torch.device) -> KeepOptions:
     keep_ratio, keep_count, num_protected = options.keep_ratio, options.keep_count, options.num_protected
     check_choice("budget", options.budget, ("sequence", "max_seqlen"))
     if (keep_ratio is None) == (keep_count is None):
         raise ValueError(f"exactly one of keep_ratio and keep_count must be given, got {keep_ratio} and {keep_count}")
     if keep_ratio is not None:
-        if not isinstance(keep_ratio, int | float | torch.SymFloat):
-            raise ValueError(f"keep_ratio must be a number (not a tensor), got {type(keep_ratio).__name__}")
-        check_range("keep_ratio", keep_ratio, 0.0, 1.0)
+        keep_ratio = check_range("keep_ratio", keep_ratio, 0.0, 1.0)
     elif isinstance(keep_count, Tensor):
         check_tensor("keep_count", keep_count, shape=[num_sequences], dtypes=_INTEGERS, device=device)
     else:
-        check_count("keep_count", keep_count)
+        keep_count = check_count("keep_count", keep_count)
     if options.budget == "max_seqlen" and keep_ratio is None:
         raise ValueError('budget="max_seqlen" goes with keep_ratio, got keep_count')
-    check_count("min_keep", options.min_keep)
-    if options.codes_per_item is not None:
-        check_count("codes_per_item", options.codes_per_item, minimum=1)
     if options.protect is not None:
         check_tensor("protect", options.protect, shape=[total], dtypes=[torch.bool], device=device)
     if options.lengths_cpu is not None:
@@ -128,11 +122,18 @@ def _check_options(options: KeepOptions, total: int, num_sequences: int, device:
     if isinstance(num_protected, Tensor):
         check_tensor("num_protected", num_protected, shape=[num_sequences], dtypes=_INTEGERS, device=_CPU)
     elif num_protected is not None:
-        check_count("num_protected", num_protected)
+        num_protected = check_count("num_protected", num_protected)
     if num_protected is not None and options.protect is None:
         raise ValueError("num_protected goes with protect, which is None")
-    if options.total_kept is not None:
-        check_count("total_kept", options.total_kept)
+    codes_per_item = options.codes_per_item
+    return options._replace(
+        keep_ratio=keep_ratio,
+        keep_count=keep_count,
+        num_protected=num_protected,
+        min_keep=check_count("min_keep", options.min_keep),
+        total_kept=None if options.total_kept is None else check_count("total_kept", options.total_kept),
+        codes_per_item=None if codes_per_item is None else check_count("codes_per_item", codes_per_item, minimum=1),
+    )
 
 
 def _lengths_decide(options: KeepOptions) -> bool:

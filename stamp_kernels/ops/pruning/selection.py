@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_tensor
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
 from stamp_kernels.reference import pruning as reference
@@ -124,7 +124,7 @@ def select_tokens(
             lengths_cpu or num_protected disagrees with the tensors, or more tokens stay than total_kept.
     """
     check_tensor("importance", importance, shape=["total"], dtypes=FLOATING_DTYPES)
-    total = importance.shape[0]
+    total, max_seqlen = importance.shape[0], check_count("max_seqlen", max_seqlen)
     options = KeepOptions(
         keep_ratio, keep_count, min_keep, protect, total_kept, lengths_cpu, num_protected, budget, codes_per_item
     )
