@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from stamp_kernels.ops._autograd import loop_over_batch
 from stamp_kernels.ops._cuda_library import CudaChoice, choose_cuda_library, cuda_facts, load_cuda_library
 
 # Kept for the life of the process: a Library that is garbage-collected removes its ops.
@@ -56,21 +57,29 @@ def _has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"stamp::{name}", key)
 
 
-def _guard_raw_call(op: torch._ops.OpOverload, public_name: str) -> Callable[..., Any]:
-    """An Autograd kernel that raises where a gradient would be lost, and otherwise calls the device's kernel."""
+def _where_grad_is_required(op: torch._ops.OpOverload, serve: Callable[..., Any]) -> Callable[..., Any]:
+    """An Autograd kernel that calls `serve` where a gradient would be lost, and otherwise the device's kernel."""
 
-    def refuse_grad(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if torch.is_grad_enabled():
-            for argument in args:
-                tensors = argument if isinstance(argument, list) else (argument,)
-                if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
-                    raise RuntimeError(
-                        f"{op} is a raw op without autograd and one of its inputs requires grad: "
-                        f"call stamp_kernels.{public_name}, or call the op under torch.no_grad()"
-                    )
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(x, torch.Tensor) and x.requires_grad
+            for argument in args
+            for x in (argument if isinstance(argument, list) else (argument,))
+        ):
+            return serve(*args)
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    return refuse_grad
+    return run
+
+
+def _refuse_second_order(op: torch._ops.OpOverload, public_name: str) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        raise RuntimeError(
+            f"{op} is the backward of stamp_kernels.{public_name} and has no derivative, but one of its inputs "
+            "requires grad: call it under torch.no_grad()"
+        )
+
+    return refuse
 
 
 def _outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,6 +241,8 @@ def define_op(
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
+    differentiable: Callable[..., Any] | None = None,
+    is_backward: bool = False,
     groups: Sequence[type[tuple[Any, ...]]] = (),
 ) -> torch._ops.OpOverload:
     """Register one op of the `stamp` namespace.
@@ -243,8 +254,12 @@ def define_op(
         triton: launcher of Triton kernels, which serves CUDA where no compiled kernel does.
         fake: the same arguments to outputs of the right shape, dtype and device, without contents.
         flops: FLOP formula, for torch.utils.flop_counter. None: no matrix product worth counting.
-        groups: NamedTuples whose fields are arguments of the schema that follow one another. The four functions above
-            take the schema's arguments in its order, those of a group as one argument.
+        differentiable: serves inputs that require grad, by the Function that the public function calls too. (A public
+            function calls it directly, which is faster, and the op below it. A program that torch.export made calls
+            the op, with parameters that require grad.) None: results have no gradient, as those of the public function.
+        is_backward: inputs that require grad raise, as the derivative of a backward is not implemented.
+        groups: NamedTuples whose fields are arguments of the schema that follow one another. The functions above take
+            the schema's arguments in its order, those of a group as one argument.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -253,7 +268,15 @@ def define_op(
     triton = None if triton is None else _with_groups(op, groups, triton)
     REFERENCES[op] = reference
     torch.library.register_fake(f"stamp::{name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, _guard_raw_call(op, public_name), "Autograd", with_keyset=True)
+    if is_backward:
+        serve = _refuse_second_order(op, public_name)
+        _LIBRARY.impl(name, _where_grad_is_required(op, serve), "Autograd", with_keyset=True)
+    elif differentiable is not None:
+        serve = _with_groups(op, groups, differentiable)
+        _LIBRARY.impl(name, _where_grad_is_required(op, serve), "Autograd", with_keyset=True)
+    else:
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_vmap(f"stamp::{name}", loop_over_batch(op), lib=_LIBRARY)
     _SERVED["CPU"][name] = "compiled" if _has_kernel(name, "CPU") else "reference"
     if not _has_kernel(name, "CPU"):
         _LIBRARY.impl(name, _outside_autocast(reference), "CPU")

@@ -229,15 +229,6 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(attention, (inputs["q"], inputs["k"], inputs["v"], bias.table))
 
 
-def test_differentiable_once():
-    inputs = CASES["plain"].inputs()
-    out = packed_attention(**inputs)
-    grad_out = torch.ones_like(out, requires_grad=True)
-    (dq,) = torch.autograd.grad(out, inputs["q"], grad_out, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
-
-
 NEEDS = ("dq", "dk", "dv", "dbias_table")
 
 
@@ -263,15 +254,18 @@ def test_autograd_asks_for_what_is_needed(backend, needed):
     assert_close(torch.autograd.grad(out, leaf, small_integers(out))[0], want)
 
 
-def test_raw_ops_refuse_to_lose_a_gradient():
+def test_raw_forward_is_differentiable():
     inputs = CASES["plain"].inputs()
-    message = "stamp.packed_attention_forward.default is a raw op without autograd .*: call stamp_kernels.packed_attent"
-    arguments = forward_arguments(inputs)
-    with pytest.raises(RuntimeError, match=message):
-        FORWARD(inputs["q"], *arguments[1:])
-    with torch.no_grad():
-        FORWARD(inputs["q"], *arguments[1:])
-    with pytest.raises(RuntimeError, match=r"stamp.packed_attention_backward.default is a raw op without autograd"):
+    out = packed_attention(**inputs)
+    raw, _, _ = FORWARD(inputs["q"], *forward_arguments(inputs)[1:])
+    grad_out = small_integers(out)
+    got, want = (torch.autograd.grad(x, inputs["q"], grad_out)[0] for x in (raw, out))
+    assert torch.equal(got, want)
+
+
+def test_raw_backward_refuses_to_lose_a_gradient():
+    inputs = CASES["plain"].inputs()
+    with pytest.raises(RuntimeError, match=r"packed_attention_backward.default is the backward of stamp_kernels"):
         BACKWARD(inputs["q"], *backward_arguments(inputs, [True] * 3 + [False])[1:])
 
 
@@ -383,6 +377,10 @@ def test_flop_count_without_contents_is_upper_bound():
         (dict(v=torch.zeros(31, 2, 8)), "v must have dtype torch.float64, got torch.float32"),
         (dict(dropout_p=1.0), r"dropout_p must be in \[0.0, 1.0\), got 1.0"),
         (dict(dropout_p=-0.1), r"dropout_p must be in \[0.0, 1.0\), got -0.1"),
+        (dict(dropout_p=float("nan")), r"dropout_p must be in \[0.0, 1.0\), got nan"),
+        (dict(dropout_p="0.1"), r"dropout_p must be a number \(not a tensor\), got str"),
+        (dict(scale="1"), r"scale must be a number \(not a tensor\), got str"),
+        (dict(scale=float("inf")), r"scale must be in \[-3.4028234663852886e\+38, .*, got inf"),
         (
             dict(dropout_p=0.1, dropout_seed=torch.zeros(2, dtype=torch.int64)),
             r"dropout_seed must have shape \[1\], got \[2\]",

@@ -248,14 +248,6 @@ def test_compiled_without_gradients():
     assert all(torch.equal(a[:rows], b) and not a[rows:].any() for a, b in zip(got.x, want.x, strict=True))
 
 
-def test_raw_op_refuses_to_drop_a_gradient():
-    hidden = torch.randn(3, 2, requires_grad=True)
-    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32)
-    arguments = ([hidden], torch.rand(3), None, cu_seqlens, 3, 1, False, None, 2, None, 1, None, 1, 2)
-    with pytest.raises(RuntimeError, match=r"raw op without autograd.*stamp_kernels\.prune"):
-        torch.ops.stamp.prune(*arguments)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

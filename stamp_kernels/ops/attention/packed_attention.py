@@ -9,13 +9,15 @@ from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
-from stamp_kernels.ops._autograd import without_repeats
+from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
 from stamp_kernels.ops._checks import check_range, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.attention._inputs import (
     check_q_and_k,
     check_query_mask,
+    check_v,
     checked_bias,
+    checked_scale,
     checked_sequences,
     num_query_key_pairs,
 )
@@ -134,6 +136,25 @@ def _backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return packed_attention_backward(*args)
 
 
+def _differentiable_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    causal: bool,
+    scale: float,
+    bias: BiasArguments,
+    centrality_query_mask: Tensor | None,
+    dropout: DropoutArguments,
+    return_centrality: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward op for inputs that require grad."""
+    outputs: tuple[Tensor, Tensor, Tensor] = _PackedAttention.apply(
+        q, k, v, bias.bias_table, sequences, causal, scale, bias, centrality_query_mask, dropout, return_centrality
+    )
+    return outputs
+
+
 _forward = define_op(
     _FORWARD_SCHEMA,
     public_name="packed_attention",
@@ -141,6 +162,7 @@ _forward = define_op(
     triton=_forward_triton,
     fake=_forward_fake,
     flops=_forward_flops,
+    differentiable=_differentiable_forward,
     groups=(Sequences, BiasArguments, DropoutArguments),
 )
 _backward = define_op(
@@ -150,14 +172,14 @@ _backward = define_op(
     triton=_backward_triton,
     fake=_backward_fake,
     flops=_backward_flops,
+    is_backward=True,
     groups=(Sequences, BiasArguments, DropoutArguments, AttentionNeeds),
 )
 
 
-class _PackedAttention(torch.autograd.Function):
+class _PackedAttention(OpFunction):
     @staticmethod
     def forward(
-        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -170,11 +192,17 @@ class _PackedAttention(torch.autograd.Function):
         dropout: DropoutArguments,
         return_centrality: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
         bias = bias._replace(bias_table=bias_table)
-        out, lse, centrality = _forward(
+        outputs: tuple[Tensor, Tensor, Tensor] = _forward(
             q, k, v, *sequences, causal, scale, *bias, centrality_query_mask, *dropout, return_centrality
         )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        q, k, v, bias_table, sequences, causal, scale, bias, _, dropout, _ = inputs
+        out, lse, centrality = output
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, centrality)
         ctx.save_for_backward(
             q, k, v, out, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias_table, bias.positions_q,
@@ -183,15 +211,16 @@ class _PackedAttention(torch.autograd.Function):
         ctx.max_seqlens = (sequences.max_seqlen_q, sequences.max_seqlen_k)
         ctx.causal, ctx.scale, ctx.dropout_p = causal, scale, dropout.dropout_p
         ctx.bias_options = (bias.bias_bidirectional, bias.bias_max_distance)
-        return out, lse, centrality
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    @first_order("packed_attention")
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_out: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         needs = AttentionNeeds(*ctx.needs_input_grad[:4])
         grads: list[Tensor | None] = [None] * 4
         if grad_out is not None and any(needs):
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias_table, *positions, dropout_seed = ctx.saved_tensors
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias_table, *positions, dropout_seed = saved
             sequences = Sequences(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
             bias = BiasArguments(bias_table, *ctx.bias_options, *positions)
             dropout = DropoutArguments(ctx.dropout_p, dropout_seed)
@@ -294,8 +323,8 @@ def packed_attention(
     sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.device)
     bias = checked_bias(relative_bias, positions_q, positions_k, q, k)
     check_query_mask("centrality_query_mask", centrality_query_mask, q)
-    check_tensor("v", v, shape=k.shape, dtypes=[q.dtype], device=q.device)
-    check_range("dropout_p", dropout_p, 0.0, 1.0, below_high=True)
+    check_v(v, k)
+    dropout_p = check_range("dropout_p", dropout_p, 0.0, 1.0, below_high=True)
     if dropout_p == 0.0:
         dropout_seed = None
     elif dropout_seed is None:
@@ -308,7 +337,7 @@ def packed_attention(
     arguments = (
         sequences._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k),
         causal,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        checked_scale(scale, q.shape[-1]),
         bias._replace(positions_q=positions_q, positions_k=positions_k),
         centrality_query_mask,
         DropoutArguments(dropout_p, dropout_seed),

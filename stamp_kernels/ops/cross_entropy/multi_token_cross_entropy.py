@@ -1,7 +1,10 @@
 """Cross-entropy of several future tokens or items at once, from hidden states, without logits in memory."""
 
+import math
+import numbers
+import operator
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -9,10 +12,10 @@ from torch import Tensor
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import LossNeeds, LossOptions, StepWeights
 from stamp_kernels.common.precision import compute_dtype
-from stamp_kernels.common.steps import REDUCTIONS, step_ranges
+from stamp_kernels.common.steps import REDUCTIONS
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_range, check_tensor
-from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.cross_entropy._loss_ops import GradientsInForward, RecomputedGradients
 from stamp_kernels.reference import cross_entropy as reference
 
 Reduction = Literal["none", "mean", "sum"]
@@ -29,251 +32,6 @@ class MultiTokenLoss(NamedTuple):
 
     loss: Tensor
     step_losses: Tensor
-
-
-def _num_logits(targets: Tensor, weight: Tensor, vocab_ranges: Sequence[int] | None) -> int:
-    """Logits of all steps together: rows times the width of each step's range."""
-    num_rows, num_steps = targets.shape
-    ranges = step_ranges(vocab_ranges, num_steps, weight.shape[-2])
-    return num_rows * sum(end - start for start, end in ranges)
-
-
-def _forward_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    step_weights: StepWeights,
-    options: LossOptions,
-    reduction: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows, num_steps = targets.shape
-    dtype = compute_dtype(hidden.dtype)
-    is_reduced = reduction != REDUCTIONS["none"]
-    return (
-        hidden.new_empty(() if is_reduced else (num_rows, num_steps), dtype=dtype),
-        hidden.new_empty(num_steps if is_reduced else 0, dtype=dtype),
-        hidden.new_empty(num_steps if is_reduced else 0, dtype=dtype),
-        hidden.new_empty((num_steps, num_rows), dtype=dtype),
-    )
-
-
-def _forward_flops(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    step_weights: StepWeights,
-    options: LossOptions,
-    reduction: int,
-) -> int:
-    """One product, for the logits of each step's range."""
-    return 2 * _num_logits(targets, weight, options.vocab_ranges) * hidden.shape[-1]
-
-
-def _gradients_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: LossNeeds
-) -> tuple[Tensor, Tensor, Tensor]:
-    like_bias = weight.new_empty(0) if bias is None else bias
-    return (
-        hidden.new_empty(hidden.shape if needs.need_hidden else (0,)),
-        weight.new_empty(weight.shape if needs.need_weight else (0,)),
-        like_bias.new_empty(like_bias.shape if needs.need_bias else (0,)),
-    )
-
-
-def _backward_fake(
-    grad_loss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    step_scale: Tensor,
-    options: LossOptions,
-    needs: LossNeeds,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients_fake(hidden, weight, bias, needs)
-
-
-def _gradients_flops(hidden: Tensor, weight: Tensor, targets: Tensor, options: LossOptions, needs: LossNeeds) -> int:
-    """The logits, and one product for each gradient of hidden and weight that is needed."""
-    products = 1 + needs.need_hidden + needs.need_weight
-    return 2 * products * _num_logits(targets, weight, options.vocab_ranges) * hidden.shape[-1]
-
-
-def _backward_flops(
-    grad_loss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    step_scale: Tensor,
-    options: LossOptions,
-    needs: LossNeeds,
-) -> int:
-    return _gradients_flops(hidden, weight, targets, options, needs)
-
-
-def _with_gradients_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    step_weights: StepWeights,
-    options: LossOptions,
-    reduction: int,
-    needs: LossNeeds,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(hidden.dtype)
-    loss, step_losses = hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape[1], dtype=dtype)
-    return loss, step_losses, *_gradients_fake(hidden, weight, bias, needs)
-
-
-def _with_gradients_flops(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    step_weights: StepWeights,
-    options: LossOptions,
-    reduction: int,
-    needs: LossNeeds,
-) -> int:
-    return _gradients_flops(hidden, weight, targets, options, needs)
-
-
-def _is_for_the_reference(hidden: Tensor) -> bool:
-    """Whether Triton has no kernel for it: fp64, which exists for gradcheck, and states without features."""
-    return hidden.dtype == torch.float64 or hidden.shape[-1] == 0
-
-
-def _forward_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _is_for_the_reference(hidden):
-        return reference.multi_token_cross_entropy_forward(hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
-
-    return launchers.multi_token_cross_entropy_forward(hidden, *args)
-
-
-def _backward_triton(grad_loss: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if _is_for_the_reference(hidden):
-        return reference.multi_token_cross_entropy_backward(grad_loss, hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
-
-    return launchers.multi_token_cross_entropy_backward(grad_loss, hidden, *args)
-
-
-def _with_gradients_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if _is_for_the_reference(hidden):
-        return reference.multi_token_cross_entropy_with_gradients(hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
-
-    return launchers.multi_token_cross_entropy_with_gradients(hidden, *args)
-
-
-_forward = define_op(
-    "multi_token_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-    "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
-    "float label_smoothing, float z_loss, float? softcap, int reduction) -> (Tensor, Tensor, Tensor, Tensor)",
-    public_name="multi_token_cross_entropy",
-    reference=reference.multi_token_cross_entropy_forward,
-    triton=_forward_triton,
-    fake=_forward_fake,
-    flops=_forward_flops,
-    groups=(StepWeights, LossOptions),
-)
-_backward = define_op(
-    "multi_token_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-    "Tensor lse, Tensor step_scale, int[]? vocab_ranges, int ignore_index, float label_smoothing, float z_loss, "
-    "float? softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    public_name="multi_token_cross_entropy",
-    reference=reference.multi_token_cross_entropy_backward,
-    triton=_backward_triton,
-    fake=_backward_fake,
-    flops=_backward_flops,
-    groups=(LossOptions, LossNeeds),
-)
-_with_gradients = define_op(
-    "multi_token_cross_entropy_with_gradients(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
-    "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
-    "float label_smoothing, float z_loss, float? softcap, int reduction, bool need_hidden, bool need_weight, "
-    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    public_name="multi_token_cross_entropy",
-    reference=reference.multi_token_cross_entropy_with_gradients,
-    triton=_with_gradients_triton,
-    fake=_with_gradients_fake,
-    flops=_with_gradients_flops,
-    groups=(StepWeights, LossOptions, LossNeeds),
-)
-
-
-class _GradientsInForward(torch.autograd.Function):
-    """The forward makes the gradients with the loss, from the same logits; the backward scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        step_weights: StepWeights,
-        options: LossOptions,
-        reduction: int,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        loss, step_losses, *grads = _with_gradients(
-            hidden, weight, targets, bias, *step_weights, *options, reduction, *ctx.needs_input_grad[:3]
-        )
-        ctx.mark_non_differentiable(step_losses)
-        ctx.save_for_backward(*grads)
-        return loss, step_losses
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * 3
-        if grad_loss is not None:
-            needs = ctx.needs_input_grad[:3]
-            # Not in place: a second backward pass through the same graph needs them unscaled.
-            grads = [
-                x * grad_loss.to(x.dtype) if need else None for x, need in zip(ctx.saved_tensors, needs, strict=True)
-            ]
-        return *grads, *[None] * 4
-
-
-class _MultiTokenCrossEntropy(torch.autograd.Function):
-    """The backward computes the logits again, from the lse that the forward keeps."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        step_weights: StepWeights,
-        options: LossOptions,
-        reduction: int,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        loss, step_losses, step_scale, lse = _forward(hidden, weight, targets, bias, *step_weights, *options, reduction)
-        ctx.mark_non_differentiable(step_losses)
-        ctx.save_for_backward(hidden, weight, targets, bias, lse, step_scale)
-        ctx.options = options
-        return loss, step_losses
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = LossNeeds(*ctx.needs_input_grad[:3])
-        grads: list[Tensor | None] = [None] * 3
-        if grad_loss is not None and any(needs):
-            computed = _backward(grad_loss, *ctx.saved_tensors, *ctx.options, *needs)
-            grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
-        return *grads, *[None] * 4
 
 
 # On a GPU the gradient of a wider row does not fit the registers of a program, and the logits are computed once for
@@ -310,16 +68,49 @@ def _check_shared_or_per_step(
     check_tensor(name, x, shape=shape if x.dim() == len(shape) else [num_steps, *shape])
 
 
-def _check_vocab_ranges(vocab_ranges: Sequence[tuple[int, int]], num_steps: int, vocab_size: int) -> None:
-    if len(vocab_ranges) != num_steps:
+def _check_not_padded(hidden: Tensor, weight: Tensor, targets: Tensor, says_steps: bool) -> None:
+    """Padded sequences `[B, T, D]` with targets `[B, T]` have the shape of states per step where B == T."""
+    if hidden.dim() == 3 and weight.dim() == 2 and not says_steps and 1 < targets.shape[0] == targets.shape[1]:
+        num_rows, num_steps = targets.shape
+        raise ValueError(
+            f"hidden {list(hidden.shape)} with targets [{num_rows}, {num_steps}] could be padded sequences or states "
+            "of each step: flatten padded sequences to hidden [B * T, D] and targets [B * T, 1], or give step_weights "
+            "(of ones) if the first dimension of hidden is the steps"
+        )
+
+
+def _flat_ranges(vocab_ranges: Sequence[tuple[int, int]], num_steps: int, vocab_size: int) -> list[int]:
+    """start, end, start, ... of all steps."""
+    flat: list[int] = []
+    try:
+        for start, end in vocab_ranges:
+            flat += operator.index(start), operator.index(end)
+    except (TypeError, ValueError):
+        raise ValueError(f"vocab_ranges must be pairs (start, end) of ints, got {vocab_ranges}") from None
+    if len(flat) != 2 * num_steps:
         raise ValueError(
             f"vocab_ranges must have one (start, end) for each of the {num_steps} steps, got {vocab_ranges}"
         )
-    for start, end in vocab_ranges:
+    for start, end in zip(flat[::2], flat[1::2], strict=True):
         if not 0 <= start < end <= vocab_size:
             raise ValueError(
                 f"vocab_ranges must satisfy 0 <= start < end <= {vocab_size} (rows of weight), got {(start, end)}"
             )
+    return flat
+
+
+def _checked_softcap(softcap: float | None, dtype: torch.dtype) -> float | None:
+    """None where there is no cap. A cap must be a normal number in the dtype of the logits."""
+    if softcap is None or softcap == math.inf:
+        return None
+    logits_dtype = compute_dtype(dtype)
+    limits = torch.finfo(logits_dtype)
+    if not (isinstance(softcap, numbers.Real | torch.SymFloat) and limits.tiny <= softcap <= limits.max):
+        raise ValueError(
+            f"softcap must be None (or inf), or a positive number that {logits_dtype} logits can be divided by, "
+            f"{limits.tiny:.1e} to {limits.max:.1e}, got {softcap!r}"
+        )
+    return float(softcap)
 
 
 def _checked_step_weights(
@@ -330,9 +121,13 @@ def _checked_step_weights(
         if step_weights.requires_grad:
             raise ValueError("step_weights must not require grad: the loss is not differentiable in them")
         return StepWeights(None, step_weights)
-    if step_weights is not None and len(step_weights) != num_steps:
+    if step_weights is None:
+        return StepWeights(None, None)
+    if not isinstance(step_weights, Sequence) and not hasattr(step_weights, "__array_interface__"):
+        raise ValueError(f"step_weights must be floats or a tensor, got {type(step_weights).__name__}")
+    if len(step_weights) != num_steps:
         raise ValueError(f"step_weights must have one weight for each of the {num_steps} steps, got {step_weights}")
-    return StepWeights(step_weights, None)
+    return StepWeights([float(check_range("step_weights", weight, -math.inf)) for weight in step_weights], None)
 
 
 @overload
@@ -381,7 +176,8 @@ def multi_token_cross_entropy(
 
     Args:
         hidden: `[N, D]`, shared by the steps, or `[K, N, D]`, one per step, in fp32, fp16, bf16 or fp64. Strided views
-            are fine. A row without a valid target is not read: it may hold NaN, and its gradient is 0.
+            are fine. Padded sequences `[B, T, D]` are flattened to `[B * T, D]`, and their targets to `[B * T, 1]`. A
+            row without a valid target is not read: it may hold NaN, and its gradient is 0.
         weight: the unembedding, `[V, D]` shared or `[K, V, D]`, in hidden's dtype.
         targets: int64 `[N, K]`, absolute ids (rows of weight), or ignore_index.
         bias: added to the logits, `[V]` shared or `[K, V]`, in fp32 or weight's dtype.
@@ -395,14 +191,15 @@ def multi_token_cross_entropy(
         label_smoothing: share of the target spread evenly over the classes of the step's range, as in
             `torch.nn.functional.cross_entropy`, in [0, 1].
         z_loss: adds `z_loss * lse^2` to every valid row's loss (PaLM, arXiv 2204.02311).
-        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118). None: no cap.
+        softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2, arXiv 2408.00118). None or inf: no cap.
         reduction: of each step over its valid rows: `"mean"` (0 if there are none), or `"sum"`. `"none"` gives
             every row's loss, unweighted, 0 where ignored.
         return_step_losses: return a MultiTokenLoss with every step's loss beside the total.
         memory: `"minimal"` keeps only the lse and computes the logits again in the backward. `"auto"` makes the
             gradients with the loss where that is faster (on a CPU, and on a GPU for states wider than 256 and in fp32;
-            never with reduction "none") and keeps them until the backward. On a GPU the recomputing way skips rows
-            without a valid target: with few valid rows of wide states `"minimal"` is faster too.
+            never with reduction "none"). They are kept in fp32 (fp64) until the backward scales and casts them. On a
+            GPU the recomputing way skips rows without a valid target: with few valid rows of wide states `"minimal"` is
+            faster too.
 
     Returns:
         A scalar, `[N, K]` with reduction="none", or MultiTokenLoss(loss, step_losses `[K]`, unweighted and detached).
@@ -434,31 +231,34 @@ def multi_token_cross_entropy(
     if bias is not None:
         _check_shared_or_per_step("bias", bias, [vocab_size], num_steps, [torch.float32, weight.dtype], device)
     weights = _checked_step_weights(step_weights, num_steps, device)
-    if vocab_ranges is not None:
-        _check_vocab_ranges(vocab_ranges, num_steps, vocab_size)
-    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    check_range("z_loss", z_loss, 0.0)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    _check_not_padded(hidden, weight, targets, says_steps=step_weights is not None or vocab_ranges is not None)
+    options = LossOptions(
+        vocab_ranges=None if vocab_ranges is None else _flat_ranges(vocab_ranges, num_steps, vocab_size),
+        ignore_index=ignore_index,
+        label_smoothing=check_range("label_smoothing", label_smoothing, 0.0, 1.0),
+        z_loss=check_range("z_loss", z_loss, 0.0, math.inf, below_high=True),
+        softcap=_checked_softcap(softcap, hidden.dtype),
+    )
     check_choice("reduction", reduction, tuple(REDUCTIONS))
     check_choice("memory", memory, ("auto", "minimal"))
     if return_step_losses and reduction == "none":
         raise ValueError('return_step_losses goes with reduction "mean" or "sum", got "none"')
 
-    flat_ranges = None if vocab_ranges is None else [bound for span in vocab_ranges for bound in span]
-    options = LossOptions(flat_ranges, ignore_index, label_smoothing, z_loss, softcap)
     arguments = (targets, weights, options, REDUCTIONS[reduction])
     if reference_is_forced():
         with torch.autocast(device.type, enabled=False):
             loss, step_losses = reference.multi_token_cross_entropy(hidden, weight, bias, *arguments)
     else:
-        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        needs = LossNeeds(*(x is not None and x.requires_grad for x in (hidden, weight, bias)))
         in_forward = (
-            needs_grad
+            torch.is_grad_enabled()
+            and any(needs)
             and reduction != "none"
             and memory == "auto"
             and gradients_come_with_the_loss(device, hidden.dtype, hidden.shape[-1])
         )
-        function = _GradientsInForward if in_forward else _MultiTokenCrossEntropy
-        loss, step_losses = function.apply(hidden, weight, bias, *arguments)
+        if in_forward:
+            loss, step_losses, *_ = GradientsInForward.apply(hidden, weight, bias, *arguments, needs)
+        else:
+            loss, step_losses, *_ = RecomputedGradients.apply(hidden, weight, bias, *arguments)
     return MultiTokenLoss(loss, step_losses) if return_step_losses else loss

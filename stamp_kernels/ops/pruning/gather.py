@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
-from stamp_kernels.ops._autograd import without_repeats
+from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning.selection import TokenSelection
@@ -39,12 +39,24 @@ def _backward_triton(*args: Any) -> list[Tensor]:
     return gather_tokens_backward(*args)
 
 
+def _differentiable_forward(x: list[Tensor], indices: Tensor) -> list[Tensor]:
+    """The forward op for inputs that require grad. Every row has at most one index, as in a selection."""
+    total = x[0].shape[0]
+    # Tail rows all write the extra last entry, which is cut off.
+    inverse = torch.full((total + 1,), -1, dtype=torch.int32, device=indices.device)
+    inverse[torch.where(indices < 0, total, indices)] = torch.arange(
+        len(indices), dtype=torch.int32, device=indices.device
+    )
+    return list(_GatherTokens.apply(indices, inverse[:total], *x))
+
+
 _forward = define_op(
     "gather_tokens_forward(Tensor[] x, Tensor indices) -> Tensor[]",
     public_name="gather_tokens",
     reference=_gather_rows,
     triton=_forward_triton,
     fake=_fake,
+    differentiable=_differentiable_forward,
 )
 # The backward is a gather too: row t of the gradient is row inverse[t] of the incoming one, so nothing is added up.
 _backward = define_op(
@@ -53,6 +65,7 @@ _backward = define_op(
     reference=_gather_rows,
     triton=_backward_triton,
     fake=_fake,
+    is_backward=True,
 )
 
 
@@ -64,8 +77,8 @@ def mark_outputs_without_grad(ctx: Any, inputs_need_grad: Sequence[bool], output
 def any_requires_grad(tensors: Sequence[Tensor]) -> bool:
     """Whether an autograd.Function is needed.
 
-    Without one, torch.compile (2.13) drops ctx from the arguments of a Function with a variable number of inputs, if
-    there happen to be as many inputs as parameters of its forward: two tensors here.
+    Without need, torch.compile (2.11 to 2.13) inlines its forward, and with a variable number of inputs mistakes the
+    first of them for a ctx.
     """
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
@@ -82,20 +95,21 @@ def gradients_of_gathered(
     return grad_x
 
 
-class _GatherTokens(torch.autograd.Function):
+class _GatherTokens(OpFunction):
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, inverse: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inverse)
-        outputs = _forward(list(x), indices)
-        mark_outputs_without_grad(ctx, ctx.needs_input_grad[2:], outputs)
-        return tuple(outputs)
+    def forward(indices: Tensor, inverse: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_forward(list(x), indices))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        return None, None, *gradients_of_gathered(ctx.needs_input_grad[2:], grads, inverse)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        mark_outputs_without_grad(ctx, ctx.needs_input_grad[2:], output)
+        ctx.save_for_backward(inputs[1])  # inverse
+
+    @staticmethod
+    @first_order("gather_tokens")
+    def backward(ctx: Any, saved: tuple[Tensor], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *gradients_of_gathered(ctx.needs_input_grad[2:], grads, saved[0])
 
 
 @overload

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
-from stamp_kernels.ops._autograd import without_repeats
-from stamp_kernels.ops._checks import check_tensor
+from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
+from stamp_kernels.ops._checks import check_count, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
 from stamp_kernels.ops.pruning.gather import (
@@ -79,6 +79,14 @@ def _triton(*args: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     return prune(*args)
 
 
+def _differentiable(x: list[Tensor], *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """The op for inputs that require grad."""
+    *others, budget = arguments
+    outputs = _Prune.apply((*others, *budget), *x)
+    positions, indices, cu_seqlens, inverse = outputs[len(x) :]
+    return list(outputs[: len(x)]), positions, indices, cu_seqlens, inverse
+
+
 _prune = define_op(
     "prune(Tensor[] x, Tensor centrality, Tensor? positions, Tensor cu_seqlens, SymInt max_seqlen, int norm_order, "
     "bool per_visible_query, int? ratio_q32, SymInt? keep_count, Tensor? keep_counts, SymInt min_keep, "
@@ -87,26 +95,30 @@ _prune = define_op(
     reference=reference.prune,
     triton=_triton,
     fake=_fake,
+    differentiable=_differentiable,
     groups=(BudgetArguments,),
 )
 
 
-class _Prune(torch.autograd.Function):
+class _Prune(OpFunction):
     @staticmethod
-    def forward(ctx: Any, arguments: tuple[Any, ...], *x: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
+    def forward(arguments: tuple[Any, ...], *x: Tensor) -> tuple[Tensor, ...]:
         rows, *selected = _prune(list(x), *arguments)
-        ctx.save_for_backward(selected[-1])  # inverse
-        outputs = *rows, *selected
-        mark_outputs_without_grad(ctx, (*ctx.needs_input_grad[1:], *[False] * len(selected)), outputs)
-        return outputs
+        return *rows, *selected
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        num_tensors = len(inputs) - 1
+        ctx.set_materialize_grads(False)
+        selected = output[num_tensors:]
+        mark_outputs_without_grad(ctx, (*ctx.needs_input_grad[1:], *[False] * len(selected)), output)
+        ctx.save_for_backward(selected[-1])  # inverse
+
+    @staticmethod
+    @first_order("prune")
+    def backward(ctx: Any, saved: tuple[Tensor], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_grad = ctx.needs_input_grad[1:]
-        return None, *gradients_of_gathered(needs_grad, grads[: len(needs_grad)], inverse)
+        return None, *gradients_of_gathered(needs_grad, grads[: len(needs_grad)], saved[0])
 
 
 @overload
@@ -172,6 +184,7 @@ def prune(
     tensors = list_of_tensors(x)
     hidden, is_list = tensors[0], not isinstance(x, Tensor)
     total = check_importance_arguments(hidden, centrality, cu_seqlens, norm, normalize, "x[0]" if is_list else "x")
+    max_seqlen = check_count("max_seqlen", max_seqlen)
     check_rows(tensors, total, "as many as x[0]", hidden.device)
     fill_values = checked_fill_values(fill_value, tensors, is_list=is_list)
     if positions is not None:
