@@ -115,9 +115,9 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_sums(weights: Tensor, group: EqualLengthGroup, query_mask: Tensor | None) -> Tensor:
-    """Centrality `[G, n_k]` of the group's keys."""
+    """Centrality `[G, n_k]` of the group's keys. A query that does not count may have a NaN."""
     if query_mask is not None:
-        weights = weights * query_mask[group.rows_q][:, None, :, None]
+        weights = weights.masked_fill(~query_mask[group.rows_q][:, None, :, None], 0.0)
     return weights.sum(dim=(1, 2))
 
 

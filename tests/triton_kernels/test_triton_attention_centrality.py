@@ -13,7 +13,7 @@ from attention_cases import (
     shared_op_arguments,
 )
 from closeness import assert_close
-from op_kernels import launcher
+from op_kernels import launcher, reference
 from ragged import BATCHES, RaggedBatch
 from row_layouts import mixed_layouts
 
@@ -110,3 +110,26 @@ def test_same_bits_alone_and_in_a_batch():
         alone = {name: inputs[name][rows] for name in ("q", "k", "v")}
         cu_seqlens = torch.tensor([0, rows.stop - rows.start], dtype=torch.int32)
         assert torch.equal(run(inputs | alone | dict(cu_seqlens_q=cu_seqlens), lse[:, rows]), batch[rows])
+
+
+@pytest.mark.parametrize("kernel", [launcher, reference])
+@pytest.mark.parametrize(
+    "lengths", [(5, 0, 9, 1), (40, 7, 33), (140, 9)], ids=["slots", "short", "general"]
+)  # of the forward, which has the sums from its own kernels for sequences of up to 128
+def test_nan_in_queries_that_do_not_count(kernel, lengths):
+    batch = RaggedBatch(lengths, tail=2)
+    inputs = detached(
+        AttentionCase(batch, batch, heads=(2, 1), causal=True, bias="unidirectional").inputs(torch.float32)
+    )
+    mask = torch.ones(batch.total, dtype=torch.bool)
+    mask[[1, batch.valid - 2]] = False
+    inputs["q"][1], inputs["q"][batch.valid - 2] = torch.nan, torch.inf
+    inputs["centrality_query_mask"] = mask
+    want = dense_attention(**detached(in_float64(inputs)))
+    shared = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in shared_op_arguments(inputs)]
+    q, k, v, mask = (inputs[name].to(DEVICE) for name in ("q", "k", "v", "centrality_query_mask"))
+    _, lse, centrality = kernel("packed_attention_forward")(q, k, v, *shared, mask, 0.0, None, True)
+    assert_close(centrality.cpu(), want.centrality)
+    assert_close(kernel("attention_centrality")(q, k, lse, *shared, mask).cpu(), want.centrality)
+    everyone = kernel("attention_centrality")(q, k, lse, *shared, None)
+    assert everyone.isnan().any()

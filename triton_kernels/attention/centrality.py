@@ -50,11 +50,8 @@ def _add_queries(
         query = start_q + tl.arange(0, BLOCK_M)
         exists = query < sequence.num_queries
         q = load_rows(q_rows, sequence.first_q, query, sequence.num_queries, tile)  # [BLOCK_M, BLOCK_D]
-        # A query whose lse is +inf adds nothing: one past the end, one that sees no key, one that the mask excludes.
+        # A query whose lse is +inf adds nothing: one past the end, one that sees no key.
         lse = load_lse(lse_ptr + sequence.first_q, query, exists)  # [BLOCK_M]
-        if query_mask_ptr is not None:
-            counts = tl.load(query_mask_ptr + sequence.first_q + query, mask=exists, other=0) != 0  # [BLOCK_M]
-            lse = tl.where(counts, lse, float("inf"))
         # S = scale Q K^T + bias
         scores = scale_log2 * tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if bias.table is not None:
@@ -63,7 +60,11 @@ def _add_queries(
         if MASKED:
             is_visible = key[None, :] <= query[:, None] + (sequence.num_keys - sequence.num_queries)
             scores = tl.where(is_visible, scores, float("-inf"))
-        sums += tl.exp2(scores - lse[:, None])
+        weights = tl.exp2(scores - lse[:, None])
+        if query_mask_ptr is not None:  # a query that does not count may have a NaN
+            counts = tl.load(query_mask_ptr + sequence.first_q + query, mask=exists, other=0) != 0  # [BLOCK_M]
+            weights = tl.where(counts[:, None], weights, 0.0)
+        sums += weights
     return sums
 
 

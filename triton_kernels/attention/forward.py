@@ -198,10 +198,12 @@ def _softmax(scores):
 @triton.jit
 def _column_sums(weights, inverse, query_mask_ptr, row, exists):
     """[BLOCK_N]: the sum of P over the queries of a tile that count; their packed rows are `row` where they exist."""
-    if query_mask_ptr is not None:
-        inverse = tl.where(tl.load(query_mask_ptr + row, mask=exists, other=0) != 0, inverse, 0.0)
     # In a tile of several sequences a row that has a NaN has weight 0 for its neighbours' keys, and 0 * NaN is NaN.
-    return tl.sum(tl.where(weights == 0.0, 0.0, weights * inverse[:, None]), axis=0)
+    terms = tl.where(weights == 0.0, 0.0, weights * inverse[:, None])
+    if query_mask_ptr is not None:  # a query that does not count may have a NaN too
+        counts = tl.load(query_mask_ptr + row, mask=exists, other=0) != 0
+        terms = tl.where(counts[:, None], terms, 0.0)
+    return tl.sum(terms, axis=0)
 
 
 @triton.jit
