@@ -8,7 +8,9 @@ With the logits z = W x + b (soft-capped: c tanh(z / c)) over the V classes of t
 
 and its gradient is
 
-    dloss / dz_v = (1 + 2 zeta lse) exp(z_v - lse) - (1 - eps) [v = y] - eps / V    (x 1 - (z_v / c)^2 if soft-capped)
+    dloss / dz_v = (p_v - (1 - eps) [v = y] - eps / V) + 2 zeta lse p_v             (x 1 - (z_v / c)^2 if soft-capped)
+
+with p_v = exp(z_v - lse). The part of the z-loss comes last: with one class left p = 1, and the rest is exactly 0.
 """
 
 from collections.abc import Iterator
@@ -207,32 +209,53 @@ def multi_token_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `stamp::multi_token_cross_entropy_backward`: gradients of hidden, weight and bias, empty if not needed.
 
-    Recomputes each tile's logits, whose probabilities are `exp(logits - lse)`. Sums over steps and rows are kept in
-    fp32 (fp64) and cast once, at the end.
+    Sums over steps and rows are kept in fp32 (fp64) and cast once, at the end.
+    """
+    grad_hidden, grad_weight, grad_bias = _gradients(
+        grad_loss, hidden, weight, targets, bias, lse, step_scale, options, needs
+    )
+    like_bias = weight if bias is None else bias
+    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(like_bias.dtype)
+
+
+def _gradients(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    step_scale: Tensor,
+    options: LossOptions,
+    needs: LossNeeds,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias in the compute dtype, empty if not needed.
+
+    Recomputes each tile's logits, whose probabilities are `exp(logits - lse)`.
     """
     num_rows, num_steps = targets.shape
     ranges = step_ranges(options.vocab_ranges, num_steps, weight.shape[-2])
     dtype = compute_dtype(hidden.dtype)
     grad_hidden = hidden.new_zeros(hidden.shape if needs.need_hidden else 0, dtype=dtype)
     grad_weight = weight.new_zeros(weight.shape if needs.need_weight else 0, dtype=dtype)
-    like_bias = weight.new_empty(0) if bias is None else bias
-    grad_bias = weight.new_zeros(like_bias.shape if needs.need_bias else 0, dtype=dtype)
+    grad_bias = weight.new_zeros(bias.shape if bias is not None and needs.need_bias else 0, dtype=dtype)
     for k, step in enumerate(_steps(hidden, weight, targets, bias, ranges, options.ignore_index)):
         grad_rows = grad_loss[:, k] if step_scale.shape[0] == 0 else (grad_loss * step_scale[k]).expand(num_rows)
         grad_rows = torch.where(step.valid, grad_rows[:, None], 0)
         # With an infinite lse the probabilities of an ignored row are 0; with its stored 0 they could overflow.
         lse_rows = torch.where(step.valid, lse[k][:, None], torch.inf)
-        z_loss_factor = 1 + 2 * options.z_loss * lse[k][:, None]
+        z_factor = 2 * options.z_loss * lse[k][:, None]
         for rows, classes in _tiles(step):
             x = _read_rows(step, rows)
             logits = _logits(x, step, classes, options.softcap)
             grad = (logits - lse_rows[rows]).exp_()
-            if options.z_loss > 0:
-                grad *= z_loss_factor[rows]
+            of_z_loss = grad * z_factor[rows] if options.z_loss > 0 else None
             if options.label_smoothing > 0:
                 grad -= options.label_smoothing / step.weight.shape[0]
             in_chunk, in_tile = _targets_in_tile(step, rows, classes, logits.shape[1])
             grad.scatter_(1, in_chunk, grad.gather(1, in_chunk) - (1 - options.label_smoothing) * in_tile.to(dtype))
+            if of_z_loss is not None:
+                grad += of_z_loss
             grad *= grad_rows[rows]
             if options.softcap is not None:
                 grad *= 1 - (logits / options.softcap).square()
@@ -242,11 +265,7 @@ def multi_token_cross_entropy_backward(
                 _of_step(grad_weight, k, shared_dims=2)[slice(*ranges[k])][classes].addmm_(grad.T, x)
             if needs.need_bias:
                 _of_step(grad_bias, k, shared_dims=1)[slice(*ranges[k])][classes].add_(grad.sum(dim=0))
-    return (
-        grad_hidden.to(hidden.dtype),
-        grad_weight.to(weight.dtype),
-        grad_bias.to(like_bias.dtype),
-    )
+    return grad_hidden, grad_weight, grad_bias
 
 
 def multi_token_cross_entropy_with_gradients(
@@ -259,13 +278,14 @@ def multi_token_cross_entropy_with_gradients(
     reduction: int,
     needs: LossNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op `stamp::multi_token_cross_entropy_with_gradients`: loss, step losses, and the gradients of the loss."""
+    """The op `stamp::multi_token_cross_entropy_with_gradients`: loss, step losses, and the gradients of the loss.
+
+    The gradients are in the compute dtype: they wait for that of the loss, which scales them before they are rounded.
+    """
     loss, step_losses, step_scale, lse = multi_token_cross_entropy_forward(
         hidden, weight, targets, bias, step_weights, options, reduction
     )
-    grads = multi_token_cross_entropy_backward(
-        torch.ones_like(loss), hidden, weight, targets, bias, lse, step_scale, options, needs
-    )
+    grads = _gradients(torch.ones_like(loss), hidden, weight, targets, bias, lse, step_scale, options, needs)
     return loss, step_losses, *grads
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from closeness import assert_close
+from closeness import assert_close, relative_error
 from cross_entropy_cases import CASES, Case, forward_arguments
 from op_kernels import launcher, reference
 from torch import Tensor
@@ -96,8 +96,8 @@ def assert_matches_reference(
         for out, ref in zip(got[:2], (loss, step_losses), strict=True):
             assert_close(out.cpu(), ref, dtype)
         for out, ref in zip(got[2:], grads, strict=True):
-            assert out.dtype == dtype
-            assert_close(out.cpu(), ref / grad_loss)
+            assert out.dtype == torch.float32
+            assert_close(out.cpu(), ref / grad_loss, dtype)
 
 
 def inputs_of(
@@ -251,7 +251,7 @@ def test_targets_outside_the_range_are_not_read():
     lists = list_rows(softmaxes, -100)
     options, needs = LossOptions(None, -100, 0.0, 0.0, None), LossNeeds(True, True, True)
     loss, _, scale, lse = forward.forward(softmaxes, lists, None, options, REDUCTIONS["mean"])
-    grads = backward.backward(softmaxes, lists, lse, scale, options, needs)
+    grads = backward.backward(softmaxes, lists, lse, scale, options, needs, dtype=torch.float32)
     by_chunks = chunked.with_gradients(softmaxes, scale, options, needs)
     assert all(torch.isfinite(x).all() for x in (loss, *grads, *by_chunks))
 
@@ -288,7 +288,7 @@ def test_small_probabilities_in_half_precision(ways):
         _, got, _ = launcher("multi_token_cross_entropy_backward")(
             one, *given[:4], lse, scale, *given[6:11], False, True, False
         )
-    assert_close(got[150:].cpu(), want[150:])
+    assert_close(got[150:].cpu(), want[150:], torch.float16)
 
 
 def test_half_precision_gradients_scale_with_the_loss():
@@ -302,6 +302,55 @@ def test_half_precision_gradients_scale_with_the_loss():
         for grad in (2.0**-12, 1.0)
     )
     assert_close(small * 2.0**12, large.double())
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 65536.0])
+@pytest.mark.parametrize("min_logits", [0, 10**9], ids=["chunks", "few logits"])
+def test_gradients_that_wait_are_not_rounded(monkeypatch, min_logits, loss_scale):
+    """Of a mean over many rows they are far below what fp16 holds, until the gradient of the loss scales them."""
+    monkeypatch.setattr(launchers, "MIN_LOGITS_IN_CHUNKS", min_logits)
+    arguments = inputs_of(70, 8, 60, steps=2, per_step=(), step_weights=(2.0**-12, 2.0**-14))
+    given, exact = arguments_in(torch.float16, DEVICE, arguments), arguments_in(torch.float64, "cpu", arguments)
+    grads = launcher("multi_token_cross_entropy_with_gradients")(*given, True, True, True)[2:]
+    want = reference("multi_token_cross_entropy_with_gradients")(*exact, True, True, True)[2:]
+    in_reference = reference("multi_token_cross_entropy_with_gradients")(
+        *arguments_in(torch.float16, "cpu", arguments), True, True, True
+    )[2:]
+    _, _, scale, lse = launcher("multi_token_cross_entropy_forward")(*given)
+    recomputed = launcher("multi_token_cross_entropy_backward")(
+        torch.tensor(loss_scale, device=DEVICE), *given[:4], lse, scale, *given[6:11], True, True, True
+    )
+    for kept, of_reference, again, ref in zip(grads, in_reference, recomputed, want, strict=True):
+        assert kept.dtype == of_reference.dtype == torch.float32
+        assert_close(kept.cpu(), ref, torch.float16)
+        assert_close(of_reference, ref, torch.float16)
+        returned = (kept * loss_scale).to(torch.float16).cpu()
+        assert relative_error(returned, ref * loss_scale) < 1.2 * relative_error(again.cpu(), ref * loss_scale)
+
+
+def test_softcap_is_exact_for_every_logit():
+    """A cap far above the logits changes them little, and must not add an error of its own."""
+    for softcap in (0.5, 3.0, 30.0, 3000.0):
+        z = softcap * torch.logspace(-6, 1, 1001, dtype=torch.float64)
+        z = torch.cat([-z, z, torch.zeros(1)]).float().double()
+        targets = torch.zeros(len(z), 1, dtype=torch.int64)
+        arguments = forward_arguments(
+            dict(hidden=z[:, None], weight=torch.ones(1, 1), targets=targets, softcap=softcap)
+        )
+        lse = launcher("multi_token_cross_entropy_forward")(*arguments_in(torch.float32, DEVICE, arguments))[3]
+        want = softcap * torch.tanh(z / softcap)  # the lse of one class is its logit
+        assert ((lse[0].cpu().double() - want).abs() <= 5e-7 * want.abs()).all()
+
+
+@pytest.mark.parametrize("kernel", [launcher, reference])
+def test_z_loss_of_one_class(kernel):
+    """The gradient is 2 zeta lse: 1 + 2 zeta lse - 1 would lose its digits."""
+    arguments = inputs_of(40, 8, 1, z_loss=1e-4)
+    op = "multi_token_cross_entropy_with_gradients"
+    got = kernel(op)(*arguments_in(torch.float32, DEVICE, arguments), True, True, True)[2:]
+    want = reference(op)(*arguments_in(torch.float64, "cpu", arguments), True, True, True)[2:]
+    for out, ref in zip(got, want, strict=True):
+        assert relative_error(out.cpu(), ref) < 1e-6
 
 
 @pytest.mark.parametrize("grad", [0.0, torch.inf, torch.nan])

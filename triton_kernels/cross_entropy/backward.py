@@ -25,16 +25,25 @@ from stamp_kernels.triton_kernels.device import device_properties, launch_grid
 
 
 def backward(
-    softmaxes: Softmaxes, lists: RowLists, lse: Tensor, scale: Tensor, options: LossOptions, needs: LossNeeds
+    softmaxes: Softmaxes,
+    lists: RowLists,
+    lse: Tensor,
+    scale: Tensor,
+    options: LossOptions,
+    needs: LossNeeds,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias, `[num_hidden, N, D]` and so on, None where not needed. No host sync.
 
-    They are in fp32 where they are sums of splits.
+    Those of hidden and weight are in fp32 where they are sums of splits and in `dtype` otherwise; that of bias is in
+    fp32.
 
     Args:
         softmaxes: of at least one row.
         lse: fp32 `[K, N]`, of the forward.
         scale: the gradient of a row's loss of a step, fp32 `[N, K]`, or `[K]` where all rows have the same.
+        dtype: that of the hidden states, or fp32 for gradients that are scaled later.
     """
     arguments = dict(
         **softmaxes.arguments(),
@@ -44,10 +53,10 @@ def backward(
         softcap=options.softcap,
         PLAIN=softmaxes.steps_per_softmax == 1 and options.label_smoothing == 0 and options.z_loss == 0,
     )
-    dhidden = _hidden_gradient(softmaxes, arguments) if needs.need_hidden else None
+    dhidden = _hidden_gradient(softmaxes, arguments, dtype) if needs.need_hidden else None
     dweight = dbias = None
     if needs.need_weight or needs.need_bias:
-        dweight, dbias = _weight_gradients(softmaxes, arguments, needs)
+        dweight, dbias = _weight_gradients(softmaxes, arguments, needs, dtype)
     return dhidden, dweight, dbias
 
 
@@ -79,7 +88,7 @@ def _row_terms(softmaxes: Softmaxes, lists: RowLists, lse: Tensor, scale: Tensor
     return terms
 
 
-def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any]) -> Tensor:
+def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
     hidden, width, layout = softmaxes.hidden, softmaxes.width, arguments["layout"]
     properties = device_properties(hidden.device)
     config = hidden_gradient_config(
@@ -95,7 +104,8 @@ def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any]) -> Tensor:
         triton.cdiv(softmaxes.widest_range, config.block_v),
         properties,
     )
-    dhidden = _empty_splits(splits, (softmaxes.num_hidden, softmaxes.num_rows, layout.width), hidden)
+    shape = (splits, softmaxes.num_hidden, softmaxes.num_rows, layout.width)
+    dhidden = hidden.new_empty(shape, dtype=_dtype_of_splits(splits, dtype))
     stamp_cross_entropy_bwd_hidden_kernel[launch_grid(row_tiles, softmaxes.num_hidden, splits * feature_blocks)](
         **arguments | dict(layout=layout),
         dhidden_ptr=dhidden,
@@ -107,7 +117,7 @@ def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any]) -> Tensor:
 
 
 def _weight_gradients(
-    softmaxes: Softmaxes, arguments: dict[str, Any], needs: LossNeeds
+    softmaxes: Softmaxes, arguments: dict[str, Any], needs: LossNeeds, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     weight, width, num_classes = softmaxes.weight, softmaxes.width, softmaxes.num_classes
     properties = device_properties(weight.device)
@@ -120,7 +130,8 @@ def _weight_gradients(
     )
     dweight = dbias = None
     if needs.need_weight:
-        dweight = _empty_splits(splits, (softmaxes.num_weights, num_classes, arguments["layout"].width), weight)
+        shape = (splits, softmaxes.num_weights, num_classes, arguments["layout"].width)
+        dweight = weight.new_empty(shape, dtype=_dtype_of_splits(splits, dtype))
     if needs.need_bias:
         dbias = weight.new_empty((splits, softmaxes.num_softmaxes, num_classes), dtype=torch.float32)
     stamp_cross_entropy_bwd_weight_kernel[launch_grid(class_tiles, softmaxes.num_weights, splits * feature_blocks)](
@@ -141,9 +152,9 @@ def _weight_gradients(
     return dweight, dbias
 
 
-def _empty_splits(splits: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Memory for the splits of a gradient: in its dtype where there is one, in fp32 where several are added up."""
-    return like.new_empty((splits, *shape), dtype=like.dtype if splits == 1 else torch.float32)
+def _dtype_of_splits(splits: int, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a gradient's splits: `dtype` where there is one, fp32 where several are added up."""
+    return dtype if splits == 1 else torch.float32
 
 
 def _sum_of_splits(x: Tensor) -> Tensor:

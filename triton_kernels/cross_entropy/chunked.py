@@ -30,13 +30,13 @@ def with_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Losses fp32 `[K, N]`, 0 where ignored, and the gradients of hidden, weight and bias, None where not needed.
 
-    The gradients of 16-bit weights and of biases are in fp32. No host sync.
+    The gradients are in fp32. No host sync.
 
     Args:
         scale: fp32 `[K]`, the gradient of a row's loss of each step.
     """
     targets, dtype = softmaxes.targets, softmaxes.hidden.dtype
-    num_rows, width, widest = softmaxes.num_rows, softmaxes.width, softmaxes.widest_range
+    num_rows, widest = softmaxes.num_rows, softmaxes.widest_range
     hidden, weight = (x.unsqueeze(0) if x.dim() == 2 else x for x in (softmaxes.hidden, softmaxes.weight))
     bias = softmaxes.bias if softmaxes.bias is None else softmaxes.bias.view(-1, weight.shape[1])
     unit = torch.linalg.vector_norm(scale, ord=torch.inf)
@@ -46,13 +46,11 @@ def with_gradients(
     is_listed = is_valid if len(hidden) > 1 else is_valid.any(1, keepdim=True)  # [N, num_hidden]
 
     losses = scale.new_empty(len(scale), num_rows)
-    dhidden = hidden.new_empty(hidden.shape) if needs.need_hidden else None
-    # In fp32 until all chunks have added to them.
+    dhidden = scale.new_empty(hidden.shape) if needs.need_hidden else None
     dweight = scale.new_zeros(weight.shape) if needs.need_weight else None
     dbias = scale.new_zeros(bias.shape) if needs.need_bias else None
     chunk_size = row_chunk_size(num_rows, widest)
     logits_memory = scale.new_empty(chunk_size, triton.cdiv(widest, ROW_DIVISOR.value) * ROW_DIVISOR.value)
-    dx_memory = scale.new_empty(chunk_size, width) if needs.need_hidden else None
     for first_row in range(0, num_rows, chunk_size):
         rows = slice(first_row, min(first_row + chunk_size, num_rows))
         size = rows.stop - rows.start
@@ -93,10 +91,8 @@ def with_gradients(
             if needs.need_hidden:
                 # dx += dz W, [size, D]
                 is_first_of_hidden = softmax == 0 or len(hidden) > 1
-                _set_product(dx_memory[:size], dz, w, add=not is_first_of_hidden)
-                if softmax == len(softmaxes.ranges) - 1 or len(hidden) > 1:
-                    torch.mul(dx_memory[:size], unit, out=dhidden[of_hidden, rows])
-    for grad in (dweight, dbias):
+                _set_product(dhidden[of_hidden, rows], dz, w, add=not is_first_of_hidden)
+    for grad in (dhidden, dweight, dbias):
         if grad is not None:
             grad.mul_(unit)
     return losses, dhidden, dweight, dbias

@@ -5,7 +5,10 @@ With the notation of `forward_kernels.py` and `backward_kernels.py`, for each ro
     z_v = logits_v + b_v         capped: c tanh(z_v / c)
     lse = log sum_v exp(z_v)
     loss_k = lse - (1 - eps) z_{y_k} - eps / V sum_v z_v + zeta lse^2
-    dz_v = sum_k s_k (1 + 2 zeta lse) exp(z_v - lse) - s eps / V - sum_k s_k (1 - eps) [v = y_k]
+    p_v = exp(z_v - lse)
+    dz_v = (s p_v - s eps / V - sum_k s_k (1 - eps) [v = y_k]) + 2 s zeta lse p_v           s = sum_k s_k
+
+The part of the z-loss comes last: with one class left p = 1, and what remains of the rest is exactly 0.
 """
 
 import triton
@@ -91,8 +94,7 @@ def stamp_cross_entropy_chunk_kernel(
     lse = row_max + tl.log(tl.sum(lane_sum * exp_of_difference(lane_max, finite_pivot(row_max)), axis=0))
 
     # loss_k, and the terms of dz that all classes share
-    factor = 0.0
-    offset = 0.0
+    scale_sum = 0.0
     for i in tl.static_range(STEPS_PER_SOFTMAX):
         step = first_step + i
         target = tl.load(targets.ptr + row * targets.stride_row + step * targets.stride_step)
@@ -104,22 +106,24 @@ def stamp_cross_entropy_chunk_kernel(
         loss = lse - (1.0 - label_smoothing) * target_logit + loss_options.z_loss * lse * lse
         loss -= label_smoothing / NUM_CLASSES * tl.sum(sum_logits, axis=0)
         tl.store(losses_ptr + tl.cast(step, tl.int64) * num_rows + row, tl.where(is_valid, loss, 0.0))
-        scale = tl.where(is_valid, tl.load(scale_ptr + step), 0.0)
-        factor += scale * (1.0 + 2.0 * loss_options.z_loss * lse)
-        offset += scale * label_smoothing / NUM_CLASSES
+        scale_sum += tl.where(is_valid, tl.load(scale_ptr + step), 0.0)
+    offset = scale_sum * (label_smoothing / NUM_CLASSES)
+    z_factor = scale_sum * (2.0 * loss_options.z_loss * lse)
 
-    # dz = factor exp(z - lse) - offset - sum_k target_factor_k [v = y_k]
+    # dz = scale_sum p - offset - sum_k target_factor_k [v = y_k] + z_factor p
     for start in range(0, NUM_CLASSES, BLOCK):
         class_ = start + tl.arange(0, BLOCK)
         exists = class_ < NUM_CLASSES
         z = _finished_logits(logits_ptr, bias_ptr, class_, class_ < END_OF_ROW, exists, softcap)  # [BLOCK]
-        dz = exp_of_difference(z, lse) * factor - offset
+        p = exp_of_difference(z, lse)
+        dz = p * scale_sum - offset
         for i in tl.static_range(STEPS_PER_SOFTMAX):
             step = first_step + i
             target = tl.load(targets.ptr + row * targets.stride_row + step * targets.stride_step)
             is_valid = target != loss_options.ignore_index
             target_factor = tl.where(is_valid, (1.0 - label_smoothing) * tl.load(scale_ptr + step), 0.0)
             dz -= tl.where(class_ == target - first_class, target_factor, 0.0)
+        dz += p * z_factor
         if softcap is not None:
             dz *= cap_slope(z, softcap)
         tl.debug_barrier()  # every thread has read its part of the block

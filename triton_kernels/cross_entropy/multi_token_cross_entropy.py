@@ -53,8 +53,9 @@ def multi_token_cross_entropy_backward(
     if softmaxes.num_rows == 0:
         return tuple(x.new_zeros(x.shape if is_needed else 0) for x, is_needed in zip(inputs, needs, strict=True))
     scale = grad_loss if step_scale.shape[0] == 0 else grad_loss * step_scale
-    grads = backward(softmaxes, list_rows(softmaxes, options.ignore_index), lse, scale, options, needs)
-    return tuple(map(_as_returned, grads, inputs))
+    lists = list_rows(softmaxes, options.ignore_index)
+    grads = backward(softmaxes, lists, lse, scale, options, needs, dtype=hidden.dtype)
+    return tuple(_as_returned(grad, x, x.dtype) for grad, x in zip(grads, inputs, strict=True))
 
 
 def multi_token_cross_entropy_with_gradients(
@@ -67,22 +68,35 @@ def multi_token_cross_entropy_with_gradients(
     reduction: int,
     needs: LossNeeds,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op `stamp::multi_token_cross_entropy_with_gradients`: (loss, step_losses, gradients). No host sync."""
+    """The op `stamp::multi_token_cross_entropy_with_gradients`: (loss, step_losses, gradients in fp32). No host sync.
+
+    The gradients wait for that of the loss, which scales them: rounded before, they could underflow in fp16.
+    """
     softmaxes = _checked_softmaxes(hidden, weight, targets, bias, options)
     weights = _weights_on_device(step_weights, hidden.device)
     inputs = (hidden, weight, weight if bias is None else bias)
     if 0 < softmaxes.num_rows * softmaxes.widest_range < MIN_LOGITS_IN_CHUNKS:
         lists = list_rows(softmaxes, options.ignore_index)
         loss, step_losses, step_scale, lse = forward(softmaxes, lists, weights, options, reduction)
-        grads = backward(softmaxes, lists, lse, step_scale, options, needs)
-        return loss, step_losses, *map(_as_returned, grads, inputs)
-    scale = torch.ones(targets.shape[1], dtype=torch.float32, device=targets.device)
+        grads = backward(softmaxes, lists, lse, step_scale, options, needs, dtype=torch.float32)
+    else:
+        loss, step_losses, *grads = _in_chunks(softmaxes, weights, options, reduction, needs)
+    returned = (_as_returned(grad, x, torch.float32) for grad, x in zip(grads, inputs, strict=True))
+    return loss, step_losses, *returned
+
+
+def _in_chunks(
+    softmaxes: Softmaxes, step_weights: Tensor | None, options: LossOptions, reduction: int, needs: LossNeeds
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(loss, step_losses, gradients) by row chunks of logits."""
+    targets = softmaxes.targets
+    scale = torch.ones(softmaxes.num_steps, dtype=torch.float32, device=targets.device)
     if reduction == REDUCTIONS["mean"]:
         scale = scale / (targets != options.ignore_index).sum(dim=0).clamp(min=1)
-    weighted_scale = scale if weights is None else scale * weights.to(torch.float32)
+    weighted_scale = scale if step_weights is None else scale * step_weights.to(torch.float32)
     losses, *grads = with_gradients(softmaxes, weighted_scale, options, needs)
     sums = losses.sum(dim=1)
-    return (sums * weighted_scale).sum(), sums * scale, *map(_as_returned, grads, inputs)
+    return (sums * weighted_scale).sum(), sums * scale, *grads
 
 
 def _checked_softmaxes(
@@ -109,6 +123,6 @@ def _weights_on_device(step_weights: StepWeights, device: torch.device) -> Tenso
     return weights
 
 
-def _as_returned(grad: Tensor | None, x: Tensor) -> Tensor:
-    """The gradient of x as the ops return it: in the shape and dtype of x, or empty where not needed."""
-    return x.new_empty(0) if grad is None else grad.to(x.dtype).contiguous().view(x.shape)
+def _as_returned(grad: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of x as the ops return it: in the shape of x, or empty where not needed."""
+    return x.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype).contiguous().view(x.shape)
