@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.triton_kernels.attention.relative_bias import (
+    FAR,
     bucket_tile,
-    distance_buckets,
     is_one_bucket,
+    ranges_of_buckets,
     the_one_bucket,
 )
 from stamp_kernels.triton_kernels.constants import device_constant
@@ -33,8 +34,7 @@ _SUM_BUCKETS = 8  # 32 bytes, one sector of memory
 # A tile is added up in strips of 16 rows: after a product, a warp has those in its registers.
 STRIP = tl.constexpr(16)
 
-# Farther than any two tokens.
-_FAR = tl.constexpr(2**30)
+_FAR = tl.constexpr(FAR)
 
 
 class BucketSums(NamedTuple):
@@ -57,23 +57,13 @@ class BucketRanges(NamedTuple):
 
 
 def distance_ranges(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
-    """int32 `[2, num_buckets]`: the first and the last distance of each bucket, +-2^30 where it has no end.
+    """int32 `[2, num_buckets]`: the first and the last distance of each bucket, from `ranges_of_buckets`.
 
-    Buckets are ranges: all distances between the two have the same bucket. A bucket without distances (bidirectional
-    biases have one) ends before it begins. As with `distance_buckets`, the first call must not happen while a CUDA
-    graph is captured.
+    As with `distance_buckets`, the first call must not happen while a CUDA graph is captured.
     """
 
     def make() -> Tensor:
-        buckets = distance_buckets(num_buckets, max_distance, bidirectional, torch.device("cpu")).long()
-        distances = torch.arange(-max_distance, max_distance + 1)
-        first = torch.ones(num_buckets, dtype=torch.int64)
-        first.scatter_reduce_(0, buckets, distances, "amin", include_self=False)
-        last = torch.zeros(num_buckets, dtype=torch.int64)
-        last.scatter_reduce_(0, buckets, distances, "amax", include_self=False)
-        first[first == -max_distance] = -_FAR.value
-        last[last == max_distance] = _FAR.value
-        return torch.stack([first, last]).to(torch.int32)
+        return torch.stack(ranges_of_buckets(num_buckets, max_distance, bidirectional)).to(torch.int32)
 
     return device_constant(("distance_ranges", num_buckets, max_distance, bidirectional), device, make)
 
