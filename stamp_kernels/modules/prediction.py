@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stamp_kernels.common.precision import compute_dtype
-from stamp_kernels.ops._checks import check_choice, check_range, check_tensor
+from stamp_kernels.modules._arguments import as_pairs, as_tuple
+from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
 
@@ -88,6 +89,26 @@ class TransformerHead(nn.Module):
         return hidden + self.mlp_out(F.silu(self.mlp_in(self.mlp_norm(hidden))))
 
 
+def _checked_weights(step_weights: Sequence[float], num_steps: int) -> tuple[float, ...]:
+    weights = as_tuple("step_weights", step_weights, "numbers")
+    if len(weights) != num_steps:
+        raise ValueError(f"step_weights must have one weight for each of the {num_steps} steps, got {step_weights}")
+    return tuple(float(check_range(f"step_weights[{i}]", weight, 0.0)) for i, weight in enumerate(weights))
+
+
+def _checked_ranges(vocab_ranges: Sequence[tuple[int, int]], num_ranges: int) -> tuple[tuple[int, int], ...]:
+    ranges = as_pairs("vocab_ranges", vocab_ranges, "pairs (start, end)")
+    if len(ranges) != num_ranges:
+        raise ValueError(
+            f"vocab_ranges must have num_steps * codes_per_item = {num_ranges} pairs (start, end), got {len(ranges)}"
+        )
+    checked = []
+    for i, (start, end) in enumerate(ranges):
+        start = check_count(f"vocab_ranges[{i}][0]", start)
+        checked.append((start, check_count(f"vocab_ranges[{i}][1]", end, start + 1)))
+    return tuple(checked)
+
+
 _Head: TypeAlias = LinearHead | ResidualHead | TransformerHead
 
 
@@ -111,6 +132,13 @@ class MultiStepPrediction(nn.Module):
 
         >>> items = shift_targets(targets[:, 0], cu_seqlens, steps=2, stride=3)
         >>> loss = loss + prediction(hidden, items, unembedding=unembedding)
+
+    If the sequences are pruned, the targets are pruned with them. A pruned token emits no loss, and a kept one keeps
+    its true targets:
+
+        >>> prune, centrality = SemanticAdaptivePruning(1 / 3), torch.rand(7)
+        >>> packed, _, kept_targets = prune(PackedBatch(hidden, cu_seqlens, 4), centrality, targets=targets)
+        >>> loss = prediction(packed.values, kept_targets[:, 1:], unembedding=unembedding)
 
     An encoder-decoder over semantic IDs of L codes has L decoder states per user, one for each code of the next item.
     The head of step k turns the state of code h into a prediction of code h of the item k further on. With
@@ -162,42 +190,36 @@ class MultiStepPrediction(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        check_range("hidden_size", hidden_size, 1)
-        check_range("num_steps", num_steps, 1)
-        check_range("codes_per_item", codes_per_item, 1)
+        self.hidden_size = check_count("hidden_size", hidden_size, 1)
+        self.num_steps = check_count("num_steps", num_steps, 1)
+        self.codes_per_item = check_count("codes_per_item", codes_per_item, 1)
         check_choice("head", head, ("linear", "residual", "transformer"))
+        self.head = head
         if (head == "transformer") != (num_attention_heads is not None):
             raise ValueError(
                 f'num_attention_heads goes with head="transformer", got head={head!r} and '
                 f"num_attention_heads={num_attention_heads}"
             )
         if num_attention_heads is not None:
-            check_range("num_attention_heads", num_attention_heads, 1)
+            num_attention_heads = check_count("num_attention_heads", num_attention_heads, 1)
             if hidden_size % (8 * num_attention_heads) != 0:
                 raise ValueError(
                     f"num_attention_heads must divide hidden_size {hidden_size} into multiples of 8, "
                     f"got {num_attention_heads}"
                 )
-        if step_weights is not None and len(step_weights) != num_steps:
-            raise ValueError(f"step_weights must have one weight for each of the {num_steps} steps, got {step_weights}")
-        if vocab_ranges is not None and len(vocab_ranges) != num_steps * codes_per_item:
-            raise ValueError(
-                f"vocab_ranges must have num_steps * codes_per_item = {num_steps * codes_per_item} pairs (start, end), "
-                f"got {len(vocab_ranges)}"
-            )
-        self.hidden_size = hidden_size
-        self.num_steps = num_steps
-        self.head = head
-        self.step_weights = None if step_weights is None else tuple(step_weights)
-        self.lambda_ = lambda_
-        self.codes_per_item = codes_per_item
-        self.vocab_ranges = None if vocab_ranges is None else tuple(vocab_ranges)
-        self.label_smoothing = label_smoothing
-        self.softcap = softcap
+        self.step_weights = None if step_weights is None else _checked_weights(step_weights, self.num_steps)
+        self.lambda_ = lambda_ if callable(lambda_) else float(check_range("lambda_", lambda_, 0.0))
+        self.vocab_ranges = (
+            None if vocab_ranges is None else _checked_ranges(vocab_ranges, self.num_steps * self.codes_per_item)
+        )
+        self.label_smoothing = check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+        self.softcap = None if softcap is None else check_range("softcap", softcap, 0.0)
         self.ignore_index = ignore_index
 
         self.heads = nn.ModuleList(self._new_head(head, num_attention_heads, causal) for _ in range(num_steps))
-        self.unembedding = None if vocab_size is None else nn.Parameter(torch.empty(vocab_size, hidden_size))
+        if vocab_size is not None:
+            vocab_size = check_count("vocab_size", vocab_size, 1)
+        self.unembedding = None if vocab_size is None else nn.Parameter(torch.empty(vocab_size, self.hidden_size))
         self.reset_parameters()
 
     def _new_head(self, kind: str, num_attention_heads: int | None, causal: bool) -> _Head:
@@ -260,8 +282,10 @@ class MultiStepPrediction(nn.Module):
 
         Args:
             hidden: `[N, D]`, the trunk's last hidden states. N = items * codes_per_item, the rows of an item together.
-                Rows without a target have no influence but must be finite: the heads multiply them by a gradient of 0.
-            targets: int64 `[N, K]`, what step k predicts from each row, or ignore_index. See `shift_targets`.
+                Rows without a target are not read and may hold NaN. With head="transformer", whose rows attend to each
+                other, that holds only for tail rows.
+            targets: int64 `[N, K]`, what step k predicts from each row, or ignore_index. See `shift_targets`, and for
+                pruned sequences `SemanticAdaptivePruning`. Tail rows must have ignore_index.
             unembedding: `[V, D]`, the model's. Only if the module has none of its own (vocab_size).
             bias: added to the logits, as in `multi_token_cross_entropy`.
             cu_seqlens, max_seqlen: int32 `[B + 1]` offsets of the packed sequences and their longest length. Only
@@ -302,6 +326,12 @@ class MultiStepPrediction(nn.Module):
             zero = torch.zeros((), dtype=dtype, device=hidden.device)
             return MultiTokenLoss(zero, zero.new_zeros(self.num_steps)) if return_step_losses else zero
 
+        # In the gradients of the heads' weights, a row of NaN times its gradient of 0 would be NaN.
+        if self.head == "transformer":
+            never_read = torch.arange(num_rows, device=hidden.device) >= cast(Tensor, cu_seqlens)[-1]
+        else:
+            never_read = (targets == self.ignore_index).all(1)
+        hidden = hidden.masked_fill(never_read[:, None], 0.0)
         # Every (step, level) is one step of the cross-entropy, whose rows are the items.
         items_and_levels = (num_rows // self.codes_per_item, self.codes_per_item)
         by_step = [head(hidden, cu_seqlens, max_seqlen) for head in self.heads]

@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from stamp_kernels.ops._checks import check_choice, check_count, check_range
+from stamp_kernels.common.budget import ceil_of_ratio, keep_ratio_to_q32
+from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor
 from stamp_kernels.ops.pruning.prune import prune
 from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.packed import PackedBatch
@@ -18,12 +20,14 @@ class PrunedBatch(NamedTuple):
 
     Attributes:
         packed: the kept tokens.
-        selection: which tokens were kept. Give it to `gather_tokens` with labels and other per-token tensors. None
-            where nothing was pruned (evaluation with prune_in_eval=False).
+        selection: which tokens were kept. Give it to `gather_tokens` with other per-token tensors. None where nothing
+            was pruned (evaluation with prune_in_eval=False).
+        targets: those of the kept tokens, ignore_index on tail rows. None if none were given.
     """
 
     packed: PackedBatch
     selection: TokenSelection | None
+    targets: Tensor | None
 
 
 class SemanticAdaptivePruning(nn.Module):
@@ -36,8 +40,7 @@ class SemanticAdaptivePruning(nn.Module):
 
         out = packed_attention(q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, return_centrality=True)
         ...  # the rest of the block makes packed.values
-        packed, selection = prune(packed, out.centrality)
-        targets = gather_tokens(targets, selection)
+        packed, selection, targets = prune(packed, out.centrality, targets=targets)
 
     Args:
         keep_ratio: share of the tokens to keep, in [0, 1].
@@ -51,7 +54,10 @@ class SemanticAdaptivePruning(nn.Module):
             tokens, an item is protected if one of its tokens is, and keep_ratio and min_keep count items. Every
             sequence must consist of whole items. None: tokens are kept or dropped one by one.
         budget: `"sequence"` takes keep_ratio of each sequence's own length. `"max_seqlen"` takes it of the batch's
-            max_seqlen, as padded implementations do, so that published settings can be reproduced.
+            max_seqlen, as padded implementations do, so that published settings can be reproduced: max_seqlen is then
+            the padded length. That of the result is the padded length after pruning, whatever the CPU knows of the
+            lengths: the largest number of tokens that a sequence of max_seqlen tokens may keep (with protect,
+            max_seqlen itself).
 
     Raises:
         ValueError: an argument has a value that is not allowed.
@@ -70,21 +76,17 @@ class SemanticAdaptivePruning(nn.Module):
         budget: Literal["sequence", "max_seqlen"] = "sequence",
     ) -> None:
         super().__init__()
-        check_range("keep_ratio", keep_ratio, 0.0, 1.0)
         check_choice("norm", norm, ("l1", "l2"))
         check_choice("positions", positions, ("original", "compact"))
         check_choice("normalize", normalize, ("none", "visible_queries"))
-        check_count("min_keep", min_keep)
         check_choice("budget", budget, ("sequence", "max_seqlen"))
-        if codes_per_item is not None:
-            check_count("codes_per_item", codes_per_item, minimum=1)
-        self.keep_ratio = keep_ratio
+        self.keep_ratio = float(check_range("keep_ratio", keep_ratio, 0.0, 1.0))
         self.norm = norm
         self.positions = positions
         self.normalize = normalize
         self.prune_in_eval = prune_in_eval
-        self.min_keep = min_keep
-        self.codes_per_item = codes_per_item
+        self.min_keep = check_count("min_keep", min_keep)
+        self.codes_per_item = None if codes_per_item is None else check_count("codes_per_item", codes_per_item, 1)
         self.budget = budget
 
     @property
@@ -97,14 +99,19 @@ class SemanticAdaptivePruning(nn.Module):
         packed: PackedBatch,
         centrality: Tensor,  # [T] fp32 or fp64
         *,
+        targets: Tensor | None = None,  # [T, ...] int64
+        ignore_index: int = -100,
         protect: Tensor | None = None,  # [T] bool
         num_protected: int | Tensor | None = None,
     ) -> PrunedBatch:
         """Prune `packed`, whose values `[T, D]` are the block's hidden states.
 
         Args:
-            packed: the batch. If it has lengths_cpu, the result has no tail rows.
+            packed: the batch. If it has lengths_cpu, the result has no tail rows, except under torch.compile and with
+                protect but without num_protected.
             centrality: `[T]`, the attention that each token receives in the block.
+            targets: int64 `[T, ...]`, what each token predicts, see `shift_targets`. A kept token keeps its targets.
+            ignore_index: the targets of tail rows, which have no loss.
             protect: bool `[T]`, tokens that are always kept. They do not count towards the budget.
             num_protected: how many tokens (items, with codes_per_item) are protected: the total, or `[B]` numbers on
                 the CPU. On a GPU a batch with protect and without num_protected gives T rows.
@@ -117,10 +124,17 @@ class SemanticAdaptivePruning(nn.Module):
             RuntimeError: contents are wrong, see `select_tokens`, or a sequence does not consist of whole items
                 (checked on the CPU, or under STAMP_KERNELS_CHECK=1).
         """
+        if targets is not None:
+            check_tensor("targets", targets, dtypes=[torch.int64], device=packed.values.device)
+            if targets.dim() == 0 or targets.shape[0] != packed.values.shape[0]:
+                raise ValueError(
+                    f"targets must have a row for each of the {packed.values.shape[0]} rows of packed, "
+                    f"got shape {list(targets.shape)}"
+                )
         if not self.is_active:
-            return PrunedBatch(packed, None)
+            return PrunedBatch(packed, None, targets)
         kept = prune(
-            packed.values,
+            [packed.values] if targets is None else [packed.values, targets],
             centrality,
             packed.cu_seqlens,
             packed.max_seqlen,
@@ -134,16 +148,27 @@ class SemanticAdaptivePruning(nn.Module):
             num_protected=num_protected,
             budget=self.budget,
             codes_per_item=1 if self.codes_per_item is None else self.codes_per_item,
+            fill_value=0 if targets is None else [0, ignore_index],
         )
+        max_seqlen = kept.selection.max_seqlen
+        if self.budget == "max_seqlen":
+            max_seqlen = packed.max_seqlen if protect is not None else self.most_kept(packed.max_seqlen)
         pruned = dataclasses.replace(
             packed,
-            values=kept.x,
+            values=kept.x[0],
             cu_seqlens=kept.selection.cu_seqlens,
-            max_seqlen=kept.selection.max_seqlen,
+            max_seqlen=max_seqlen,
             positions=kept.positions if self.positions == "original" else None,
             lengths_cpu=kept.lengths_cpu,
         )
-        return PrunedBatch(pruned, kept.selection)
+        return PrunedBatch(pruned, kept.selection, None if targets is None else kept.x[1])
+
+    def most_kept(self, length: int, num_protected: int = 0) -> int:
+        """The most tokens that a sequence of up to `length` tokens may keep, `num_protected` tokens being protected."""
+        codes_per_item = 1 if self.codes_per_item is None else self.codes_per_item
+        budget = ceil_of_ratio(keep_ratio_to_q32(self.keep_ratio), length // codes_per_item)
+        most: int = torch.sym_min(length, codes_per_item * torch.sym_max(self.min_keep, budget) + num_protected)
+        return most
 
     def extra_repr(self) -> str:
         return (

@@ -4,41 +4,19 @@ import doctest
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import assert_close
-from ragged import BATCHES, RaggedBatch
-from torch import nn
+from prediction_cases import BATCH, HEADS, NUM_STEPS, VOCAB, WIDTH, module, packed_inputs
+from ragged import RaggedBatch
 
 from stamp_kernels.modules import prediction
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
 from stamp_kernels.ops.cross_entropy.shift_targets import shift_targets
-from stamp_kernels.ops.pruning.gather import gather_tokens
 from stamp_kernels.packed import PackedBatch
-
-WIDTH, VOCAB, NUM_STEPS = 32, 40, 3
-HEADS = ["linear", "residual", "transformer"]
-BATCH = BATCHES["ragged"]
-
-
-def module(head="residual", num_steps=NUM_STEPS, **options):
-    """In float64 with random parameters, because new heads are the identity."""
-    heads = {"num_attention_heads": 2} if head == "transformer" else {}
-    built = MultiStepPrediction(WIDTH, num_steps, head=head, **heads, **options).double()
-    for parameter in built.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return built
-
-
-def packed_inputs(batch=BATCH, dtype=torch.float64):
-    """hidden (tail rows 0), targets, and the other arguments of forward."""
-    hidden = torch.randn(batch.total, WIDTH, dtype=dtype)
-    hidden[batch.valid :] = 0
-    targets = shift_targets(torch.randint(VOCAB, (batch.total,)), batch.cu_seqlens, steps=1 + NUM_STEPS)[:, 1:]
-    others = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": batch.max_seqlen}
-    return hidden.requires_grad_(), targets, others | {"unembedding": torch.randn(VOCAB, WIDTH, dtype=dtype) * 0.3}
 
 
 def transformer_block(head, hidden, batch):
@@ -195,13 +173,13 @@ def trunk_states(batch):
 
 
 def pruned_loss(aux, prune, batch, states, centrality, tokens, stride, unembedding):
-    """Like a model: shift on the unpruned sequences, prune, gather the targets of the kept tokens, predict."""
+    """Like a model: shift on the unpruned sequences, prune the states and their targets, predict."""
     targets = shift_targets(tokens, batch.cu_seqlens, steps=aux.num_steps, stride=stride)
     packed = PackedBatch(states, batch.cu_seqlens, batch.max_seqlen)
-    pruned, selection = prune(packed, centrality)
+    pruned, _, kept_targets = prune(packed, centrality, targets=targets)
     return aux(
         pruned.values,
-        gather_tokens(targets, selection),
+        kept_targets,
         unembedding=unembedding,
         cu_seqlens=pruned.cu_seqlens,
         max_seqlen=pruned.max_seqlen,
@@ -395,11 +373,44 @@ def test_state_dict_holds_only_parameters():
             {"codes_per_item": 3, "vocab_ranges": [(0, 5)] * 3},
             r"vocab_ranges must have num_steps \* codes_per_item = 6 pairs .*got 3",
         ),
+        ({"hidden_size": "32"}, r"hidden_size must be an int \(not a tensor\), got str"),
+        ({"num_steps": 2.0}, r"num_steps must be an int \(not a tensor\), got float"),
+        ({"codes_per_item": None}, r"codes_per_item must be an int \(not a tensor\), got NoneType"),
+        ({"vocab_size": 0}, r"vocab_size must be in \[1, inf\), got 0"),
+        ({"vocab_size": torch.tensor(9)}, r"vocab_size must be an int \(not a tensor\), got Tensor"),
+        ({"head": "transformer", "num_attention_heads": "2"}, r"num_attention_heads must be an int .*, got str"),
+        ({"step_weights": 0.5}, r"step_weights must be a sequence of numbers, got 0\.5"),
+        ({"step_weights": {1.0, 0.5}}, r"step_weights must be a sequence of numbers, got \{"),
+        ({"step_weights": [1.0, "0.5"]}, r"step_weights\[1\] must be a number \(not a tensor\), got str"),
+        ({"step_weights": [1.0, -0.5]}, r"step_weights\[1\] must be in \[0\.0, inf\), got -0\.5"),
+        ({"lambda_": "0.3"}, r"lambda_ must be a number \(not a tensor\), got str"),
+        ({"lambda_": -1}, r"lambda_ must be in \[0\.0, inf\), got -1"),
+        (
+            {"vocab_ranges": [0, 5, 5, 9]},
+            r"vocab_ranges must be a sequence of pairs \(start, end\), got \[0, 5, 5, 9\]",
+        ),
+        ({"vocab_ranges": [(0, 5), (5, 5)]}, r"vocab_ranges\[1\]\[1\] must be in \[6, inf\), got 5"),
+        ({"vocab_ranges": [(0, 5), (5, 9.0)]}, r"vocab_ranges\[1\]\[1\] must be an int .*, got float"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0\.0, 1\.0\], got 1\.5"),
+        ({"softcap": "30"}, r"softcap must be a number \(not a tensor\), got str"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         MultiStepPrediction(**{"hidden_size": WIDTH, "num_steps": 2} | options)
+
+
+def test_numpy_numbers_count_as_numbers():
+    """Also arrays in place of lists."""
+    ranges = np.array([[0, 10], [10, 40]])
+    aux = MultiStepPrediction(np.int64(WIDTH), np.int32(2), step_weights=np.ones(2), vocab_ranges=ranges)
+    hidden, targets, others = packed_inputs(dtype=torch.float32)
+    targets = targets[:, :2].clone()
+    targets[:, 0] %= 10
+    targets[:, 1] = 10 + targets[:, 1] % 30
+    expected = MultiStepPrediction(WIDTH, 2, step_weights=(1.0, 1.0), vocab_ranges=[(0, 10), (10, 40)])
+    assert repr(aux) == repr(expected)
+    assert torch.equal(aux(hidden, targets, **others), expected(hidden, targets, **others))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +434,8 @@ def test_bad_arguments(options, arguments, message, training):
 
 
 def test_examples():
-    assert doctest.testmod(prediction, extraglobs={"shift_targets": shift_targets}).failed == 0
+    names = dict(shift_targets=shift_targets, PackedBatch=PackedBatch, SemanticAdaptivePruning=SemanticAdaptivePruning)
+    assert doctest.testmod(prediction, extraglobs=names).failed == 0
 
 
 @pytest.mark.parametrize("vocab_ranges", [None, [(0, 10), (10, 25), (25, 40)]])

@@ -4,6 +4,7 @@ import math
 import re
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -90,7 +91,7 @@ def test_prunes_like_a_loop_over_the_sequences(batch, ratio, min_keep, with_posi
     centrality = torch.rand(batch.total)
     protect = torch.rand(batch.total) < 0.3 if protecting else None
     prune = SemanticAdaptivePruning(float(ratio), min_keep=min_keep)
-    pruned, selection = prune(packed, centrality, protect=protect)
+    pruned, selection, _ = prune(packed, centrality, protect=protect)
     kept = kept_rows(batch, packed.values, centrality, ratio=ratio, min_keep=min_keep, protect=protect)
     assert_pruned(pruned, packed, kept)
     assert selection.indices.tolist() == [row for sequence in kept for row in sequence]
@@ -113,7 +114,7 @@ def test_whole_items_are_kept_or_dropped(items, codes_per_item, tail, min_keep, 
     centrality = torch.rand(batch.total)
     protect = torch.rand(batch.total) < 0.1 if protecting else None
     prune = SemanticAdaptivePruning(THIRD, codes_per_item=codes_per_item, min_keep=min_keep)
-    pruned, selection = prune(packed, centrality, protect=protect)
+    pruned, selection, _ = prune(packed, centrality, protect=protect)
     kept = kept_rows(
         batch, packed.values, centrality, min_keep=min_keep, codes_per_item=codes_per_item, protect=protect
     )
@@ -131,7 +132,7 @@ def test_norm_and_normalize_reach_the_importance(device, norm, normalize):
     batch = BATCHES["long_among_short"]
     packed, centrality = packed_of(batch), torch.rand(batch.total)
     prune = SemanticAdaptivePruning(THIRD, norm=norm, normalize=normalize)
-    pruned, _ = prune(packed.to(device), centrality.to(device))
+    pruned, *_ = prune(packed.to(device), centrality.to(device))
     kept = kept_rows(
         batch,
         packed.values,
@@ -153,7 +154,7 @@ def test_full_rows_prune_like_padded_rows():
     expected = hidden.gather(1, keep.unsqueeze(2).expand(-1, -1, 8))
 
     packed = PackedBatch.from_padded(hidden, torch.ones(batch_size, length, dtype=torch.bool))
-    pruned, _ = SemanticAdaptivePruning(THIRD)(packed, attention.sum((1, 2)).flatten())
+    pruned, *_ = SemanticAdaptivePruning(THIRD)(packed, attention.sum((1, 2)).flatten())
     assert torch.equal(pruned.to_padded(), expected)
     assert torch.equal(pruned.positions.view(batch_size, -1), keep.int())
 
@@ -161,7 +162,7 @@ def test_full_rows_prune_like_padded_rows():
 def test_compact_positions_count_the_kept_tokens():
     batch = BATCHES["ragged"]
     packed = packed_of(batch, positions=batch.positions())
-    pruned, _ = SemanticAdaptivePruning(0.5, positions="compact")(packed, torch.rand(batch.total))
+    pruned, *_ = SemanticAdaptivePruning(0.5, positions="compact")(packed, torch.rand(batch.total))
     assert pruned.positions is None
     assert pruned.materialized_positions().tolist() == [i for n in batch.lengths for i in range(math.ceil(n / 2))]
 
@@ -171,8 +172,8 @@ def test_original_positions_survive_two_prunings():
     batch = RaggedBatch((16, 8), tail=0)
     packed = PackedBatch(torch.arange(24.0).unsqueeze(1), batch.cu_seqlens, 16)  # every value is its own row
     prune = SemanticAdaptivePruning(0.5)
-    once, _ = prune(packed, torch.rand(24))
-    twice, _ = prune(once, torch.rand(12))
+    once, *_ = prune(packed, torch.rand(24))
+    twice, *_ = prune(once, torch.rand(12))
     starts = torch.tensor([0.0] * 4 + [16.0] * 2)
     assert twice.cu_seqlens.tolist() == [0, 4, 6]
     assert torch.equal(twice.positions, (twice.values[:, 0] - starts).int())
@@ -185,7 +186,7 @@ def test_evaluation_prunes_where_asked():
     assert training_only(packed, centrality).selection is not None
     result = training_only.eval()(packed, centrality)
     assert result.packed is packed
-    assert result.selection is None
+    assert result.selection is None and result.targets is None
     assert SemanticAdaptivePruning(0.5).eval()(packed, centrality).selection is not None
 
 
@@ -195,7 +196,7 @@ def test_gradient_reaches_only_kept_tokens():
     packed = packed_of(batch)
     hidden = packed.values.requires_grad_()
     centrality = torch.rand(batch.total, requires_grad=True)
-    pruned, selection = SemanticAdaptivePruning(THIRD)(packed, centrality)
+    pruned, selection, _ = SemanticAdaptivePruning(THIRD)(packed, centrality)
     weight = torch.randn_like(pruned.values)
     pruned.values.backward(weight)
     expected = torch.zeros_like(hidden).index_copy(0, selection.indices, weight)
@@ -203,11 +204,27 @@ def test_gradient_reaches_only_kept_tokens():
     assert centrality.grad is None
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_targets_follow_their_tokens(monkeypatch, shape):
+    batch = BATCHES["ragged"]
+    packed, centrality = packed_of(batch), torch.rand(batch.total)
+    targets = torch.randint(9, (batch.total, *shape))
+    prune = SemanticAdaptivePruning(THIRD, prune_in_eval=False)
+    exact = prune(packed, centrality, targets=targets)
+    rows = torch.tensor([row for kept in kept_rows(batch, packed.values, centrality) for row in kept])
+    assert torch.equal(exact.targets, targets[rows])
+    monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
+    roomy = prune(packed, centrality, targets=targets, ignore_index=-1)
+    assert torch.equal(roomy.targets[: len(rows)], targets[rows])
+    assert len(roomy.targets) > len(rows) and (roomy.targets[len(rows) :] == -1).all()
+    assert prune.eval()(packed, centrality, targets=targets).targets is targets
+
+
 def test_selection_gathers_what_belongs_to_the_tokens():
     batch = BATCHES["ragged"]
     packed = packed_of(batch)
     labels = torch.arange(batch.total)
-    pruned, selection = SemanticAdaptivePruning(THIRD)(packed, torch.rand(batch.total))
+    pruned, selection, _ = SemanticAdaptivePruning(THIRD)(packed, torch.rand(batch.total))
     assert torch.equal(packed.values[gather_tokens(labels, selection)], pruned.values)
 
 
@@ -215,7 +232,7 @@ def test_pruning_is_one_op():
     batch = BATCHES["ragged"]
     packed, centrality = packed_of(batch), torch.rand(batch.total)
     with torch.profiler.profile() as profile:
-        SemanticAdaptivePruning(THIRD)(packed, centrality)
+        SemanticAdaptivePruning(THIRD)(packed, centrality, targets=torch.arange(batch.total))
     ops = [event.name for event in profile.events() if event.name.startswith("stamp::")]
     assert ops == ["stamp::prune"]
 
@@ -229,7 +246,7 @@ def test_capacity_if_only_the_device_knows_the_lengths(monkeypatch, codes_per_it
     batch = RaggedBatch((12, 0, 4, 28), tail=6)
     packed, centrality = packed_of(batch), torch.rand(batch.total)
     prune = SemanticAdaptivePruning(THIRD, codes_per_item=codes_per_item)
-    pruned, selection = prune(packed, centrality)
+    pruned, selection, _ = prune(packed, centrality)
     kept = kept_rows(batch, packed.values, centrality, codes_per_item=codes_per_item or 1)
     assert_pruned(pruned, packed, kept)
     num_kept = sum(map(len, kept))
@@ -249,7 +266,7 @@ def test_lengths_cpu_with_num_protected_on_the_cpu():
     packed = packed_of(batch, lengths_cpu=torch.tensor(batch.lengths))
     protect = torch.arange(batch.total) % 4 == 0
     num_protected = torch.tensor([int(protect[rows].sum()) for rows in batch.slices()])
-    pruned, _ = SemanticAdaptivePruning(THIRD)(
+    pruned, *_ = SemanticAdaptivePruning(THIRD)(
         packed, torch.rand(batch.total), protect=protect, num_protected=num_protected
     )
     assert torch.equal(pruned.lengths_cpu, pruned.cu_seqlens.diff().long())
@@ -266,7 +283,7 @@ def test_never_syncs(codes_per_item):
     prune = SemanticAdaptivePruning(THIRD, codes_per_item=codes_per_item)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pruned, _ = prune(packed, on_device)
+        pruned, *_ = prune(packed, on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     kept = kept_rows(batch, source.values, centrality, codes_per_item=codes_per_item or 1)
@@ -284,13 +301,46 @@ def test_compiles_once_for_all_sizes(codes_per_item):
         batch = RaggedBatch(lengths, tail)
         packed, centrality = packed_of(batch, 24), torch.rand(batch.total)
         hidden = packed.values.requires_grad_()
-        pruned, _ = compiled(packed, centrality)
+        pruned, *_ = compiled(packed, centrality)
         kept = kept_rows(batch, packed.values, centrality, codes_per_item=codes_per_item or 1)
         assert_pruned(pruned, packed, kept)
         pruned.values.sum().backward()
         assert hidden.grad.sum() == 24 * sum(map(len, kept))
         compilations = compilations or counter.frame_count
         assert counter.frame_count == compilations
+
+
+# Budgets of the padded length
+
+
+@pytest.mark.parametrize("protecting", [False, True])
+@pytest.mark.parametrize("codes_per_item", [None, 4])
+def test_padded_budget_needs_no_lengths(monkeypatch, protecting, codes_per_item):
+    """Two prunings of a padded length of 40: of 40, 20, 10 columns, also if the CPU does not know the lengths."""
+    batch = RaggedBatch((12, 0, 4, 28), tail=4)
+    packed = PackedBatch(torch.rand(batch.total, 6), batch.cu_seqlens, 40)
+    protect = torch.zeros(batch.total, dtype=torch.bool) if protecting else None
+    prune = SemanticAdaptivePruning(0.5, budget="max_seqlen", codes_per_item=codes_per_item)
+    results = []
+    for sizes_are_on_host in (True, False):
+        monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda _, known=sizes_are_on_host: known)
+        once = prune(packed, packed.values[:, 0], protect=protect).packed
+        twice = prune(once, once.values[:, 0]).packed
+        results.append((once.cu_seqlens.diff().tolist(), twice.cu_seqlens.diff().tolist(), twice.max_seqlen))
+    kept_of_20 = [min(n, 20) for n in batch.lengths]
+    assert (
+        results[0]
+        == results[1]
+        == (
+            (kept_of_20, kept_of_20, 20)
+            if protecting
+            else (
+                kept_of_20,
+                [min(n, 12 if codes_per_item else 10) for n in batch.lengths],
+                12 if codes_per_item else 10,
+            )
+        )
+    )
 
 
 # Errors
@@ -306,11 +356,19 @@ def test_compiles_once_for_all_sizes(codes_per_item):
         ({"min_keep": -1}, "min_keep must be in [0, inf), got -1"),
         ({"budget": "batch"}, "budget must be one of ('sequence', 'max_seqlen'), got 'batch'"),
         ({"codes_per_item": 0}, "codes_per_item must be in [1, inf), got 0"),
+        ({"keep_ratio": "1/3"}, "keep_ratio must be a number (not a tensor), got str"),
+        ({"keep_ratio": None}, "keep_ratio must be a number (not a tensor), got NoneType"),
+        ({"min_keep": 1.5}, "min_keep must be an int (not a tensor), got float"),
     ],
 )
 def test_names_the_bad_argument(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         SemanticAdaptivePruning(**{"keep_ratio": 0.5, **arguments})
+
+
+def test_numpy_numbers_count_as_numbers():
+    prune = SemanticAdaptivePruning(np.float32(0.5), min_keep=np.int64(2), codes_per_item=np.int32(4))
+    assert repr(prune) == repr(SemanticAdaptivePruning(0.5, min_keep=2, codes_per_item=4))
 
 
 def test_names_the_bad_input():
@@ -319,6 +377,13 @@ def test_names_the_bad_input():
     prune = SemanticAdaptivePruning(0.5)
     with pytest.raises(ValueError, match=re.escape(f"centrality must have shape [{batch.total}], got [3]")):
         prune(packed, torch.rand(3))
+    for targets, message in (
+        (torch.zeros(3, dtype=torch.int64), f"targets must have a row for each of the {batch.total} rows of packed"),
+        (torch.tensor(1), "rows of packed, got shape []"),
+        (torch.zeros(batch.total), "targets must have dtype torch.int64, got torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            prune(packed, centrality, targets=targets)
     by_item = SemanticAdaptivePruning(0.5, codes_per_item=3)
     for pruning in (prune, by_item):
         with pytest.raises(ValueError, match=re.escape(f"protect must have shape [{batch.total}], got [99]")):

@@ -237,7 +237,7 @@ def test_the_module_and_its_gradient(backend):
 
     packed = dataclasses.replace(batch.pack(batch.hidden), max_seqlen=150)
     centrality = centrality_from_padded_queries(batch)
-    pruned, selection = SemanticAdaptivePruning(1 / 3, budget="max_seqlen")(packed, centrality)
+    pruned, selection, _ = SemanticAdaptivePruning(1 / 3, budget="max_seqlen")(packed, centrality)
     assert_same_tokens((pruned.values, pruned.cu_seqlens.diff().tolist()), (states, kept))
     assert torch.equal(torch.autograd.grad(pruned.values, batch.hidden, grad)[0], want_grad)
     # The predecessor drops positions; ours keep the original ones.
@@ -253,7 +253,7 @@ def test_no_difference_without_padding(backend):
     batch = make_batch((30, 30, 30), padded_length=30)
     centrality = centrality_of_valid_queries(batch)
     assert_same_tokens(op_by_op(batch, centrality, keep_ratio=1 / 3), predecessor(batch, 1 / 3))
-    pruned, _ = SemanticAdaptivePruning(1 / 3)(batch.pack(batch.hidden), centrality)
+    pruned, *_ = SemanticAdaptivePruning(1 / 3)(batch.pack(batch.hidden), centrality)
     assert_same_tokens((pruned.values, pruned.cu_seqlens.diff().tolist()), predecessor(batch, 1 / 3))
 
 

@@ -1,0 +1,29 @@
+"""Sequences among the arguments of modules and configurations, with errors that name the argument."""
+
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+__all__ = ["as_pairs", "as_tuple"]
+
+
+def as_tuple(name: str, value: Any, of: str) -> tuple[Any, ...]:
+    """The elements of a list, tuple or array, in order; `of` says what they are.
+
+    Raises:
+        ValueError: value is something else, such as a number, a string, or a set or mapping, whose order says nothing.
+    """
+    if isinstance(value, str | Mapping | Set) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a sequence of {of}, got {value!r}")
+    return tuple(value)
+
+
+def as_pairs(name: str, value: Any, of: str) -> tuple[tuple[Any, Any], ...]:
+    """The elements of a sequence of pairs; `of` says what they are.
+
+    Raises:
+        ValueError: value is something else.
+    """
+    pairs = as_tuple(name, value, of)
+    if not all(isinstance(pair, Iterable) and len(tuple(pair)) == 2 for pair in pairs):
+        raise ValueError(f"{name} must be a sequence of {of}, got {value!r}")
+    return tuple((first, second) for first, second in pairs)
