@@ -1,12 +1,16 @@
 """PackedBatch: sequences of different lengths one after another, without padding."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nested._internal.nested_tensor import _tensor_symint_registry
+from torch.utils import _pytree as pytree
 
-from stamp_kernels.common.contents import check_cu_seqlens_contents
+from stamp_kernels.common.contents import check_cu_seqlens_contents, contents_are_checked
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
 from stamp_kernels.ops.pruning.gather import gather_tokens
@@ -19,6 +23,7 @@ __all__ = ["PackedBatch"]
 
 _CPU = torch.device("cpu")
 _INTEGERS = (torch.int32, torch.int64)
+_INT32_MAX = 2**31 - 1
 
 
 # eq=False: comparing tensors gives tensors, so packed batches compare by identity.
@@ -27,13 +32,14 @@ class PackedBatch:
     """Sequences packed one after another, in the layout of variable-length attention kernels.
 
     Differentiable through `values`. `dataclasses.replace(packed, values=...)` puts other values into the same layout.
-    A PackedBatch is a pytree, and functions under torch.compile may create, read, take and return one.
+    A PackedBatch is a pytree with its fields as leaves, for torch.export too, and functions under torch.compile may
+    create, read, take and return one. Only the constructor checks the fields: `tree_map` may put anything into them.
 
     Attributes:
         values: `[T, ...]`, the rows of all sequences. T may exceed `cu_seqlens[-1]`. The rows past it are tail rows:
             they belong to no sequence and are never read.
         cu_seqlens: int32 `[B + 1]` on the device of values. Sequence b is `values[cu_seqlens[b]:cu_seqlens[b + 1]]`.
-        max_seqlen: the longest length, or an upper bound of it.
+        max_seqlen: the longest length, or an upper bound of it. An integer of another type (NumPy's) is converted.
         positions: int32 `[T]`, each token's index in its original sequence. It survives pruning. None: 0, 1, ..., n - 1
             in every sequence.
         lengths_cpu: int32 or int64 `[B]`, the lengths on the CPU, if they are known there. Sizes that depend on them
@@ -54,7 +60,10 @@ class PackedBatch:
         if self.values.dim() == 0:
             raise ValueError("values must have shape [total, ...], got a tensor without dimensions")
         check_cu_seqlens("cu_seqlens", self.cu_seqlens, self.values.device)
-        check_count("max_seqlen", self.max_seqlen)
+        max_seqlen = check_count("max_seqlen", self.max_seqlen)
+        check_range("max_seqlen", max_seqlen, 0, _INT32_MAX)
+        if max_seqlen is not self.max_seqlen:
+            object.__setattr__(self, "max_seqlen", max_seqlen)  # the class is frozen
         if self.positions is not None:
             check_tensor(
                 "positions",
@@ -77,7 +86,10 @@ class PackedBatch:
 
         Args:
             x: `[B, S, ...]`, any dtype.
-            mask: bool or integer `[B, S]`, nonzero where a token is valid.
+            mask: bool or integer `[B, S]`, nonzero where a token is valid, like Hugging Face's attention_mask. This is
+                the opposite of the key_padding_mask of torch.nn.MultiheadAttention, which is True on padding: give
+                `~key_padding_mask`. A mask that is almost surely inverted causes a UserWarning (if x is on the CPU, or
+                under STAMP_KERNELS_CHECK=1).
             lengths: int32 or int64 `[B]`, 0 to S, for padding on the right. Exactly one of mask and lengths must be
                 given.
 
@@ -87,7 +99,7 @@ class PackedBatch:
 
         Raises:
             ValueError: an argument has a wrong shape or dtype.
-            RuntimeError: a length is outside 0 to S.
+            RuntimeError: a length is outside 0 to S, or more than 2**31 - 1 tokens are valid.
         """
         check_tensor("x", x)
         if x.dim() < 2:
@@ -98,23 +110,34 @@ class PackedBatch:
             if mask.is_floating_point() or mask.is_complex():
                 raise ValueError(f"mask must have dtype bool or an integer dtype, got {mask.dtype}")
             mask = mask.bool()
-            lengths_cpu = mask.sum(1, dtype=torch.int32).cpu()
-            mask = mask.to(x.device, non_blocking=True)
+            lengths_cpu = mask.sum(1).cpu()
         elif lengths is not None and mask is None:
             check_tensor("lengths", lengths, shape=[batch], dtypes=_INTEGERS)
-            lengths_cpu = lengths.to(_CPU, torch.int32)
+            lengths_cpu = lengths.to(_CPU, torch.int64)
             if batch > 0:
                 low, high = int(lengths_cpu.min()), int(lengths_cpu.max())
                 if low < 0 or high > padded_length:
                     raise RuntimeError(f"lengths must be in [0, {padded_length}], got {low} to {high}")
-            column = torch.arange(padded_length, device=x.device)
-            mask = column < lengths.to(x.device, non_blocking=True).unsqueeze(1)
         else:
             given = "neither" if mask is None else "both"
             raise ValueError(f"exactly one of mask and lengths must be given, got {given}")
 
         total = int(lengths_cpu.sum())
+        _check_num_tokens(total)
         max_seqlen = int(lengths_cpu.max()) if batch > 0 else 0
+        lengths_cpu = lengths_cpu.to(torch.int32)
+        if mask is not None:
+            mask = mask.to(x.device, non_blocking=True)
+            if contents_are_checked(x.device) and _looks_inverted(x, mask, lengths_cpu):
+                warnings.warn(
+                    "mask looks inverted: it is True only on equal tokens at the ends of rows, and a row has none. "
+                    "It must be True on valid tokens: if it is True on padding, give ~mask",
+                    stacklevel=2,
+                )
+        else:
+            assert lengths is not None
+            column = torch.arange(padded_length, device=x.device)
+            mask = column < lengths.to(x.device, non_blocking=True).unsqueeze(1)
         valid = mask.flatten()
         valid_up_to = valid.cumsum(0)
         # Packed row j is the padded row where the number of valid rows reaches j + 1.
@@ -141,17 +164,21 @@ class PackedBatch:
             `[B, S, ...]` in the dtype of values.
 
         Raises:
-            ValueError: padding_side is not allowed, or total_length is below max_seqlen.
+            ValueError: padding_side is not allowed, total_length is below max_seqlen, or B * S exceeds 2**31 - 1.
             RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than max_seqlen
                 (checked on the CPU, or under STAMP_KERNELS_CHECK=1).
         """
         check_choice("padding_side", padding_side, ("right", "left"))
+        batch = self.cu_seqlens.shape[0] - 1
         if total_length is None:
             total_length = self.max_seqlen
-        check_range("total_length", total_length, self.max_seqlen)
+        total_length = check_count("total_length", total_length, self.max_seqlen)
+        if max(batch, 1) * total_length > _INT32_MAX:
+            raise ValueError(
+                f"total_length must be at most {_INT32_MAX // max(batch, 1)} with {batch} sequences, got {total_length}"
+            )
         total, device = self.values.shape[0], self.values.device
         check_cu_seqlens_contents("cu_seqlens", self.cu_seqlens, total, self.max_seqlen)
-        batch = self.cu_seqlens.shape[0] - 1
         starts, ends = self.cu_seqlens[:-1].unsqueeze(1), self.cu_seqlens[1:].unsqueeze(1)
         column = torch.arange(total_length, device=device)
         # Column 0 of padded row b is this packed row. With padding on the left it is before the sequence's first row.
@@ -180,21 +207,37 @@ class PackedBatch:
         One sync for the lengths if the tensor is not on the CPU.
 
         Raises:
-            ValueError: the layout is not torch.jagged, or the tensor is not contiguous with the ragged dimension
-                second.
+            ValueError: the layout is not torch.jagged, the ragged dimension is not the second, or the tensor is not
+                contiguous.
+            RuntimeError: the offsets do not rise from 0 to at most T, or T is above 2**31 - 1.
         """
         if not (isinstance(nested, Tensor) and nested.is_nested and nested.layout == torch.jagged):
             raise ValueError("nested must be a nested tensor with layout=torch.jagged")
-        if not nested.is_contiguous():
+        ragged_dim = nested._ragged_idx  # type: ignore[attr-defined]  # of jagged tensors
+        if ragged_dim != 1:
             raise ValueError(
-                "nested must be contiguous, with the ragged dimension second and no holes: call .contiguous() first"
+                f"nested must have shape [batch, ragged, ...], got the ragged dimension at {ragged_dim} in "
+                f"{_shape_of_nested(nested)}: give nested.transpose(1, {ragged_dim}).contiguous()"
             )
-        return cls._from_offsets(nested.values(), nested.offsets())  # type: ignore[attr-defined]  # of jagged tensors
+        if not nested.is_contiguous():
+            raise ValueError("nested must be contiguous, without holes: call .contiguous() first")
+        offsets: Tensor = nested.offsets()  # type: ignore[attr-defined]
+        packed = cls._from_offsets("nested.offsets()", nested.values(), offsets)
+        if not torch.compiler.is_compiling():
+            # Nested tensors combine only if their ragged sizes are the same symbol. Torch keeps one for each tensor of
+            # offsets. cu_seqlens gets that of the original, as the copy of the offsets does in Tensor.to(device).
+            _tensor_symint_registry[packed.cu_seqlens] = nested.shape[1]
+        return packed
 
     def to_nested(self) -> Tensor:
         """A nested tensor `[B, ragged, ...]` with the layout torch.jagged over the same values, without a copy.
 
-        A nested tensor has no tail rows, so they are cut off. Without lengths_cpu that costs one sync.
+        A nested tensor has no tail rows, so they are cut off. Without lengths_cpu that costs one sync. All nested
+        tensors made from one cu_seqlens have the same ragged size, so torch combines them; so does the one that
+        `from_nested` took, except inside torch.compile.
+
+        Raises:
+            RuntimeError: as from `to_padded`, or lengths_cpu differs from the lengths in cu_seqlens.
         """
         return torch.nested.nested_tensor_from_jagged(
             self._values_without_tail(), self.cu_seqlens, max_seqlen=self.max_seqlen
@@ -204,10 +247,24 @@ class PackedBatch:
     def from_jagged(cls, jagged: "JaggedTensor") -> "PackedBatch":
         """The values and offsets of a TorchRec JaggedTensor, without a copy of the values. Weights are left out.
 
-        One sync for the lengths if the tensor is not on the CPU. For one feature of a KeyedJaggedTensor give
-        `keyed[key]`.
+        One sync for the lengths if the tensor is not on the CPU. Offsets without an entry, as TorchRec has them without
+        sequences, give an empty batch.
+
+        Raises:
+            ValueError: jagged is no JaggedTensor. For a feature of a KeyedJaggedTensor give `keyed[key]`, for a nested
+                tensor call `from_nested`.
+            RuntimeError: the offsets do not rise from 0 to at most T, or T is above 2**31 - 1.
         """
-        return cls._from_offsets(jagged.values(), jagged.offsets())
+        if hasattr(jagged, "keys"):
+            raise ValueError(
+                f"jagged must be a JaggedTensor, got {type(jagged).__name__}: give one of its features, keyed[key]"
+            )
+        if isinstance(jagged, Tensor) or not hasattr(jagged, "offsets"):
+            raise ValueError(f"jagged must be a JaggedTensor, got {type(jagged).__name__}")
+        offsets = jagged.offsets()
+        if offsets.shape == (0,):
+            offsets = offsets.new_zeros(1)
+        return cls._from_offsets("jagged.offsets()", jagged.values(), offsets)
 
     def to_jagged(self) -> "JaggedTensor":
         """A TorchRec JaggedTensor over the same values, without a copy.
@@ -216,6 +273,7 @@ class PackedBatch:
 
         Raises:
             ImportError: torchrec is not installed.
+            RuntimeError: as from `to_nested`.
         """
         try:
             from torchrec.sparse.jagged_tensor import JaggedTensor
@@ -257,15 +315,87 @@ class PackedBatch:
         )
 
     @classmethod
-    def _from_offsets(cls, values: Tensor, offsets: Tensor) -> "PackedBatch":
-        lengths_cpu = offsets.diff().to(_CPU, torch.int32)
+    def _from_offsets(cls, name: str, values: Tensor, offsets: Tensor) -> "PackedBatch":
+        """`name` names the offsets in error messages. Checking them costs no other sync than reading the lengths."""
+        check_tensor(name, offsets, shape=["batch + 1"], dtypes=_INTEGERS)
+        offsets_cpu = offsets.to(_CPU, torch.int64)
+        check_cu_seqlens_contents(name, offsets_cpu, values.shape[0])
+        _check_num_tokens(int(offsets_cpu[-1]))
+        lengths_cpu = offsets_cpu.diff().to(torch.int32)
         max_seqlen = int(lengths_cpu.max()) if lengths_cpu.numel() > 0 else 0
         return cls(values, offsets.to(torch.int32), max_seqlen, lengths_cpu=lengths_cpu)
 
     def _values_without_tail(self) -> Tensor:
-        num_tokens = self.cu_seqlens[-1] if self.lengths_cpu is None else self.lengths_cpu.sum()
-        return self.values[: int(num_tokens)]
+        check_cu_seqlens_contents("cu_seqlens", self.cu_seqlens, self.values.shape[0], self.max_seqlen)
+        if self.lengths_cpu is None:
+            return self.values[: int(self.cu_seqlens[-1])]
+        if contents_are_checked(self.cu_seqlens.device):
+            lengths = self.cu_seqlens.diff().to(_CPU)
+            wrong = (lengths != self.lengths_cpu).nonzero()
+            if len(wrong) > 0:
+                i = int(wrong[0])
+                raise RuntimeError(
+                    f"lengths_cpu must hold the lengths in cu_seqlens, got {int(self.lengths_cpu[i])} for sequence {i} "
+                    f"of length {int(lengths[i])}"
+                )
+        return self.values[: int(self.lengths_cpu.sum())]
 
 
-# FSDP2 and torch.export find the tensors inside arguments and results through the pytree.
-torch.export.register_dataclass(PackedBatch, serialized_type_name="stamp_kernels.PackedBatch")
+def _check_num_tokens(total: int) -> None:
+    if total > _INT32_MAX:
+        raise RuntimeError(f"a PackedBatch holds at most 2**31 - 1 tokens, since cu_seqlens is int32, got {total}")
+
+
+def _shape_of_nested(nested: Tensor) -> str:
+    sizes = [str(size) if isinstance(size, int) else "ragged" for size in nested.shape]
+    return f"[{', '.join(sizes)}]"
+
+
+def _looks_inverted(x: Tensor, mask: Tensor, lengths: Tensor) -> bool:
+    """Whether a mask is almost surely True on padding, for x `[B, S, ...]`, mask bool `[B, S]` and its lengths `[B]`.
+
+    The inverted mask of right padding looks like that of left padding to a fixed length with an empty row: some row is
+    empty, and none begins with a valid token. So the tokens decide: padding has one value, histories have several.
+    """
+    if len(lengths) == 0 or lengths.min() > 0 or lengths.sum() < 2 or bool(mask[:, 0].any()):
+        return False
+    tokens = x.detach().flatten(0, 1).unsqueeze(-1).flatten(1)  # [B * S, values of a token]
+    inside, outside = tokens[mask.flatten()], tokens[~mask.flatten()]
+    return bool((inside == inside[0]).all()) and not bool(
+        (outside == inside[0]).all(1).any() or (outside == outside[0]).all()
+    )
+
+
+# Torch finds the tensors inside arguments and results through the pytree (FSDP2, torch.export, torch.func).
+# torch.export.register_dataclass would call the constructor, which refuses what tree_map puts into the fields.
+_FIELDS = tuple(field.name for field in dataclasses.fields(PackedBatch))
+
+
+def _flatten(packed: PackedBatch) -> tuple[list[Any], list[str]]:
+    """The fields that are not None, and their names."""
+    names = [name for name in _FIELDS if getattr(packed, name) is not None]
+    return [getattr(packed, name) for name in names], names
+
+
+def _flatten_with_keys(packed: PackedBatch) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[str]]:
+    leaves, names = _flatten(packed)
+    return [(pytree.GetAttrKey(name), x) for name, x in zip(names, leaves, strict=True)], names
+
+
+def _unflatten(leaves: Iterable[Any], names: list[str]) -> PackedBatch:
+    packed = object.__new__(PackedBatch)
+    given = dict(zip(names, leaves, strict=True))
+    for name in _FIELDS:
+        object.__setattr__(packed, name, given.get(name))
+    return packed
+
+
+pytree.register_pytree_node(
+    PackedBatch,
+    _flatten,
+    _unflatten,
+    serialized_type_name="stamp_kernels.PackedBatch",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+# An exported program keeps its example inputs, and torch.export.load reads them with weights_only=True.
+torch.serialization.add_safe_globals([PackedBatch])

@@ -6,6 +6,7 @@ Each raises a ValueError that names the argument, what it was and what is allowe
 import numbers
 import operator
 from collections.abc import Sequence
+from typing import SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -62,10 +63,10 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> Non
         raise ValueError(f"{name} must have batch + 1 >= 1 entries, got shape {list(cu_seqlens.shape)}")
 
 
-def check_count(name: str, value: int | None, minimum: int = 0) -> int:
+def check_count(name: str, value: SupportsIndex | None, minimum: int = 0) -> int:
     """An int of at least `minimum`. Returns it, of Python's type where it was NumPy's."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
         raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
-    count: int = operator.index(value) if not isinstance(value, int | torch.SymInt) else value
+    count = cast(int, value if isinstance(value, int | torch.SymInt) else operator.index(value))
     check_range(name, count, minimum)
     return count
