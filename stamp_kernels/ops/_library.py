@@ -29,8 +29,8 @@ _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | tor
 
 FLOP_FORMULAS: dict[torch._ops.OpOverloadPacket, Callable[..., int]] = {}
 
-# The plain PyTorch kernels and the launchers, which take the arguments of the op's schema. They lack the device guard
-# and the autocast guard of the dispatcher's kernels.
+# The plain PyTorch kernels and the launchers, which take the arguments of the op's schema and check them. They lack the
+# device guard and the autocast guard of the dispatcher's kernels.
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 TRITON_LAUNCHERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
@@ -221,6 +221,17 @@ def _with_groups(
     return grouped
 
 
+def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` for arguments that `check` has let through."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        check(*args)
+        return kernel(*args)
+
+    return run
+
+
 def _register_flops(op: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:
     def count(*args: Any, out_val: Any = None) -> int:
         return formula(*args)
@@ -237,6 +248,7 @@ def define_op(
     schema: str,
     *,
     public_name: str,
+    check: Callable[..., None],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
@@ -250,6 +262,8 @@ def define_op(
     Args:
         schema: name, arguments and returns, as torch.library takes them.
         public_name: the function of `stamp_kernels` that users call instead.
+        check: raises a RuntimeError for arguments on which the kernels cannot rely, see `ops._boundary`. It runs before
+            the reference and before the launcher; the compiled libraries have checks of their own.
         reference: plain PyTorch kernel, for the CPU and CUDA where nothing else serves.
         triton: launcher of Triton kernels, which serves CUDA where no compiled kernel does.
         fake: the same arguments to outputs of the right shape, dtype and device, without contents.
@@ -264,8 +278,8 @@ def define_op(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op: torch._ops.OpOverload = getattr(torch.ops.stamp, name).default
-    reference, fake = _with_groups(op, groups, reference), _with_groups(op, groups, fake)
-    triton = None if triton is None else _with_groups(op, groups, triton)
+    reference, fake = _with_groups(op, groups, _checked(check, reference)), _with_groups(op, groups, fake)
+    triton = None if triton is None else _with_groups(op, groups, _checked(check, triton))
     REFERENCES[op] = reference
     torch.library.register_fake(f"stamp::{name}", fake, lib=_LIBRARY)
     if is_backward:

@@ -11,6 +11,7 @@ from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.attention import _boundary
 from stamp_kernels.ops.attention._inputs import (
     check_q_and_k,
     check_query_mask,
@@ -54,6 +55,7 @@ _attention_centrality = define_op(
     "bool bias_bidirectional, int bias_max_distance, Tensor? positions_q, Tensor? positions_k, "
     "Tensor? query_mask) -> Tensor",
     public_name="attention_centrality",
+    check=_boundary.check_centrality,
     reference=reference.attention_centrality,
     triton=_triton,
     fake=_fake,

@@ -12,6 +12,7 @@ from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
 from stamp_kernels.ops._checks import check_range, check_tensor
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.attention import _boundary
 from stamp_kernels.ops.attention._inputs import (
     check_q_and_k,
     check_query_mask,
@@ -158,6 +159,7 @@ def _differentiable_forward(
 _forward = define_op(
     _FORWARD_SCHEMA,
     public_name="packed_attention",
+    check=_boundary.check_forward,
     reference=reference.packed_attention_forward,
     triton=_forward_triton,
     fake=_forward_fake,
@@ -168,6 +170,7 @@ _forward = define_op(
 _backward = define_op(
     _BACKWARD_SCHEMA,
     public_name="packed_attention",
+    check=_boundary.check_backward,
     reference=reference.packed_attention_backward,
     triton=_backward_triton,
     fake=_backward_fake,

@@ -11,6 +11,7 @@ from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.common.steps import REDUCTIONS, step_ranges
 from stamp_kernels.ops._autograd import OpFunction, first_order
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.cross_entropy import _boundary
 from stamp_kernels.reference import cross_entropy as reference
 
 
@@ -195,6 +196,7 @@ _forward = define_op(
     "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, int reduction) -> (Tensor, Tensor, Tensor, Tensor)",
     public_name="multi_token_cross_entropy",
+    check=_boundary.check_forward,
     reference=reference.multi_token_cross_entropy_forward,
     triton=_forward_triton,
     fake=_forward_fake,
@@ -207,6 +209,7 @@ _backward = define_op(
     "Tensor lse, Tensor step_scale, int[]? vocab_ranges, int ignore_index, float label_smoothing, float z_loss, "
     "float? softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     public_name="multi_token_cross_entropy",
+    check=_boundary.check_backward,
     reference=reference.multi_token_cross_entropy_backward,
     triton=_backward_triton,
     fake=_backward_fake,
@@ -220,6 +223,7 @@ _with_gradients = define_op(
     "float label_smoothing, float z_loss, float? softcap, int reduction, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     public_name="multi_token_cross_entropy",
+    check=_boundary.check_with_gradients,
     reference=reference.multi_token_cross_entropy_with_gradients,
     triton=_with_gradients_triton,
     fake=_with_gradients_fake,

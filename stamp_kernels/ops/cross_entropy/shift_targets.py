@@ -8,6 +8,7 @@ from torch import Tensor
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.ops._checks import check_count, check_cu_seqlens, check_tensor
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.cross_entropy import _boundary
 from stamp_kernels.reference import cross_entropy as reference
 
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -26,6 +27,7 @@ def _triton(*args: Any) -> Tensor:
 _shift_targets = define_op(
     "shift_targets(Tensor labels, Tensor cu_seqlens, int steps, int stride, int ignore_index) -> Tensor",
     public_name="shift_targets",
+    check=_boundary.check_shift_targets,
     reference=reference.shift_targets,
     triton=_triton,
     fake=_fake,

@@ -12,6 +12,7 @@ from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.reference import pruning as reference
 
@@ -53,6 +54,7 @@ def _differentiable_forward(x: list[Tensor], indices: Tensor) -> list[Tensor]:
 _forward = define_op(
     "gather_tokens_forward(Tensor[] x, Tensor indices) -> Tensor[]",
     public_name="gather_tokens",
+    check=_boundary.check_gather_forward,
     reference=_gather_rows,
     triton=_forward_triton,
     fake=_fake,
@@ -62,6 +64,7 @@ _forward = define_op(
 _backward = define_op(
     "gather_tokens_backward(Tensor[] grad, Tensor inverse) -> Tensor[]",
     public_name="gather_tokens",
+    check=_boundary.check_gather_backward,
     reference=_gather_rows,
     triton=_backward_triton,
     fake=_fake,

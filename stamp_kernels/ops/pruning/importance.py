@@ -9,6 +9,7 @@ from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_cu_seqlens, check_tensor
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.reference import pruning as reference
 
 Norm = Literal["l1", "l2"]
@@ -33,6 +34,7 @@ _token_importance = define_op(
     "token_importance(Tensor hidden, Tensor centrality, Tensor? cu_seqlens, int norm_order, bool per_visible_query) "
     "-> Tensor",
     public_name="token_importance",
+    check=_boundary.check_token_importance,
     reference=reference.token_importance,
     triton=_triton,
     fake=_fake,

@@ -10,6 +10,7 @@ from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
 from stamp_kernels.ops._checks import check_count, check_tensor
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
 from stamp_kernels.ops.pruning.gather import (
     FillValue,
@@ -92,6 +93,7 @@ _prune = define_op(
     "bool per_visible_query, int? ratio_q32, SymInt? keep_count, Tensor? keep_counts, SymInt min_keep, "
     "Tensor? protect, int codes_per_item, SymInt? total_kept) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
     public_name="prune",
+    check=_boundary.check_prune,
     reference=reference.prune,
     triton=_triton,
     fake=_fake,

@@ -9,6 +9,7 @@ from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_tensor
 from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
 from stamp_kernels.reference import pruning as reference
 
@@ -57,6 +58,7 @@ _select_tokens = define_op(
     "Tensor? keep_counts, SymInt min_keep, Tensor? protect, int codes_per_item, SymInt? total_kept) "
     "-> (Tensor, Tensor, Tensor)",
     public_name="select_tokens",
+    check=_boundary.check_select_tokens,
     reference=reference.select_tokens,
     triton=_triton,
     fake=_fake,
