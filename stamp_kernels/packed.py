@@ -123,7 +123,7 @@ class PackedBatch:
             raise ValueError(f"exactly one of mask and lengths must be given, got {given}")
 
         total = int(lengths_cpu.sum())
-        _check_num_tokens(total)
+        check_num_tokens(total)
         max_seqlen = int(lengths_cpu.max()) if batch > 0 else 0
         lengths_cpu = lengths_cpu.to(torch.int32)
         if mask is not None:
@@ -320,7 +320,7 @@ class PackedBatch:
         check_tensor(name, offsets, shape=["batch + 1"], dtypes=_INTEGERS)
         offsets_cpu = offsets.to(_CPU, torch.int64)
         check_cu_seqlens_contents(name, offsets_cpu, values.shape[0])
-        _check_num_tokens(int(offsets_cpu[-1]))
+        check_num_tokens(int(offsets_cpu[-1]))
         lengths_cpu = offsets_cpu.diff().to(torch.int32)
         max_seqlen = int(lengths_cpu.max()) if lengths_cpu.numel() > 0 else 0
         return cls(values, offsets.to(torch.int32), max_seqlen, lengths_cpu=lengths_cpu)
@@ -341,7 +341,8 @@ class PackedBatch:
         return self.values[: int(self.lengths_cpu.sum())]
 
 
-def _check_num_tokens(total: int) -> None:
+def check_num_tokens(total: int) -> None:
+    """cu_seqlens can address that many tokens (RuntimeError)."""
     if total > _INT32_MAX:
         raise RuntimeError(f"a PackedBatch holds at most 2**31 - 1 tokens, since cu_seqlens is int32, got {total}")
 

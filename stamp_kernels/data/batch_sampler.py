@@ -4,6 +4,7 @@ import hashlib
 import heapq
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from stamp_kernels.data._integers import integers_of
-from stamp_kernels.ops._checks import check_count, check_range
+from stamp_kernels.ops._checks import check_range, checked_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,22 +77,16 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             num_replicas = torch.distributed.get_world_size() if distributed else 1
         if rank is None:
             rank = torch.distributed.get_rank() if distributed else 0
-        check_count("max_tokens", max_tokens, 1)
-        check_count("num_replicas", num_replicas, 1)
-        check_count("rank", rank)
-        check_range("rank", rank, 0, num_replicas, below_high=True)
-        check_count("seed", seed)
-        if max_sequences is not None:
-            check_count("max_sequences", max_sequences, 1)
-        self._lengths = integers_of("lengths", lengths)
-        _check_lengths(self._lengths, max_tokens)
-        self.max_tokens = max_tokens
-        self.num_replicas = num_replicas
-        self.rank = rank
+        self.max_tokens = checked_count("max_tokens", max_tokens, 1)
+        self.num_replicas = checked_count("num_replicas", num_replicas, 1)
+        self.rank = checked_count("rank", rank)
+        check_range("rank", self.rank, 0, self.num_replicas, below_high=True)
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = checked_count("seed", seed)
         self.drop_last = drop_last
-        self.max_sequences = max_sequences
+        self.max_sequences = None if max_sequences is None else checked_count("max_sequences", max_sequences, 1)
+        self._lengths = integers_of("lengths", lengths)
+        _check_lengths(self._lengths, self.max_tokens)
         self._epoch_and_first_batch = (0, 0)
         self._planned_epoch: int | None = None
         self._batches: list[list[int]] = []
@@ -109,8 +104,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             ValueError: epoch is not an int of at least 0, or first_batch is not an int from 0 to the epoch's number of
                 batches.
         """
-        check_count("epoch", epoch)
-        check_count("first_batch", first_batch)
+        epoch = checked_count("epoch", epoch)
+        first_batch = checked_count("first_batch", first_batch)
         if first_batch > 0:  # Otherwise the plan is not needed yet.
             check_range("first_batch", first_batch, 0, len(self._planned(epoch)))
         self._epoch_and_first_batch = (epoch, first_batch)
@@ -143,16 +138,15 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     def _order(self, epoch: int) -> Tensor:
         """int64 `[N]`, a permutation."""
         if not self.shuffle:
-            return torch.arange(len(self._lengths))
+            return torch.arange(len(self._lengths), device="cpu")
         # A hash, so that seed 0 in epoch 1 differs from seed 1 in epoch 0. The generator uses 32 bits of its seed.
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-        return torch.randperm(len(self._lengths), generator=generator)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+        return torch.randperm(len(self._lengths), generator=generator, device="cpu")
 
     def _plan(self, order: Tensor) -> list[list[int]]:
-        ordered_lengths = self._lengths[order]
-        tokens_before = [0, *ordered_lengths.cumsum(0).tolist()]
-        lengths: list[int] = ordered_lengths.tolist()
+        lengths: list[int] = self._lengths[order].tolist()
+        tokens_before = list(accumulate(lengths, initial=0))  # of Python's integers, which do not overflow
         indices: list[int] = order.tolist()
         shortest = min(lengths, default=0)
         batches = []

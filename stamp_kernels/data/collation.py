@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stamp_kernels.data._integers import integers_of
-from stamp_kernels.ops._checks import check_count
-from stamp_kernels.packed import PackedBatch
+from stamp_kernels.ops._checks import checked_count
+from stamp_kernels.packed import PackedBatch, check_num_tokens
 
 __all__ = ["PackingCollator"]
 
@@ -44,7 +44,7 @@ class PackingCollator:
     future_length: int = 0
 
     def __post_init__(self) -> None:
-        check_count("future_length", self.future_length)
+        object.__setattr__(self, "future_length", checked_count("future_length", self.future_length))  # it is frozen
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of B features. B may be 0, for a rank that has no sequences in a step.
@@ -56,9 +56,12 @@ class PackingCollator:
 
         Raises:
             ValueError: a key is missing from a feature, or its value is not a row of integers.
+            RuntimeError: the histories have more than 2**31 - 1 tokens.
         """
         histories = _rows(features, "input_ids")
-        values, lengths = _concatenated(histories), _lengths(histories)
+        lengths = _lengths(histories)
+        check_num_tokens(int(lengths.sum()))
+        values = _concatenated(histories)
         if any("attention_mask" in feature for feature in features):
             masks = _rows(features, "attention_mask", allow_bool=True)
             _check_masks(masks, histories)
@@ -94,7 +97,7 @@ def _check_masks(masks: list[Tensor], histories: list[Tensor]) -> None:
 
 
 def _lengths(rows: list[Tensor]) -> Tensor:
-    return torch.tensor([row.numel() for row in rows], dtype=torch.int64)
+    return torch.tensor([row.numel() for row in rows], dtype=torch.int64, device="cpu")
 
 
 def _longest(rows: list[Tensor]) -> int:
@@ -102,7 +105,7 @@ def _longest(rows: list[Tensor]) -> int:
 
 
 def _concatenated(rows: list[Tensor]) -> Tensor:
-    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+    return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
 def _without_padding(values: Tensor, lengths: Tensor, is_valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,6 +121,6 @@ def _packed(values: Tensor, lengths: Tensor) -> PackedBatch:
 
 def _padded(rows: list[Tensor], width: int) -> Tensor:
     """int64 `[B, width]`. No row may be longer than width."""
-    padded = torch.full((len(rows), width), _IGNORE_INDEX, dtype=torch.int64)
-    padded[torch.arange(width) < _lengths(rows).unsqueeze(1)] = _concatenated(rows)
+    padded = torch.full((len(rows), width), _IGNORE_INDEX, dtype=torch.int64, device="cpu")
+    padded[torch.arange(width, device="cpu") < _lengths(rows).unsqueeze(1)] = _concatenated(rows)
     return padded

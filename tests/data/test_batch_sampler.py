@@ -159,6 +159,34 @@ def test_lists_arrays_and_tensors_give_the_same_plan():
         assert list(TokenBudgetBatchSampler(same, 10)) == plan
 
 
+def test_sums_beyond_64_bits_do_not_wrap():
+    lengths = [2**61, 2**61, 0, 1, 2**62, 2**62]
+    plans = plans_of({"lengths": lengths, "max_tokens": 2**63 - 1, "num_replicas": 1, "shuffle": False})
+    assert plans == [[[0, 1, 2, 3], [4], [5]]]
+
+
+def test_numbers_may_be_numpy_integers():
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6]
+    sampler = TokenBudgetBatchSampler(
+        lengths, np.int32(10), num_replicas=np.int64(2), rank=np.uint8(1), seed=np.int64(3), max_sequences=np.int16(2)
+    )
+    sampler.set_epoch(np.int64(2), np.int64(1))
+    same = TokenBudgetBatchSampler(lengths, 10, num_replicas=2, rank=1, seed=3, max_sequences=2)
+    same.set_epoch(2, 1)
+    assert list(sampler) == list(same)
+    for number in (sampler.max_tokens, sampler.num_replicas, sampler.rank, sampler.seed, sampler.max_sequences):
+        assert type(number) is int
+
+
+def test_default_device_does_not_matter():
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6]
+    for shuffle in (True, False):
+        expected = list(TokenBudgetBatchSampler(lengths, 10, shuffle=shuffle))
+        with torch.device("meta"):
+            assert list(TokenBudgetBatchSampler(lengths, 10, shuffle=shuffle)) == expected
+            assert list(TokenBudgetBatchSampler([], 10, shuffle=shuffle)) == []
+
+
 # The order
 
 
@@ -379,6 +407,15 @@ def test_reads_ranks_from_torch_distributed(monkeypatch):
         ({"lengths": [3.0]}, "lengths must be a one-dimensional sequence of int64 integers: got float at index 0"),
         ({"lengths": torch.ones(3)}, "lengths must have an integer dtype, got torch.float32"),
         ({"lengths": np.ones((3, 1), dtype=int)}, "lengths must be one-dimensional, got shape [3, 1]"),
+        ({"lengths": {0: 3, 1: 4}}, "integers: got dict, a mapping, of which only the keys would be read"),
+        ({"lengths": {3, 4}}, "integers: got set, which has no order and drops repeated numbers"),
+        (
+            {"lengths": torch.tensor([1, 2**63], dtype=torch.uint64)},
+            f"must hold int64 integers, got {2**63} at index 1",
+        ),
+        ({"lengths": np.array([2**64 - 1], dtype=np.uint64)}, f"must hold int64 integers, got {2**64 - 1} at index 0"),
+        ({"max_tokens": np.True_}, "max_tokens must be an int (not a tensor), got bool"),
+        ({"max_tokens": torch.tensor(7)}, "max_tokens must be an int (not a tensor), got Tensor"),
         ({"max_tokens": 0}, "max_tokens must be in [1, inf), got 0"),
         ({"max_tokens": 7.0}, "max_tokens must be an int (not a tensor), got float"),
         ({"max_sequences": 0}, "max_sequences must be in [1, inf), got 0"),

@@ -102,6 +102,32 @@ def test_other_keys_are_ignored():
     assert list(batch) == ["packed_inputs", "labels"]
 
 
+def test_too_many_tokens_are_refused_before_copying():
+    history = torch.zeros(1, dtype=torch.int64).expand(2**30)
+    with pytest.raises(RuntimeError, match=r"at most 2\*\*31 - 1 tokens, since cu_seqlens is int32, got 2147483648"):
+        PackingCollator()([{"input_ids": history, "labels": [1]}] * 2)
+
+
+def test_default_device_does_not_matter():
+    features = [
+        {"input_ids": [5, 6, 7], "labels": [8], "future_ids": [9], "attention_mask": [1, 0, 1]},
+        {"input_ids": [], "labels": [1, 2], "future_ids": [], "attention_mask": []},
+    ]
+    for given_features in (features, []):
+        expected = PackingCollator(2)(given_features)
+        with torch.device("meta"):
+            batch = PackingCollator(2)(given_features)
+        check_packed(batch["packed_inputs"], [[5, 7], []] if given_features else [])
+        assert torch.equal(batch["labels"], expected["labels"])
+        assert torch.equal(batch["future_ids"], expected["future_ids"])
+
+
+def test_future_length_may_be_a_numpy_integer():
+    collator = PackingCollator(np.int64(5))
+    assert type(collator.future_length) is int
+    assert collator == PackingCollator(5)
+
+
 # attention_mask
 
 
@@ -225,6 +251,13 @@ GOOD = {"input_ids": [1, 2], "labels": [3], "future_ids": [4]}
         ({**GOOD, "labels": None}, "got NoneType"),
         ({**GOOD, "labels": "ab"}, "got str at index 0"),
         ({**GOOD, "labels": [0, 2**63]}, f"got numbers from 0 to {2**63}"),
+        (
+            {**GOOD, "labels": np.array([0, 2**63], dtype=np.uint64)},
+            f"features[1]['labels'] must hold int64 integers, got {2**63} at index 1",
+        ),
+        ({**GOOD, "input_ids": {0: 5, 1: 6}}, "features[1]['input_ids'] must be a one-dimensional sequence of int64"),
+        ({**GOOD, "input_ids": UserDict({0: 5})}, "got UserDict, a mapping, of which only the keys would be read"),
+        ({**GOOD, "labels": frozenset({5})}, "got frozenset, which has no order and drops repeated numbers"),
     ],
 )
 def test_names_the_bad_feature(feature, message):
