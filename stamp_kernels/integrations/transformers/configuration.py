@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import torch
 
+from stamp_kernels.modules._arguments import as_pairs
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
-from stamp_kernels.ops._checks import check_choice, check_count
+from stamp_kernels.ops._checks import check_choice, check_count, check_range
 
 __all__ = ["PredictionConfig", "PruningConfig", "to_dict"]
 
@@ -21,7 +22,8 @@ class PruningConfig:
         schedule: pairs (block, keep_ratio). Blocks are counted from 1, and tokens are pruned after the block.
         protect_first, protect_last: how many tokens at each end of a history are always kept, such as a user token in
             front or an end-of-sequence token behind. They do not count towards the budget. Multiples of codes_per_item.
-        norm, positions, prune_in_eval, min_keep, codes_per_item, budget: as in `SemanticAdaptivePruning`.
+        norm, positions, prune_in_eval, min_keep, codes_per_item: as in `SemanticAdaptivePruning`.
+        budget: as in `SemanticAdaptivePruning`. The max_seqlen of padded inputs is their padded length.
 
     Raises:
         ValueError: a value is not allowed, or the schedule has a block twice.
@@ -38,12 +40,15 @@ class PruningConfig:
     budget: Literal["sequence", "max_seqlen"] = "sequence"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", tuple((int(block), float(ratio)) for block, ratio in self.schedule))
+        schedule = [
+            (check_count(f"schedule[{i}][0]", block), float(check_range(f"schedule[{i}][1]", keep_ratio, 0.0, 1.0)))
+            for i, (block, keep_ratio) in enumerate(as_pairs("schedule", self.schedule, "pairs (block, keep_ratio)"))
+        ]
+        _set(self, schedule=tuple(schedule))
         blocks = [block for block, _ in self.schedule]
         if len(set(blocks)) < len(blocks) or min(blocks, default=1) < 1:
             raise ValueError(f"schedule must have blocks from 1 on, each once, got {self.schedule}")
-        check_count("protect_first", self.protect_first)
-        check_count("protect_last", self.protect_last)
+        _set_counts(self, protect_first=0, protect_last=0, min_keep=0, codes_per_item=1)
         self.build_modules()
         codes = self.codes_per_item or 1
         if self.protect_first % codes != 0 or self.protect_last % codes != 0:
@@ -107,25 +112,30 @@ class PredictionConfig:
     num_attention_heads: int | None = None
 
     def __post_init__(self) -> None:
-        # JSON makes lists of tuples.
-        if self.vocab_ranges is not None:
-            object.__setattr__(self, "vocab_ranges", tuple((int(start), int(end)) for start, end in self.vocab_ranges))
-        if self.step_weights is not None:
-            object.__setattr__(self, "step_weights", tuple(float(weight) for weight in self.step_weights))
-        if isinstance(self.lambda_, list | tuple):
-            object.__setattr__(self, "lambda_", LinearDecay(*self.lambda_))
-        check_count("num_steps", self.num_steps, 1)
-        check_count("codes_per_item", self.codes_per_item, 1)
+        _set_counts(self, num_steps=1, codes_per_item=1, num_attention_heads=1)
         check_choice("unit", self.unit, ("item", "token"))
         check_choice("unembedding", self.unembedding, ("shared", "own"))
-        if self.vocab_ranges is not None and (self.unit, len(self.vocab_ranges)) != ("item", self.codes_per_item):
-            raise ValueError(
-                f"vocab_ranges must have one (start, end) for each of the {self.codes_per_item} levels and needs "
-                f'unit="item", got {self.vocab_ranges} and unit={self.unit!r}'
-            )
-
+        if self.vocab_ranges is not None:
+            _set(self, vocab_ranges=as_pairs("vocab_ranges", self.vocab_ranges, "pairs (start, end)"))
+            if (self.unit, len(self.vocab_ranges)) != ("item", self.codes_per_item):
+                raise ValueError(
+                    f"vocab_ranges must have one (start, end) for each of the {self.codes_per_item} levels and needs "
+                    f'unit="item", got {self.vocab_ranges} and unit={self.unit!r}'
+                )
+        if isinstance(self.lambda_, list | tuple):  # JSON makes lists of tuples
+            if len(self.lambda_) != 3:
+                raise ValueError(f"lambda_ must be a number or LinearDecay(start, end, steps), got {self.lambda_}")
+            start, end, steps = self.lambda_
+            start, end = check_range("lambda_[0]", start, 0.0), check_range("lambda_[1]", end, 0.0)
+            _set(self, lambda_=LinearDecay(start, end, check_count("lambda_[2]", steps)))
+        elif callable(self.lambda_):
+            raise ValueError(f"lambda_ must be a number or a LinearDecay, which JSON can store, got {self.lambda_}")
         with torch.device("meta"):
-            self.build_module(hidden_size=8 * (self.num_attention_heads or 1), vocab_size=1)
+            heads = self.build_module(hidden_size=8 * (self.num_attention_heads or 1), vocab_size=1)
+        # As the module has checked and converted them.
+        _set(self, step_weights=heads.step_weights, lambda_=heads.lambda_)
+        if heads.vocab_ranges is not None:
+            _set(self, vocab_ranges=heads.vocab_ranges[: self.codes_per_item])
 
     @property
     def stride(self) -> int:
@@ -145,6 +155,21 @@ class PredictionConfig:
             vocab_ranges=None if self.vocab_ranges is None else tuple(self.vocab_ranges) * self.num_steps,
             num_attention_heads=self.num_attention_heads,
         )
+
+
+def _set(config: PruningConfig | PredictionConfig, **values: Any) -> None:
+    """Set fields of a frozen configuration, in its __post_init__."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+
+
+def _set_counts(config: PruningConfig | PredictionConfig, **minimums: int) -> None:
+    """Check the fields that are counts, where None is allowed only as the default. NumPy's become Python's."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, minimum in minimums.items():
+        value = getattr(config, name)
+        if value is not None or defaults[name] is not None:
+            _set(config, **{name: check_count(name, value, minimum)})
 
 
 def to_dict(config: PruningConfig | PredictionConfig | None) -> dict[str, Any] | None:

@@ -31,7 +31,7 @@ class EncoderOutput(BaseModelOutput):
     packed: PackedBatch | None = None
 
     def padded(self) -> "EncoderOutput":
-        """The same states padded on the right, for `generate(encoder_outputs=...)`."""
+        """The same states padded on the right, as decoding with a cache needs them."""
         if self.packed is None:
             return self
         # At least one column, even if it is padding: the base model's decoder cannot read states without columns.

@@ -7,7 +7,7 @@ packing as a keyword argument.
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.integrations.transformers.configuration import PruningConfig
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput
-from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout
+from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
 from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
 from stamp_kernels.packed import PackedBatch
 
@@ -24,11 +24,13 @@ __all__ = [
     "CrossAttention",
     "PackedTrunk",
     "Packing",
+    "check_at_most_one_given",
     "check_one_given",
     "packed_embeddings",
     "protected_ends",
     "refuse_intermediate_outputs",
     "replace_class",
+    "with_empty_tail",
 ]
 
 INTERMEDIATE_OUTPUTS = ("output_attentions", "output_hidden_states")  # options of Hugging Face's models
@@ -104,6 +106,18 @@ class PackedTrunk(nn.Module):
         """Whether forward prunes in the current mode."""
         return any(cast(SemanticAdaptivePruning, module).is_active for module in self.stamp_pruning.values())
 
+    def pack_inputs(self, inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBatch, PaddedLayout]:
+        """The inputs of the stack, `[B, S]` or `[B, S, d_model]`, without their padding, see `pack_padded`.
+
+        A keep_ratio of max_seqlen is one of the padded length, as in padded implementations. Otherwise max_seqlen is
+        the longest length, for which the kernels are faster.
+        """
+        packed, layout = pack_padded(inputs, attention_mask)
+        modules = [cast(SemanticAdaptivePruning, module) for module in self.stamp_pruning.values()]
+        if any(module.is_active and module.budget == "max_seqlen" for module in modules):
+            packed = replace(packed, max_seqlen=inputs.shape[1])
+        return packed, layout
+
     def packing_for(self, block_number: int, packed: PackedBatch) -> Packing:
         """The packing for a block, counted from 1, that runs on this batch."""
         return Packing(packed, wants_centrality=str(block_number) in self.stamp_pruning and self.is_pruned)
@@ -113,14 +127,14 @@ class PackedTrunk(nn.Module):
         packed = replace(packing.queries, values=hidden)
         if not packing.wants_centrality:
             return packed
-        prune = self.stamp_pruning[str(block_number)]
-        protected: dict[str, Any] = {}
-        if self.stamp_protected_ends != (0, 0):
-            codes_per_item = cast(SemanticAdaptivePruning, prune).codes_per_item or 1
-            protect, num_protected = protected_ends(packed, *self.stamp_protected_ends, codes_per_item)
-            protected = dict(protect=protect, num_protected=num_protected)
-        pruned: PrunedBatch = prune(packed, packing.centrality, **protected)
-        return pruned.packed
+        prune = cast(SemanticAdaptivePruning, self.stamp_pruning[str(block_number)])
+        if self.stamp_protected_ends == (0, 0):
+            return cast(PrunedBatch, prune(packed, packing.centrality)).packed
+        protect, num_protected = protected_ends(packed, *self.stamp_protected_ends, prune.codes_per_item or 1)
+        pruned: PackedBatch = prune(packed, packing.centrality, protect=protect, num_protected=num_protected).packed
+        if prune.budget == "max_seqlen":  # the module does not know that each sequence has so few protected tokens
+            pruned = replace(pruned, max_seqlen=prune.most_kept(packed.max_seqlen, sum(self.stamp_protected_ends)))
+        return pruned
 
     def padded_output(self, encoded: PackedBatch, layout: PaddedLayout | None) -> EncoderOutput:
         """States in the places that their tokens have in a padded batch; on the left if pruned or without layout."""
@@ -164,12 +178,24 @@ def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module, hidden_size:
             raise ValueError(
                 f"packed_inputs.values must be embeddings [T, {hidden_size}] or token ids [T], got {found}"
             )
-        return values
+        return with_empty_tail(inputs).values
     if values.dim() != 1 or values.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"packed_inputs.values must be int32 or int64 token ids [T], got {found}")
-    # Tail rows may hold anything, so they are embedded as token 0.
-    rows = torch.arange(values.shape[0], device=values.device)
-    return cast(Tensor, embed_tokens(torch.where(rows < inputs.cu_seqlens[-1], values, 0)))
+    return cast(Tensor, embed_tokens(with_empty_tail(inputs).values))
+
+
+def with_empty_tail(packed: PackedBatch) -> PackedBatch:
+    """The same batch with values of 0 on tail rows.
+
+    Tail rows may hold anything. The blocks compute on them as on all rows, and in the gradients of their weights NaN
+    times a gradient of 0 would be NaN. Costs nothing where the CPU knows that there are no tail rows.
+    """
+    total, lengths_cpu = packed.values.shape[0], packed.lengths_cpu
+    # torch.compile does not know contents. It fuses the pass with the next one.
+    if lengths_cpu is not None and not torch.compiler.is_compiling() and int(lengths_cpu.sum()) == total:
+        return packed
+    is_tail = torch.arange(total, device=packed.values.device) >= packed.cu_seqlens[-1]
+    return replace(packed, values=packed.values.masked_fill(is_tail.view(-1, *[1] * (packed.values.dim() - 1)), 0))
 
 
 def replace_class(root: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
@@ -186,6 +212,15 @@ def check_one_given(**arguments: object) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"exactly one of {', '.join(arguments)} must be given, got {', '.join(given) or 'none'}")
+
+
+def check_at_most_one_given(**arguments: object) -> None:
+    """Raises:
+    ValueError: several of the arguments are given.
+    """
+    given = [name for name, value in arguments.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"at most one of {', '.join(arguments)} may be given, got {', '.join(given)}")
 
 
 def refuse_intermediate_outputs(config: object, kwargs: dict[str, object]) -> None:

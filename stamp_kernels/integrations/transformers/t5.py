@@ -3,7 +3,7 @@
     model = T5ForConditionalGeneration(config)
     apply_stamp(model, pruning=PruningConfig(), prediction=PredictionConfig(codes_per_item=4))
     model(input_ids=..., attention_mask=..., labels=..., future_ids=...).loss.backward()
-    model.generate(input_ids=..., attention_mask=..., num_beams=10)
+    model.generate(input_ids=..., attention_mask=..., num_beams=10)  # or packed_inputs=...
 
 Inputs, outputs and checkpoints are those of Hugging Face's classes. `model.encoder` and `model.decoder` run packed
 sequences through T5's own blocks, see `t5_stacks`. Tested with transformers 5.17 and 5.24.
@@ -26,6 +26,7 @@ from stamp_kernels.integrations.transformers.multi_step_targets import IGNORE_IN
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput, Seq2SeqOutput
 from stamp_kernels.integrations.transformers.packed_trunk import (
     INTERMEDIATE_OUTPUTS,
+    check_at_most_one_given,
     check_one_given,
     refuse_intermediate_outputs,
     replace_class,
@@ -82,8 +83,9 @@ class StampT5ForConditionalGeneration(StampedModel, T5ForConditionalGeneration):
         Args:
             input_ids, attention_mask, inputs_embeds: as for T5, padded anywhere.
             packed_inputs: in their place, packed token ids `[T]` or embeddings `[T, d_model]`.
-            encoder_outputs: in their place, what `model.encoder` returned.
-            decoder_input_ids, decoder_inputs_embeds: None: the labels, shifted right.
+            encoder_outputs: in their place, what `model.encoder` returned. An attention_mask beside an EncoderOutput,
+                which has its own, is not read.
+            decoder_input_ids, decoder_inputs_embeds: one of them. None: the labels, shifted right.
             decoder_attention_mask: nonzero on tokens. With labels, positions outside the mask have no loss.
             labels: int64 token ids, -100 where there is none.
             use_cache: for decoding without labels.
@@ -95,16 +97,25 @@ class StampT5ForConditionalGeneration(StampedModel, T5ForConditionalGeneration):
                 Trainer gives only num_items_in_batch. The auxiliary losses are then means over this part, weighted by
                 its share of the labels.
             training_step: for a PredictionConfig whose lambda_ depends on it.
-            skip_logits: leave out logits and padded encoder states. None: in training with labels.
+            skip_logits: leave out logits and padded encoder states, only with labels. None: in training with labels.
 
         Raises:
-            ValueError: an argument has a wrong shape or dtype, is missing, or is not allowed here.
+            ValueError: an argument has a wrong shape or dtype, is missing, is not allowed here, or excludes another
+                one that is given.
             RuntimeError: contents are wrong, such as a label outside the vocabulary.
         """
         refuse_intermediate_outputs(self.config, kwargs)
-        if encoder_outputs is None:
-            check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds, packed_inputs=packed_inputs)
+        check_one_given(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            packed_inputs=packed_inputs,
+            encoder_outputs=encoder_outputs,
+        )
+        check_at_most_one_given(attention_mask=attention_mask, packed_inputs=packed_inputs)
+        check_at_most_one_given(decoder_input_ids=decoder_input_ids, decoder_inputs_embeds=decoder_inputs_embeds)
         if labels is None:
+            if skip_logits:
+                raise ValueError("skip_logits=True needs labels: without labels the logits are the result")
             if self.training and future_ids is not None:
                 # The Trainer's label_smoothing_factor removes the labels and makes its own loss from logits.
                 raise ValueError("future_ids needs labels in training: without labels no further steps are predicted")
@@ -132,7 +143,7 @@ class StampT5ForConditionalGeneration(StampedModel, T5ForConditionalGeneration):
         else:
             if packed_inputs is None:
                 inputs = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
-                packed_inputs, layout = pack_padded(inputs, attention_mask)
+                packed_inputs, layout = self.encoder.pack_inputs(inputs, attention_mask)
             batch = len(packed_inputs.cu_seqlens) - 1
         check_tensor("labels", labels, shape=[batch, "num_labels"], dtypes=[torch.int64])
         if decoder_input_ids is not None:
@@ -178,6 +189,28 @@ class StampT5ForConditionalGeneration(StampedModel, T5ForConditionalGeneration):
             next_token_loss=loss.detach(),
             prediction_loss=None if prediction_loss is None else prediction_loss.detach(),
         )
+
+    def generate(self, *args: Any, packed_inputs: PackedBatch | None = None, **kwargs: Any) -> Any:
+        """T5's generate, which also takes packed histories.
+
+        Args:
+            args, kwargs: of `transformers.GenerationMixin.generate`.
+            packed_inputs: packed token ids `[T]` or embeddings `[T, d_model]`, in place of input_ids, attention_mask,
+                inputs_embeds and encoder_outputs. They are encoded once. A row of the result is one sequence.
+
+        Raises:
+            ValueError: packed_inputs are given with other inputs.
+        """
+        if packed_inputs is not None:
+            names = ("input_ids", "attention_mask", "inputs_embeds", "encoder_outputs")
+            others = {name: kwargs.get(name) for name in names}
+            check_one_given(packed_inputs=packed_inputs, inputs=args[0] if args else kwargs.get("inputs"), **others)
+            with torch.no_grad():
+                kwargs["encoder_outputs"] = self.encoder(packed_inputs=packed_inputs)
+        encoder_outputs = kwargs.get("encoder_outputs")
+        if isinstance(encoder_outputs, EncoderOutput):
+            kwargs["encoder_outputs"] = encoder_outputs.padded()
+        return super().generate(*args, **kwargs)
 
     def _decode_packed(
         self, decoder_inputs: Tensor, decoder_attention_mask: Tensor | None, source: PackedBatch

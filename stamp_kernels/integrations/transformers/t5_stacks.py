@@ -11,14 +11,16 @@ from transformers.utils.generic import can_return_tuple
 
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput
 from stamp_kernels.integrations.transformers.packed_trunk import (
+    INTERMEDIATE_OUTPUTS,
     CrossAttention,
     PackedTrunk,
     Packing,
+    check_at_most_one_given,
     check_one_given,
     packed_embeddings,
     refuse_intermediate_outputs,
+    with_empty_tail,
 )
-from stamp_kernels.integrations.transformers.padded_layout import pack_padded
 from stamp_kernels.ops.attention.packed_attention import AttentionOutput, packed_attention
 from stamp_kernels.packed import PackedBatch
 from stamp_kernels.relative_position import RelativePositionBias
@@ -132,10 +134,11 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
         """
         refuse_intermediate_outputs(self.config, kwargs)
         check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds, packed_inputs=packed_inputs)
+        check_at_most_one_given(attention_mask=attention_mask, packed_inputs=packed_inputs)
         if packed_inputs is not None:
             return EncoderOutput(packed=self.encode_packed(packed_inputs))
         inputs = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
-        packed, layout = pack_padded(inputs, attention_mask)
+        packed, layout = self.pack_inputs(inputs, attention_mask)
         return self.padded_output(self.encode_packed(packed), layout)
 
     def encode_packed(self, inputs: PackedBatch) -> PackedBatch:
@@ -174,14 +177,23 @@ class PackedT5Decoder(PackedT5Stack):
             EncoderOutput with only packed: states `[T, d_model]` before the language-model head and its scaling.
 
         Raises:
-            ValueError: packed_inputs have a wrong shape or dtype, or packed_source is missing.
+            ValueError: packed_inputs have a wrong shape or dtype, packed_source is missing, only one of
+                cu_seqlens_cross and max_seqlen_cross is given, or padded and packed inputs are given together.
         """
         refuse_intermediate_outputs(self.config, kwargs)
-        if packed_inputs is None:
+        if (packed_inputs is None) != (packed_source is None):
+            missing = "packed_inputs" if packed_inputs is None else "packed_source"
+            raise ValueError(f"packed_inputs and packed_source must be given together, got None for {missing}")
+        if (cu_seqlens_cross is None) != (max_seqlen_cross is None):
+            missing = "cu_seqlens_cross" if cu_seqlens_cross is None else "max_seqlen_cross"
+            raise ValueError(f"cu_seqlens_cross and max_seqlen_cross must be given together, got None for {missing}")
+        if packed_inputs is None or packed_source is None:
             return cast(BaseModelOutput, super().forward(*args, **kwargs))
-        if packed_source is None:
-            raise ValueError("packed_source must be given with packed_inputs, got None")
-        packed = self.embed_packed(packed_inputs)
+        padded = ["positional arguments"] if args else []
+        padded += [name for name, value in kwargs.items() if value is not None and name not in INTERMEDIATE_OUTPUTS]
+        if padded:
+            raise ValueError(f"forward takes no {', '.join(padded)} with packed_inputs")
+        packed, packed_source = self.embed_packed(packed_inputs), with_empty_tail(packed_source)
         packing = Packing(
             packed,
             cross=CrossAttention(

@@ -104,6 +104,7 @@ def encode_padded(
     """STAMP's encoder written out, with the layers of the untouched base model."""
     kept = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
     length = kept.shape[1]
+    columns = length  # that a padded implementation still has
     schedule = {}
     if pruning is not None:
         schedule = dict(pruning.schedule) if base.training or pruning.prune_in_eval else {}
@@ -122,7 +123,8 @@ def encode_padded(
             continue
         centrality = (attention * kept[:, None, :, None]).sum((1, 2))  # [B, S], over heads and kept queries
         saliency = torch.linalg.vector_norm(hidden, 1 if pruning.norm == "l1" else 2, dim=-1)
-        kept = best_tokens((saliency * centrality).detach(), kept, protected, schedule[block_number], pruning)
+        kept = best_tokens((saliency * centrality).detach(), kept, protected, schedule[block_number], columns, pruning)
+        columns = columns_after(columns, schedule[block_number], pruning)
         if pruning.positions == "compact":
             place = (kept.cumsum(1) - 1).clamp(min=0)  # [B, S]
             bias = torch.stack([bias_of_columns[0][:, row][:, :, row] for row in place])  # [B, H, S, S]
@@ -130,8 +132,19 @@ def encode_padded(
     return Encoded(states.masked_fill(~kept[..., None], 0.0), kept)
 
 
+def budget_of(items: int, keep_ratio: float, pruning: PruningConfig) -> int:
+    return max(pruning.min_keep, math.ceil(Fraction(keep_ratio).limit_denominator(1000) * items))
+
+
+def columns_after(columns: int, keep_ratio: float, pruning: PruningConfig) -> int:
+    """The padded length after pruning: the most tokens that a history of so many columns keeps."""
+    codes_per_item = pruning.codes_per_item or 1
+    budget = codes_per_item * budget_of(columns // codes_per_item, keep_ratio, pruning)
+    return min(columns, budget + pruning.protect_first + pruning.protect_last)
+
+
 def best_tokens(
-    importance: Tensor, kept: Tensor, protected: Tensor, keep_ratio: float, pruning: PruningConfig
+    importance: Tensor, kept: Tensor, protected: Tensor, keep_ratio: float, columns: int, pruning: PruningConfig
 ) -> Tensor:
     """bool `[B, S]`: which of the tokens kept so far are kept after one more pruning."""
     histories = [row.nonzero()[:, 0].view(-1, pruning.codes_per_item or 1) for row in kept]  # columns of each item
@@ -139,9 +152,8 @@ def best_tokens(
     for row, items in enumerate(histories):
         is_protected = protected[row][items].any(1)
         free = items[~is_protected]
-        of = len(free) if pruning.budget == "sequence" else max(map(len, histories))
-        budget = math.ceil(Fraction(keep_ratio).limit_denominator(1000) * of)
-        best = importance[row][free].sum(1).topk(min(len(free), max(budget, pruning.min_keep))).indices
+        of = len(free) if pruning.budget == "sequence" else columns // (pruning.codes_per_item or 1)
+        best = importance[row][free].sum(1).topk(min(len(free), budget_of(of, keep_ratio, pruning))).indices
         is_kept[row, items[is_protected].flatten()] = True
         is_kept[row, free[best].flatten()] = True
     return is_kept

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig, to_dict
@@ -18,6 +19,8 @@ from stamp_kernels.modules.prediction import LinearDecay
             2, 2, vocab_ranges=[(0, 5), (5, 9)], step_weights=[1, 0.5], lambda_=LinearDecay(0.3, 0.1, 100)
         ),
         PredictionConfig(1, unit="token", head="transformer", num_attention_heads=2, unembedding="own"),
+        PruningConfig([(np.int64(1), np.float32(0.5))], protect_last=np.int64(2), min_keep=np.int32(1)),
+        PredictionConfig(np.int64(2), step_weights=np.array([1, 0.5]), lambda_=np.float32(0.5)),
     ],
 )
 def test_survives_json(config):
@@ -48,7 +51,12 @@ def test_prediction_module_follows_the_configuration():
             r"schedule must have blocks from 1 on, each once, got \(\(2, 0.5\)",
         ),
         (lambda: PruningConfig([(0, 0.5)]), r"schedule must have blocks from 1 on"),
-        (lambda: PruningConfig([(1, 1.5)]), r"keep_ratio must be in \[0.0, 1.0\], got 1.5"),
+        (lambda: PruningConfig([(1, 1.5)]), r"schedule\[0\]\[1\] must be in \[0.0, 1.0\], got 1.5"),
+        (lambda: PruningConfig((2, 1 / 3)), r"schedule must be a sequence of pairs \(block, keep_ratio\), got \(2, 0"),
+        (lambda: PruningConfig({2: 1 / 3}), r"schedule must be a sequence of pairs \(block, keep_ratio\), got \{2: 0"),
+        (lambda: PruningConfig([(2.5, 1 / 3)]), r"schedule\[0\]\[0\] must be an int \(not a tensor\), got float"),
+        (lambda: PruningConfig([(2, "1/3")]), r"schedule\[0\]\[1\] must be a number \(not a tensor\), got str"),
+        (lambda: PruningConfig(protect_first=None), r"protect_first must be an int \(not a tensor\), got NoneType"),
         (lambda: PruningConfig(norm="l3"), r"norm must be one of \('l1', 'l2'\), got 'l3'"),
         (
             lambda: PruningConfig(positions="none"),
@@ -65,6 +73,22 @@ def test_prediction_module_follows_the_configuration():
         ),
         (lambda: PruningConfig().check_blocks(1), r"schedule must have blocks from 1 to 1, got 2"),
         (lambda: PredictionConfig(0), r"num_steps must be in \[1, inf\), got 0"),
+        (lambda: PredictionConfig(None), r"num_steps must be an int \(not a tensor\), got NoneType"),
+        (
+            lambda: PredictionConfig(lambda_=[0.3, 0.1]),
+            r"lambda_ must be a number or LinearDecay\(start, end, steps\)",
+        ),
+        (lambda: PredictionConfig(lambda_=[0.3, "0", 9]), r"lambda_\[1\] must be a number \(not a tensor\), got str"),
+        (
+            lambda: PredictionConfig(lambda_=float),
+            r"lambda_ must be a number or a LinearDecay, which JSON can store",
+        ),
+        (lambda: PredictionConfig(lambda_="0.3"), r"lambda_ must be a number \(not a tensor\), got str"),
+        (
+            lambda: PredictionConfig(1, 2, vocab_ranges=[0, 5, 5, 9]),
+            r"vocab_ranges must be a sequence of pairs \(start, end\), got \[0, 5, 5, 9\]",
+        ),
+        (lambda: PredictionConfig(1, 1, vocab_ranges=[(0, 5.5)]), r"vocab_ranges\[0\]\[1\] must be an int .*got float"),
         (lambda: PredictionConfig(1, 0), r"codes_per_item must be in \[1, inf\), got 0"),
         (lambda: PredictionConfig(unit="step"), r"unit must be one of"),
         (

@@ -1,6 +1,7 @@
 """The beams of pruned T5s, against the base model's own search and a search written out, see padded_stamp.py."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,10 +158,37 @@ def test_generation_with_end_token_from_encoded_histories():
         dict(encoder_outputs=model.encoder(**inputs)),
         dict(encoder_outputs=model.encoder(**inputs), attention_mask=inputs["attention_mask"]),
         dict(encoder_outputs=model.encoder(packed_inputs=packed).padded()),
+        dict(encoder_outputs=model.encoder(packed_inputs=packed)),
+        dict(packed_inputs=packed),
+        dict(packed_inputs=replace(packed, values=model.shared(packed.values))),
     ):
         found = search(model, given, **options)
         assert found.sequences.tolist() == expected.sequences.tolist()
         assert relative_error(found.sequences_scores, expected.sequences_scores) < SCORES_BOUND
+
+
+def test_generation_encodes_packed_histories_once():
+    """Without gradients, also if the caller records them."""
+    _, model = evaluating(PRUNINGS["paper"])
+    inputs = inputs_of(batch_of("left"))
+    packed = PackedBatch.from_padded(inputs["input_ids"], inputs["attention_mask"])
+    states = []
+    model.encoder.register_forward_hook(lambda module, args, output: states.append(output.packed.values))
+    found = model.generate(packed_inputs=packed, max_new_tokens=LEVELS, num_beams=2)
+    assert found.shape == (len(LENGTHS), 1 + LEVELS)
+    assert len(states) == 1 and not states[0].requires_grad
+
+
+@pytest.mark.parametrize("other", ["inputs", "input_ids", "attention_mask", "inputs_embeds", "encoder_outputs"])
+def test_generation_refuses_other_inputs_beside_packed(other):
+    _, model = evaluating(None)
+    packed = PackedBatch(torch.arange(3), torch.tensor([0, 3], dtype=torch.int32), 3)
+    message = f"exactly one of packed_inputs, inputs, .* must be given, got packed_inputs, {other}$"
+    with pytest.raises(ValueError, match=message):
+        model.generate(packed_inputs=packed, **{other: torch.ones(1, 3, dtype=torch.int64)})
+    if other == "inputs":
+        with pytest.raises(ValueError, match=message):
+            model.generate(torch.ones(1, 3, dtype=torch.int64), packed_inputs=packed)
 
 
 @pytest.mark.parametrize("name", ["paper", "nothing_kept"])

@@ -233,17 +233,31 @@ def test_dropout_follows_the_seed_and_the_mode():
     assert loss(0) == loss(1)
 
 
+EXCLUSIVE = {
+    "mask": r"at most one of attention_mask, packed_inputs may be given, got attention_mask, packed_inputs",
+    "decoder": r"at most one of decoder_input_ids, decoder_inputs_embeds may be given, got decoder_input_ids, decoder_",
+}
+
+
 def test_errors_name_the_argument():
     model = stamped(tiny_t5())
     batch = padded_batch()
     labels, ids = batch["labels"], batch["input_ids"]
-    packed = PackedBatch.from_padded(ids, batch["attention_mask"])
+    packed, embeds = PackedBatch.from_padded(ids, batch["attention_mask"]), torch.zeros(*labels.shape, 24)
     cases = [
-        (dict(labels=labels), r"exactly one of input_ids, inputs_embeds, packed_inputs must be given, got none"),
+        (
+            dict(labels=labels),
+            r"exactly one of input_ids, inputs_embeds, packed_inputs, encoder_outputs must be given",
+        ),
         (dict(input_ids=ids, packed_inputs=packed, labels=labels), r"got input_ids, packed_inputs"),
         (dict(input_ids=ids, attention_mask=ids[:, :3], labels=labels), r"attention_mask must have shape \[6, 200\]"),
         (dict(input_ids=ids[0], labels=labels), r"token ids \[B, S\] or embeddings \[B, S, d_model\], got \[200\]"),
         (dict(**batch, future_labels=labels), r"forward takes no future_labels with labels"),
+        (dict(packed_inputs=packed, attention_mask=batch["attention_mask"], labels=labels), EXCLUSIVE["mask"]),
+        (dict(**batch, encoder_outputs=(torch.zeros(6, 2, 24),)), r"must be given, got input_ids, encoder_outputs$"),
+        (dict(**batch, decoder_input_ids=labels, decoder_inputs_embeds=embeds), EXCLUSIVE["decoder"]),
+        (dict(input_ids=ids, decoder_input_ids=labels, decoder_inputs_embeds=embeds), EXCLUSIVE["decoder"]),
+        (dict(input_ids=ids, decoder_input_ids=labels, skip_logits=True), r"skip_logits=True needs labels"),
         (dict(**batch, output_attentions=True), r"output_attentions=True: packed stacks do not keep them"),
     ]
     for values, text in (
@@ -255,8 +269,20 @@ def test_errors_name_the_argument():
     for arguments, text in cases:
         with pytest.raises(ValueError, match=text):
             model(**arguments)
-    with pytest.raises(ValueError, match=r"packed_source must be given with packed_inputs, got None"):
-        model.decoder(packed_inputs=packed)
+    with pytest.raises(ValueError, match=EXCLUSIVE["mask"]):
+        model.encoder(packed_inputs=packed, attention_mask=batch["attention_mask"])
+    both = dict(packed_inputs=packed, packed_source=packed)
+    for arguments, text in (
+        (dict(packed_inputs=packed), r"packed_inputs and packed_source must be given together, got None for packed_so"),
+        (dict(input_ids=labels, packed_source=packed), r"must be given together, got None for packed_inputs"),
+        (dict(**both, max_seqlen_cross=3), r"must be given together, got None for cu_seqlens_cross"),
+        (dict(**both, cu_seqlens_cross=packed.cu_seqlens), r"must be given together, got None for max_seqlen_cross"),
+        (dict(**both, input_ids=labels), r"forward takes no input_ids with packed_inputs"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            model.decoder(**arguments)
+    with pytest.raises(ValueError, match=r"forward takes no positional arguments with packed_inputs"):
+        model.decoder(labels, **both)
     with pytest.raises(ValueError, match=r"future_ids needs labels in training"):
         model(input_ids=ids, decoder_input_ids=labels, future_ids=labels)
     model.eval()(input_ids=ids, decoder_input_ids=labels, future_ids=labels)

@@ -142,6 +142,24 @@ def test_evaluation(name, padding):
             assert output.prediction_loss is None
 
 
+@pytest.mark.parametrize("form", ["input_ids", "inputs_embeds", "left"])
+def test_padded_budget_is_a_share_of_the_padded_length(form):
+    """ceil(40 / 3) of up to 30 tokens, then ceil(14 / 2) of the 14 columns that are left."""
+    pruning = PruningConfig(((1, 1 / 3), (2, 0.5)), budget="max_seqlen")
+    model = stamped(tiny_t5(), pruning)
+    ids, mask, labels = padded_batch(LENGTHS).values()
+    ids, mask = torch.cat([ids, ids[:, :10]], 1), torch.cat([mask, torch.zeros_like(mask[:, :10])], 1)
+    if form == "left":
+        ids, mask = ids.flip(1), mask.flip(1)
+    inputs = dict(inputs_embeds=model.shared(ids)) if form == "inputs_embeds" else dict(input_ids=ids)
+    kept = torch.tensor(LENGTHS).clamp(max=7)
+    assert torch.equal(model.encoder(**inputs, attention_mask=mask).attention_mask.sum(1), kept)
+    assert torch.equal(model(**inputs, attention_mask=mask, labels=labels).encoder_packed.cu_seqlens.diff(), kept)
+    # The length of packed inputs is their max_seqlen: here the longest history, ceil(ceil(30 / 3) / 2).
+    packed = PackedBatch.from_padded(ids, mask)
+    assert torch.equal(model.encoder(packed_inputs=packed).packed.cu_seqlens.diff(), kept.clamp(max=5))
+
+
 def test_model_stamped_in_evaluation_stays_in_evaluation():
     pruning = PRUNINGS["only_training"]
     base = tiny_t5(torch.float64, **FEW_BUCKETS).eval()
