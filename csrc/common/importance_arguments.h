@@ -3,13 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-namespace stamp {
+#include "common/checks.h"
 
-using torch::stable::Tensor;
+namespace stamp {
 
 struct ImportanceArguments {
   Tensor hidden;      // [total, width]
@@ -19,18 +20,17 @@ struct ImportanceArguments {
 };
 
 inline void check_importance_arguments(const ImportanceArguments& arguments) {
-  using torch::headeronly::ScalarType;
-  const Tensor& hidden = arguments.hidden;
-  const Tensor& centrality = arguments.centrality;
-  STD_TORCH_CHECK(hidden.dim() == 2, "hidden must have shape [total, width], got ", hidden.dim(), " dimensions");
-  STD_TORCH_CHECK(
-      centrality.dim() == 1 && centrality.size(0) == hidden.size(0),
-      "centrality must have one entry for each row of hidden");
-  STD_TORCH_CHECK(
-      centrality.scalar_type() == ScalarType::Float || centrality.scalar_type() == ScalarType::Double,
-      "centrality must be float32 or float64");
+  check_tensor("hidden", arguments.hidden, {"total", "width"}, kFloatingDTypes);
+  check_tensor("centrality", arguments.centrality, {arguments.hidden.size(0)}, {ScalarType::Float, ScalarType::Double});
+  check_device("centrality", arguments.centrality, "hidden", arguments.hidden);
   STD_TORCH_CHECK(
       arguments.norm_order == 1 || arguments.norm_order == 2, "norm_order must be 1 or 2, got ", arguments.norm_order);
+}
+
+// The original positions of the tokens that prune takes: int32 [total].
+inline void check_positions(const Tensor& positions, const Tensor& hidden) {
+  check_tensor("positions", positions, {hidden.size(0)}, {ScalarType::Int});
+  check_device("positions", positions, "hidden", hidden);
 }
 
 }  // namespace stamp

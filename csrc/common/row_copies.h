@@ -10,11 +10,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "common/checks.h"
 #include "common/rows.h"
 
 namespace stamp {
-
-using torch::stable::Tensor;
 
 // Whether each row is contiguous, so that it can be copied as one piece. The distance between rows may be larger.
 inline bool rows_are_contiguous(const Tensor& x) {
@@ -28,29 +27,35 @@ inline bool rows_are_contiguous(const Tensor& x) {
   return true;
 }
 
-// The map of rows must be a vector on the device of the tensors that it points into.
-inline void check_row_map_tensor(const std::vector<Tensor>& sources, const Tensor& map, const char* name) {
-  STD_TORCH_CHECK(map.dim() == 1, name, " must have one dimension, got ", map.dim());
+// The sources of a gather: tensors [rows, ...] with the same number of rows, on the device of `map`.
+inline void check_row_sources(
+    const char* name, const std::vector<Tensor>& sources, const char* map_name, const Tensor& map) {
+  STD_TORCH_CHECK(!sources.empty(), name, " must have at least one tensor, got an empty list");
   for (const Tensor& source : sources) {
+    STD_TORCH_CHECK(source.dim() > 0, name, " must have tensors with at least one dimension, got a scalar");
     STD_TORCH_CHECK(
-        source.is_cuda() == map.is_cuda() && source.get_device_index() == map.get_device_index(),
-        "all tensors must be on the device of ", name);
+        source.size(0) == sources[0].size(0), name, " must have tensors with the same number of rows, got ",
+        source.size(0), " and ", sources[0].size(0));
+    check_storage(name, source);
+    check_device(name, source, map_name, map);
   }
 }
 
-// The sources of a gather, its outputs of `num_rows` rows, and the memory of both.
+// The map of rows: [num_rows].
+inline void check_row_map_tensor(const char* name, const Tensor& map, ScalarType dtype) {
+  STD_TORCH_CHECK(map.dim() == 1, name, " must have one dimension, got ", map.dim());
+  check_dtype(name, map, {dtype});
+  check_storage(name, map);
+}
+
+// The checked sources of a gather, its outputs of `num_rows` rows, and the memory of both.
 struct RowCopies {
   std::vector<Tensor> inputs;  // keeps the contiguous copies alive
   std::vector<Tensor> outputs;
   std::vector<Rows> rows;
 
   RowCopies(const std::vector<Tensor>& sources, int64_t num_rows) {
-    STD_TORCH_CHECK(!sources.empty(), "gather_tokens needs at least one tensor");
     for (const Tensor& source : sources) {
-      STD_TORCH_CHECK(source.dim() > 0, "a tensor of rows needs at least one dimension");
-      STD_TORCH_CHECK(
-          source.size(0) == sources[0].size(0), "all tensors must have the same number of rows, got ", source.size(0),
-          " and ", sources[0].size(0));
       const Tensor input = rows_are_contiguous(source) ? source : torch::stable::contiguous(source);
       std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
       shape[0] = num_rows;

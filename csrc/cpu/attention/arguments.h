@@ -1,4 +1,4 @@
-// The arguments that the attention ops share, and what the kernels read of them.
+// The arguments of the attention ops: their checks, and what the kernels read of them.
 
 #pragma once
 
@@ -39,8 +39,8 @@ struct AttentionArguments {
 };
 
 struct DropoutArguments {
-  double p;
-  std::optional<Tensor> seed;  // int64 [1]
+  double p;                    // in [0, 1)
+  std::optional<Tensor> seed;  // int64 [1]; needed if p > 0
 };
 
 // A problem, and the tensors that its pointers point into.
@@ -49,7 +49,9 @@ struct AttentionInputs {
   std::vector<Tensor> held;
 };
 
-// Checks contents (RuntimeError) and fills in the problem, without dropout.
+// Every function below checks its arguments: shapes, dtypes, storage, ranges and contents (RuntimeError).
+
+// The problem without dropout.
 AttentionInputs attention_inputs(const AttentionArguments& arguments);
 
 void set_dropout(AttentionProblem& problem, const DropoutArguments& arguments);
@@ -57,7 +59,13 @@ void set_dropout(AttentionProblem& problem, const DropoutArguments& arguments);
 // The rows of x [rows, heads, head_dim], or of a contiguous copy in `held` where the last dimension is not contiguous.
 HeadRows head_rows(const Tensor& x, std::vector<Tensor>& held);
 
-// The query mask as kernels read it; null: every query counts.
-const uint8_t* query_mask_of(const std::optional<Tensor>& query_mask, std::vector<Tensor>& held);
+// The same of out or its gradient, which must be like q.
+HeadRows rows_like_q(const char* name, const Tensor& x, const Tensor& q, std::vector<Tensor>& held);
+
+// lse [num_heads, total_q] in the compute type.
+const void* lse_of(const Tensor& lse, AttentionInputs& inputs);
+
+// The query mask [total_q] as kernels read it; null: every query counts.
+const uint8_t* query_mask_of(const char* name, const std::optional<Tensor>& query_mask, AttentionInputs& inputs);
 
 }  // namespace stamp::cpu

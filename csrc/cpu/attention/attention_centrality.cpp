@@ -14,18 +14,18 @@
 namespace stamp::cpu {
 
 void centrality_from_lse(
-    const AttentionProblem& problem, const Tensor& lse, const uint8_t* query_mask, CentralityOf sequences,
+    const AttentionProblem& problem, const void* lse, const uint8_t* query_mask, CentralityOf sequences,
     const Tensor& centrality) {
   CentralityPass pass = {};
   pass.problem = problem;
-  pass.lse = lse.const_data_ptr();
+  pass.lse = lse;
   pass.query_mask = query_mask;
   pass.centrality = centrality.mutable_data_ptr();
   pass.skip_fused = sequences == CentralityOf::kSequencesThatAreNotFused;
   const std::vector<AttentionTask> tasks =
       plan_tasks(problem, SplitBy::kKeysOfAllHeads, [](int64_t) { return kKeysPerBlock; });
   const AttentionKernels& kernels = attention_kernels(problem.dtype);
-  run_tasks(tasks, kernels.centrality_scratch_bytes(pass), lse, [&](const AttentionTask& task, char* scratch) {
+  run_tasks(tasks, kernels.centrality_scratch_bytes(pass), centrality, [&](const AttentionTask& task, char* scratch) {
     kernels.centrality(pass, task, scratch);
   });
 }
@@ -43,10 +43,11 @@ Tensor attention_centrality(
   const BiasArguments bias = {bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k};
   AttentionInputs inputs = attention_inputs({q, k, std::nullopt, sequences, causal, scale, bias});
   const AttentionProblem& problem = inputs.problem;
+  const void* lse_data = lse_of(lse, inputs);
+  const uint8_t* mask = query_mask_of("query_mask", query_mask, inputs);
 
   const Tensor centrality = torch::stable::new_empty(lse, {problem.total_k});
-  const uint8_t* mask = query_mask_of(query_mask, inputs.held);
-  centrality_from_lse(problem, torch::stable::contiguous(lse), mask, CentralityOf::kAllSequences, centrality);
+  centrality_from_lse(problem, lse_data, mask, CentralityOf::kAllSequences, centrality);
   zero_tail(centrality, problem.cu_seqlens_k[problem.num_sequences]);
   return centrality;
 }

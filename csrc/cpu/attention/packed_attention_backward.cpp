@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include "cpu/attention/arguments.h"
 #include "cpu/attention/kernels.h"
@@ -18,7 +19,6 @@
 namespace stamp::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
 
@@ -95,6 +95,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_backward(
   AttentionInputs inputs = attention_inputs({q, k, v, sequences, causal, scale, bias});
   AttentionProblem& problem = inputs.problem;
   set_dropout(problem, {dropout_p, dropout_seed});
+  STD_TORCH_CHECK(bias_table.has_value() || !need_dbias, "need_dbias needs a bias_table");
+  BackwardPass pass = {};
+  pass.out = rows_like_q("out", out, q, inputs.held);
+  pass.grad_out = rows_like_q("grad_out", grad_out, q, inputs.held);
+  pass.lse = lse_of(lse, inputs);
+  pass.problem = problem;
   const std::vector<AttentionTask> tasks = plan_tasks(problem, SplitBy::kKeys, keys_per_split);
 
   // The gradient of x, or an empty tensor where it is not needed.
@@ -106,14 +112,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_backward(
     rows = head_rows(dx, inputs.held);
     return dx;
   };
-  BackwardPass pass = {};
-  pass.problem = problem;
   const Tensor dq = new_gradient(need_dq, q, pass.dq);
   const Tensor dk = new_gradient(need_dk, k, pass.dk);
   const Tensor dv = new_gradient(need_dv, v, pass.dv);
-  pass.out = head_rows(out, inputs.held);
-  pass.grad_out = head_rows(grad_out, inputs.held);
-  pass.lse = held_contiguous(lse, inputs.held).const_data_ptr();
 
   std::vector<int64_t> dq_splits_offset(problem.num_sequences);
   const int64_t dq_splits_size = need_dq ? fill_dq_splits_offsets(problem, dq_splits_offset) : 0;

@@ -53,6 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_forward(
   AttentionInputs inputs = attention_inputs({q, k, v, sequences, causal, scale, bias});
   AttentionProblem& problem = inputs.problem;
   set_dropout(problem, {dropout_p, dropout_seed});
+  const uint8_t* query_mask = query_mask_of("centrality_query_mask", centrality_query_mask, inputs);
 
   const Tensor out = new_empty(q, {q.size(0), q.size(1), q.size(2)});
   const Tensor lse = new_empty(q, {q.size(1), q.size(0)}, compute_type(problem.dtype));
@@ -64,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_forward(
   pass.out = head_rows(out, inputs.held);
   pass.lse = lse.mutable_data_ptr();
   pass.centrality_by_head = return_centrality ? centrality_by_head.mutable_data_ptr() : nullptr;
-  pass.query_mask = query_mask_of(centrality_query_mask, inputs.held);
+  pass.query_mask = query_mask;
   const std::vector<AttentionTask> tasks =
       plan_tasks(problem, SplitBy::kQueries, [](int64_t) { return kQueriesPerTask; });
   const AttentionKernels& kernels = attention_kernels(problem.dtype);
@@ -84,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_forward(
       sum_centrality_of_heads<float>(problem, centrality_by_head, centrality);
     }
     if (!centrality_is_fused(problem.longest_q, problem.longest_k)) {
-      centrality_from_lse(problem, lse, pass.query_mask, CentralityOf::kSequencesThatAreNotFused, centrality);
+      centrality_from_lse(problem, pass.lse, pass.query_mask, CentralityOf::kSequencesThatAreNotFused, centrality);
     }
     zero_tail(centrality, problem.cu_seqlens_k[problem.num_sequences]);
   }

@@ -4,16 +4,21 @@
 #include <cstring>
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include "common/contents.h"
 
 namespace stamp::cpu {
 
-using torch::headeronly::ScalarType;
+Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held) {
+  held.push_back(torch::stable::contiguous(x));
+  return held.back();
+}
 
-void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen) {
-  stamp::check_cu_seqlens(name, cu_seqlens.const_data_ptr<int32_t>(), cu_seqlens.size(0) - 1, total, max_seqlen);
+Tensor checked_cu_seqlens(
+    const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen, std::vector<Tensor>& held) {
+  check_cu_seqlens_tensor(name, cu_seqlens);
+  const Tensor offsets = held_contiguous(cu_seqlens, held);
+  check_cu_seqlens(name, offsets.const_data_ptr<int32_t>(), offsets.size(0) - 1, total, max_seqlen);
+  return offsets;
 }
 
 int64_t longest(const int32_t* cu_seqlens, int64_t num_sequences) {
@@ -22,11 +27,6 @@ int64_t longest(const int32_t* cu_seqlens, int64_t num_sequences) {
     length = std::max<int64_t>(length, cu_seqlens[i + 1] - cu_seqlens[i]);
   }
   return length;
-}
-
-Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held) {
-  held.push_back(torch::stable::contiguous(x));
-  return held.back();
 }
 
 void zero_tail(const Tensor& x, int64_t first_tail_row) {
@@ -38,7 +38,7 @@ void zero_tail(const Tensor& x, int64_t first_tail_row) {
   }
 }
 
-DType dtype_of(const char* name, const Tensor& x) {
+DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -46,15 +46,17 @@ DType dtype_of(const char* name, const Tensor& x) {
       return DType::kFloat16;
     case ScalarType::BFloat16:
       return DType::kBFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+      return DType::kFloat64;
   }
 }
 
 ScalarType compute_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+double in_compute_type(DType dtype, double x) {
+  return dtype == DType::kFloat64 ? x : static_cast<double>(static_cast<float>(x));
 }
 
 }  // namespace stamp::cpu

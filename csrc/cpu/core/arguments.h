@@ -8,28 +8,32 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "common/checks.h"
 #include "cpu/core/dtypes.h"
 
 namespace stamp::cpu {
 
-using torch::stable::Tensor;
+// x, or a contiguous copy of it. `held` keeps it alive.
+Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held);
 
-// cu_seqlens int32 [num_sequences + 1], contiguous: from 0 to at most `total`, never decreasing, with steps of at most
-// max_seqlen.
-void check_cu_seqlens(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen);
+// The same for offsets, which must be int32 [num_sequences + 1], from 0 to at most `total`, never decreasing, with
+// steps of at most max_seqlen.
+Tensor checked_cu_seqlens(
+    const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen, std::vector<Tensor>& held);
 
 // The length of the longest sequence.
 int64_t longest(const int32_t* cu_seqlens, int64_t num_sequences);
 
-// x, or a contiguous copy of it. `held` keeps it alive.
-Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held);
-
 // Fills the rows [first_tail_row, total) of a contiguous [total, ...] tensor with zeros.
 void zero_tail(const Tensor& x, int64_t first_tail_row);
 
-DType dtype_of(const char* name, const Tensor& x);
+// The dtype of a tensor of floating dtype.
+DType dtype_of(const Tensor& x);
 
 // float32, or float64 for float64.
-torch::headeronly::ScalarType compute_type(DType dtype);
+ScalarType compute_type(DType dtype);
+
+// A number as kernels compute with it: rounded to float32, or as it is for float64.
+double in_compute_type(DType dtype, double x);
 
 }  // namespace stamp::cpu

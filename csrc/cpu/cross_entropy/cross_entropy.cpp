@@ -2,7 +2,7 @@
 //
 //   loss = sum_k step_weights[k] * sum_i losses[i, k] / (mean: rows with a target at step k, sum: 1)
 //
-// An op checks and groups its arguments, plans and runs the softmaxes (plan.h, worker.h), reduces the losses and casts.
+// An op checks its arguments (arguments.h), plans and runs the softmaxes (plan.h, worker.h), and reduces the losses.
 // Rows are only computed where they have a target.
 
 #include <algorithm>
@@ -15,40 +15,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/core/arguments.h"
+#include "cpu/cross_entropy/arguments.h"
 #include "cpu/cross_entropy/plan.h"
 #include "cpu/cross_entropy/worker.h"
 
 namespace stamp::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-// The options that all ops have.
-struct LossOptions {
-  const std::optional<std::vector<int64_t>>& vocab_ranges;  // start and end of each step; none: all classes
-  int64_t ignore_index;
-  double label_smoothing;
-  double z_loss;
-  std::optional<double> softcap;
-};
-
-// Which gradients are needed.
-struct NeededGradients {
-  bool hidden;
-  bool weight;
-  bool bias;
-};
-
-Tensor with_contiguous_rows(const Tensor& x) {
-  return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
-}
-
-Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
-  return torch::stable::contiguous(torch::stable::to(x, dtype));
-}
 
 Tensor zeros(const CrossEntropyInputs& inputs, std::vector<int64_t> shape) {
   return torch::stable::new_zeros(inputs.hidden, shape, compute_type(inputs.dtype));
@@ -56,61 +28,6 @@ Tensor zeros(const CrossEntropyInputs& inputs, std::vector<int64_t> shape) {
 
 std::vector<int64_t> shape_of(const Tensor& x) {
   return std::vector<int64_t>(x.sizes().begin(), x.sizes().end());
-}
-
-void check_targets(const CrossEntropyInputs& inputs) {
-  for (int64_t row = 0; row < inputs.num_rows; ++row) {
-    for (int64_t k = 0; k < inputs.num_steps; ++k) {
-      const int64_t target = inputs.target(row, k);
-      const ClassRange range = inputs.ranges[k];
-      STD_TORCH_CHECK(
-          target == inputs.ignore_index || (target >= range.start && target < range.end), "targets[", row, ", ", k,
-          "] is ", target, ", which is neither in the range [", range.start, ", ", range.end, ") of step ", k,
-          " nor ignore_index (", inputs.ignore_index, ")");
-    }
-  }
-}
-
-CrossEntropyInputs checked_inputs(
-    const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptionalTensor& bias,
-    const LossOptions& options) {
-  STD_TORCH_CHECK(targets.dim() == 2, "targets must have shape [N, K], got ", targets.dim(), " dimensions");
-  STD_TORCH_CHECK(
-      (hidden.dim() == 2 || hidden.dim() == 3) && (weight.dim() == 2 || weight.dim() == 3),
-      "hidden and weight must have two dimensions, or three where every step has its own");
-  STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(), "hidden and weight must have the same dtype");
-  const int64_t num_rows = targets.size(0), num_steps = targets.size(1);
-  const int64_t width = hidden.size(hidden.dim() - 1), num_classes = weight.size(weight.dim() - 2);
-  STD_TORCH_CHECK(
-      hidden.size(hidden.dim() - 2) == num_rows && weight.size(weight.dim() - 1) == width &&
-          (hidden.dim() == 2 || hidden.size(0) == num_steps) && (weight.dim() == 2 || weight.size(0) == num_steps),
-      "the shapes of hidden, weight and targets do not fit each other");
-
-  CrossEntropyInputs inputs = {};
-  inputs.dtype = dtype_of("hidden", hidden);
-  inputs.hidden = with_contiguous_rows(hidden);
-  inputs.weight = with_contiguous_rows(weight);
-  if (bias.has_value()) {
-    inputs.bias = contiguous_as(*bias, compute_type(inputs.dtype));
-  }
-  inputs.targets = torch::stable::contiguous(targets);
-  inputs.targets_data = inputs.targets.const_data_ptr<int64_t>();
-  for (int64_t k = 0; k < num_steps; ++k) {
-    inputs.ranges.push_back(
-        options.vocab_ranges.has_value()
-            ? ClassRange{(*options.vocab_ranges)[2 * k], (*options.vocab_ranges)[2 * k + 1]}
-            : ClassRange{0, num_classes});
-  }
-  inputs.num_rows = num_rows;
-  inputs.num_steps = num_steps;
-  inputs.num_classes = num_classes;
-  inputs.width = width;
-  inputs.ignore_index = options.ignore_index;
-  inputs.label_smoothing = options.label_smoothing;
-  inputs.z_loss = options.z_loss;
-  inputs.softcap = options.softcap.value_or(0.0);
-  check_targets(inputs);
-  return inputs;
 }
 
 bool all_steps_share_a_softmax(const CrossEntropyInputs& inputs) {
@@ -151,8 +68,8 @@ void run(const CrossEntropyInputs& inputs, const CrossEntropyOutputs& outputs) {
   }
 }
 
-CrossEntropyGradients zero_gradients(
-    const CrossEntropyInputs& inputs, const OptionalTensor& bias, const NeededGradients& needed) {
+CrossEntropyGradients zero_gradients(const CrossEntropyInputs& inputs, const NeededGradients& needed) {
+  check_needed(inputs, needed);
   CrossEntropyGradients gradients;
   if (needed.hidden) {
     gradients.hidden = zeros(inputs, shape_of(inputs.hidden));
@@ -163,41 +80,26 @@ CrossEntropyGradients zero_gradients(
     gradients.weight = zeros(inputs, shape);
   }
   if (needed.bias) {
-    gradients.bias = zeros(inputs, shape_of(*bias));
+    gradients.bias = zeros(inputs, shape_of(*inputs.bias));
   }
   return gradients;
 }
 
-// Gradients as an op returns them: each in the dtype of its argument, empty where not needed.
-std::tuple<Tensor, Tensor, Tensor> cast_gradients(
-    const CrossEntropyInputs& inputs, const CrossEntropyGradients& gradients, const OptionalTensor& bias) {
-  const ScalarType dtype = inputs.hidden.scalar_type();
+// Gradients without padding, in the compute type; an empty tensor where not needed.
+struct Gradients {
+  Tensor hidden;
+  Tensor weight;
+  Tensor bias;
+};
+
+Gradients unpadded(const CrossEntropyInputs& inputs, const CrossEntropyGradients& gradients) {
   const auto or_empty = [&](const OptionalTensor& gradient) { return gradient ? *gradient : zeros(inputs, {0}); };
   Tensor weight = or_empty(gradients.weight);
   if (gradients.weight.has_value() && weight.size(weight.dim() - 1) != inputs.width) {
     weight = torch::stable::contiguous(torch::stable::narrow(weight, weight.dim() - 1, 0, inputs.width));
   }
-  return {
-      torch::stable::to(or_empty(gradients.hidden), dtype), torch::stable::to(weight, dtype),
-      torch::stable::to(or_empty(gradients.bias), bias.has_value() ? bias->scalar_type() : dtype)};
+  return {or_empty(gradients.hidden), weight, or_empty(gradients.bias)};
 }
-
-// step_weights as floats or as a tensor; neither: all 1.
-struct StepWeights {
-  const std::optional<std::vector<double>>& floats;
-  const OptionalTensor& tensor;
-
-  std::vector<double> values(int64_t num_steps) const {
-    if (floats.has_value()) {
-      return *floats;
-    }
-    if (!tensor.has_value()) {
-      return std::vector<double>(num_steps, 1.0);
-    }
-    const Tensor doubles = contiguous_as(*tensor, ScalarType::Double);
-    return std::vector<double>(doubles.const_data_ptr<double>(), doubles.const_data_ptr<double>() + num_steps);
-  }
-};
 
 // The factor of a row's loss at each step, in the step's loss and in the loss of all steps.
 struct StepScales {
@@ -205,9 +107,8 @@ struct StepScales {
   std::vector<double> weighted;    // times the step's weight
 };
 
-StepScales step_scales(const CrossEntropyInputs& inputs, const StepWeights& step_weights, int64_t reduction) {
+StepScales step_scales(const CrossEntropyInputs& inputs, const std::vector<double>& weights, int64_t reduction) {
   StepScales scales;
-  const std::vector<double> weights = step_weights.values(inputs.num_steps);
   for (int64_t k = 0; k < inputs.num_steps; ++k) {
     int64_t num_targets = 0;
     for (int64_t row = 0; row < inputs.num_rows; ++row) {
@@ -269,6 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     double z_loss, std::optional<double> softcap, int64_t reduction) {
   const CrossEntropyInputs inputs =
       checked_inputs(hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
+  check_reduction(reduction);
+  const std::vector<double> weights = checked_step_weights(inputs, {step_weights, step_weights_tensor});
   const Tensor losses = zeros(inputs, {inputs.num_steps, inputs.num_rows});
   const Tensor lse = zeros(inputs, {inputs.num_steps, inputs.num_rows});
   CrossEntropyOutputs outputs;
@@ -279,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor losses_by_row = torch::stable::contiguous(torch::stable::transpose(losses, 0, 1));
     return {losses_by_row, zeros(inputs, {0}), zeros(inputs, {0}), lse};
   }
-  const StepScales scales = step_scales(inputs, {step_weights, step_weights_tensor}, reduction);
+  const StepScales scales = step_scales(inputs, weights, reduction);
   const auto [loss, step_losses] = reduce(inputs, losses, scales);
   return {loss, step_losses, tensor_of(inputs, scales.weighted, {inputs.num_steps}), lse};
 }
@@ -291,43 +194,47 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     double z_loss, std::optional<double> softcap, bool need_hidden, bool need_weight, bool need_bias) {
   const CrossEntropyInputs inputs =
       checked_inputs(hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
-  const Tensor grad_losses = contiguous_as(grad_loss, ScalarType::Double);  // [], or [N, K] of losses by row
-  const Tensor scales = contiguous_as(step_scale, ScalarType::Double);      // [K], or [0] for losses by row
-  const double* grad = grad_losses.const_data_ptr<double>();
-  const double* scale = scales.const_data_ptr<double>();
-  const bool is_reduced = step_scale.size(0) > 0;
-  const Tensor known_lse = contiguous_as(lse, compute_type(inputs.dtype));
-  const CrossEntropyGradients gradients = zero_gradients(inputs, bias, {need_hidden, need_weight, need_bias});
+  const ForwardResults results = checked_results(inputs, grad_loss, lse, step_scale);
+  const double* grad = results.grad_loss.const_data_ptr<double>();
+  const double* scale = results.scale.const_data_ptr<double>();
+  const CrossEntropyGradients gradients = zero_gradients(inputs, {need_hidden, need_weight, need_bias});
   CrossEntropyOutputs outputs;
   outputs.gradients = &gradients;
   outputs.loss_scale = [&](int64_t row, int64_t step) {
-    return is_reduced ? *grad * scale[step] : grad[row * inputs.num_steps + step];
+    return results.is_reduced ? *grad * scale[step] : grad[row * inputs.num_steps + step];
   };
-  outputs.known_lse = known_lse.const_data_ptr();
+  outputs.known_lse = results.lse.const_data_ptr();
   run(inputs, outputs);
-  return cast_gradients(inputs, gradients, bias);
+  const auto [grad_hidden, grad_weight, grad_bias] = unpadded(inputs, gradients);
+  return {
+      torch::stable::to(grad_hidden, hidden.scalar_type()), torch::stable::to(grad_weight, weight.scalar_type()),
+      torch::stable::to(grad_bias, bias.has_value() ? bias->scalar_type() : hidden.scalar_type())};
 }
 
-// The loss and its gradients in one pass, which computes the logits once.
+// The loss and its gradients in one pass, which computes the logits once. The gradients wait for the upstream gradient,
+// so they stay in the compute type: a rounding, or an overflow, before that product would be one too many.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> with_gradients(
     const Tensor& hidden, const Tensor& weight, const Tensor& targets, const OptionalTensor& bias,
     const std::optional<std::vector<double>>& step_weights, const OptionalTensor& step_weights_tensor,
     const std::optional<std::vector<int64_t>>& vocab_ranges, int64_t ignore_index, double label_smoothing,
     double z_loss, std::optional<double> softcap, int64_t reduction, bool need_hidden, bool need_weight,
     bool need_bias) {
-  STD_TORCH_CHECK(reduction != kNone, "gradients in the forward pass need a loss that is reduced to one number");
   const CrossEntropyInputs inputs =
       checked_inputs(hidden, weight, targets, bias, {vocab_ranges, ignore_index, label_smoothing, z_loss, softcap});
-  const StepScales scales = step_scales(inputs, {step_weights, step_weights_tensor}, reduction);
+  check_reduction(reduction);
+  STD_TORCH_CHECK(
+      reduction != kNone, "reduction must be 1 (mean) or 2 (sum) for gradients in the forward pass, got ", reduction);
+  const StepScales scales =
+      step_scales(inputs, checked_step_weights(inputs, {step_weights, step_weights_tensor}), reduction);
   const Tensor losses = zeros(inputs, {inputs.num_steps, inputs.num_rows});
-  const CrossEntropyGradients gradients = zero_gradients(inputs, bias, {need_hidden, need_weight, need_bias});
+  const CrossEntropyGradients gradients = zero_gradients(inputs, {need_hidden, need_weight, need_bias});
   CrossEntropyOutputs outputs;
   outputs.losses = losses.mutable_data_ptr();
   outputs.gradients = &gradients;
   outputs.loss_scale = [&](int64_t, int64_t step) { return scales.weighted[step]; };
   run(inputs, outputs);
   const auto [loss, step_losses] = reduce(inputs, losses, scales);
-  const auto [grad_hidden, grad_weight, grad_bias] = cast_gradients(inputs, gradients, bias);
+  const auto [grad_hidden, grad_weight, grad_bias] = unpadded(inputs, gradients);
   return {loss, step_losses, grad_hidden, grad_weight, grad_bias};
 }
 

@@ -16,10 +16,10 @@
 namespace stamp::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 // For fewer targets than this, a thread is not worth starting.
 constexpr int64_t kTargetsPerTask = 16 * 1024;
+// The size of their tensor in bytes must not overflow.
+constexpr int64_t kMaxTargets = INT64_MAX / sizeof(int64_t);
 
 struct Shift {
   const int32_t* cu_seqlens;  // [num_sequences + 1]
@@ -60,10 +60,13 @@ Tensor shift_targets(
     const Tensor& labels, const Tensor& cu_seqlens, int64_t steps, int64_t stride, int64_t ignore_index) {
   STD_TORCH_CHECK(labels.dim() == 1, "labels must have one dimension, got ", labels.dim());
   STD_TORCH_CHECK(steps >= 1 && stride >= 1, "steps and stride must be at least 1, got ", steps, " and ", stride);
-  std::vector<Tensor> held;
-  const Tensor offsets = held_contiguous(cu_seqlens, held);
+  check_storage("labels", labels);
   const int64_t total = labels.size(0);
-  check_cu_seqlens("cu_seqlens", offsets, total, INT32_MAX);
+  STD_TORCH_CHECK(
+      total == 0 || steps <= kMaxTargets / total, "steps must be at most ", kMaxTargets / std::max<int64_t>(total, 1),
+      " for ", total, " labels, got ", steps);
+  std::vector<Tensor> held;
+  const Tensor offsets = checked_cu_seqlens("cu_seqlens", cu_seqlens, total, INT32_MAX, held);
   const Tensor targets = torch::stable::new_empty(labels, {total, steps}, ScalarType::Long);
   // A stride of `total` rows leaves every sequence already; a longer one could overflow.
   const Shift shift = {offsets.const_data_ptr<int32_t>(), offsets.size(0) - 1, total, labels.stride(0), steps,

@@ -24,8 +24,6 @@
 
 namespace stamp::cpu {
 
-using torch::headeronly::ScalarType;
-
 const CrossEntropyKernels& cross_entropy_kernels(DType dtype) {
   return dtype == DType::kFloat64 ? KernelTables<CrossEntropyKernels>::portable_float64
                                   : kernels_of_machine<CrossEntropyKernels>();

@@ -23,8 +23,10 @@ constexpr int64_t kMinBytesPerTask = 32 * 1024;
 
 template <typename index_t>
 std::vector<Tensor> gather_rows(
-    const std::vector<Tensor>& sources, const Tensor& map_tensor, const char* map_name, bool may_stream) {
-  check_row_map_tensor(sources, map_tensor, map_name);
+    const char* name, const std::vector<Tensor>& sources, const char* map_name, const Tensor& map_tensor,
+    bool may_stream) {
+  check_row_map_tensor(map_name, map_tensor, sizeof(index_t) == sizeof(int64_t) ? ScalarType::Long : ScalarType::Int);
+  check_row_sources(name, sources, map_name, map_tensor);
   const Tensor map_contiguous = torch::stable::contiguous(map_tensor);
   const index_t* map = map_contiguous.const_data_ptr<index_t>();
   const int64_t num_rows = map_contiguous.size(0);
@@ -45,11 +47,11 @@ std::vector<Tensor> gather_rows(
 }
 
 std::vector<Tensor> gather_tokens_forward(const std::vector<Tensor>& x, const Tensor& indices) {
-  return gather_rows<int64_t>(x, indices, "indices", false);
+  return gather_rows<int64_t>("x", x, "indices", indices, false);
 }
 
 std::vector<Tensor> gather_tokens_backward(const std::vector<Tensor>& grad, const Tensor& inverse) {
-  return gather_rows<int32_t>(grad, inverse, "inverse", true);
+  return gather_rows<int32_t>("grad", grad, "inverse", inverse, true);
 }
 
 }  // namespace

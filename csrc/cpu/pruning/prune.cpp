@@ -59,18 +59,19 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> prune(
     int64_t max_seqlen, int64_t norm_order, bool per_visible_query, std::optional<int64_t> ratio_q32,
     std::optional<int64_t> keep_count, const OptionalTensor& keep_counts, int64_t min_keep,
     const OptionalTensor& protect, int64_t codes_per_item, std::optional<int64_t> total_kept) {
-  STD_TORCH_CHECK(!x.empty(), "prune needs at least the hidden states");
+  check_row_sources("x", x, "cu_seqlens", cu_seqlens);
+  const ImportanceArguments importance = {x[0], centrality, norm_order, per_visible_query};
+  check_importance_arguments(importance);
   const int64_t total = x[0].size(0);
+  check_int32_rows("x", total);
   const BudgetArguments budget = {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept};
   SelectionPlan plan = plan_selection(total, cu_seqlens, max_seqlen, budget);
-  const ImportanceProblem problem =
-      make_importance_problem({x[0], centrality, norm_order, per_visible_query}, plan.held);
+  const ImportanceProblem problem = make_importance_problem(importance, plan.held);
   const RowCopies copies(x, plan.total_kept);
   const Tensor kept_positions = torch::stable::new_empty(plan.inverse, {plan.total_kept});
   const int32_t* original_positions = nullptr;
   if (positions.has_value()) {
-    STD_TORCH_CHECK(
-        positions->dim() == 1 && positions->size(0) == total, "positions must have one entry for each token");
+    check_positions(*positions, x[0]);
     original_positions = held_contiguous(*positions, plan.held).const_data_ptr<int32_t>();
   }
 

@@ -43,12 +43,13 @@ std::tuple<Tensor, Tensor, Tensor> select_tokens(
     const Tensor& importance, const Tensor& cu_seqlens, int64_t max_seqlen, std::optional<int64_t> ratio_q32,
     std::optional<int64_t> keep_count, const OptionalTensor& keep_counts, int64_t min_keep,
     const OptionalTensor& protect, int64_t codes_per_item, std::optional<int64_t> total_kept) {
-  STD_TORCH_CHECK(importance.dim() == 1, "importance must have one dimension, got ", importance.dim());
+  check_tensor("importance", importance, {"total"}, kFloatingDTypes);
+  check_int32_rows("importance", importance.size(0));
   const BudgetArguments budget = {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept};
   SelectionPlan plan = plan_selection(importance.size(0), cu_seqlens, max_seqlen, budget);
   const Tensor importance_contiguous = held_contiguous(importance, plan.held);
   const void* data = importance_contiguous.const_data_ptr();
-  switch (dtype_of("importance", importance_contiguous)) {
+  switch (dtype_of(importance_contiguous)) {
     case DType::kFloat32:
       select_all<float, float>(plan, static_cast<const float*>(data));
       break;

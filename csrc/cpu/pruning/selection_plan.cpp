@@ -10,21 +10,19 @@
 
 namespace stamp::cpu {
 
-using torch::headeronly::ScalarType;
-
 SelectionPlan plan_selection(
     int64_t total, const Tensor& cu_seqlens, int64_t max_seqlen, const BudgetArguments& arguments) {
   SelectionPlan plan = {};
-  plan.num_sequences = cu_seqlens.size(0) - 1;
+  const Tensor offsets = checked_cu_seqlens("cu_seqlens", cu_seqlens, total, max_seqlen, plan.held);
+  check_budget_arguments(arguments, offsets, total);
+  plan.num_sequences = offsets.size(0) - 1;
   plan.total = total;
   plan.codes_per_item = arguments.codes_per_item;
-  const Tensor offsets = held_contiguous(cu_seqlens, plan.held);
-  check_cu_seqlens("cu_seqlens", offsets, total, max_seqlen);
   plan.cu_seqlens = offsets.const_data_ptr<int32_t>();
   plan.longest = longest(plan.cu_seqlens, plan.num_sequences);
-  const Budget budget = budget_of(arguments, plan.num_sequences, plan.held);
+  const Budget budget = budget_of(arguments, plan.held);
   check_keep_counts(budget, plan.num_sequences);
-  plan.protect = protect_of(arguments, total, plan.held);
+  plan.protect = protect_of(arguments, plan.held);
 
   plan.cu_seqlens_kept = torch::stable::new_empty(offsets, {plan.num_sequences + 1});
   int32_t* kept_offsets = plan.cu_seqlens_kept.mutable_data_ptr<int32_t>();

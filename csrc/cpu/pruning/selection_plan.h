@@ -36,7 +36,8 @@ struct SelectionPlan {
   std::vector<Tensor> held;  // keeps the arguments alive
 };
 
-// Checks contents (RuntimeError), computes cu_seqlens_kept, and fills the tail rows of indices and inverse with -1.
+// Checks the arguments and their contents (RuntimeError), computes cu_seqlens_kept, and fills the tail rows of indices
+// and inverse with -1.
 SelectionPlan plan_selection(
     int64_t total, const Tensor& cu_seqlens, int64_t max_seqlen, const BudgetArguments& arguments);
 

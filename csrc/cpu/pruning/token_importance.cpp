@@ -13,16 +13,13 @@
 
 namespace stamp::cpu {
 
-using torch::headeronly::ScalarType;
-
 ImportanceProblem make_importance_problem(const ImportanceArguments& arguments, std::vector<Tensor>& held) {
-  check_importance_arguments(arguments);
   const Tensor& hidden = arguments.hidden;
   const bool rows_are_contiguous = hidden.size(1) <= 1 || hidden.stride(1) == 1;
   const Tensor rows = rows_are_contiguous ? hidden : held_contiguous(hidden, held);
   const Tensor centrality = held_contiguous(arguments.centrality, held);
   ImportanceProblem problem = {};
-  problem.dtype = dtype_of("hidden", rows);
+  problem.dtype = dtype_of(rows);
   problem.hidden = rows.const_data_ptr();
   problem.row_stride = rows.stride(0);
   problem.width = rows.size(1);
@@ -63,14 +60,15 @@ void compute_importance(
 Tensor token_importance(
     const Tensor& hidden, const Tensor& centrality, const OptionalTensor& cu_seqlens, int64_t norm_order,
     bool per_visible_query) {
+  const ImportanceArguments arguments = {hidden, centrality, norm_order, per_visible_query};
+  check_importance_arguments(arguments);
   std::vector<Tensor> held;
-  const ImportanceProblem problem = make_importance_problem({hidden, centrality, norm_order, per_visible_query}, held);
+  const ImportanceProblem problem = make_importance_problem(arguments, held);
   const int64_t total = hidden.size(0);
   int64_t num_sequences = 0, num_rows = total;
   const int32_t* offsets = nullptr;
   if (cu_seqlens.has_value()) {
-    const Tensor checked = held_contiguous(*cu_seqlens, held);
-    check_cu_seqlens("cu_seqlens", checked, total, INT32_MAX);
+    const Tensor checked = checked_cu_seqlens("cu_seqlens", *cu_seqlens, total, INT32_MAX, held);
     offsets = checked.const_data_ptr<int32_t>();
     num_sequences = checked.size(0) - 1;
     num_rows = offsets[num_sequences];

@@ -11,9 +11,7 @@
 
 namespace stamp::cpu {
 
-using torch::stable::Tensor;
-
-// Checks the arguments. Contiguous copies stay in `held`.
+// From checked arguments. Contiguous copies stay in `held`.
 ImportanceProblem make_importance_problem(const ImportanceArguments& arguments, std::vector<Tensor>& held);
 
 }  // namespace stamp::cpu

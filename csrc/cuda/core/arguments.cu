@@ -7,9 +7,21 @@
 
 namespace stamp::cuda {
 
-bool contents_are_checked() {
+namespace {
+
+bool read_environment() {
   const char* value = std::getenv("STAMP_KERNELS_CHECK");
   return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+// Read once, when the library is loaded: getenv must not run beside a write of the environment, and Python's os.environ
+// writes it at any time, in any thread.
+const bool environment_asks_for_checks = read_environment();
+
+}  // namespace
+
+bool contents_are_checked() {
+  return environment_asks_for_checks;
 }
 
 std::vector<int32_t> checked_cu_seqlens(
@@ -24,10 +36,10 @@ Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held) {
   return held.back();
 }
 
-Tensor held_cu_seqlens(const Tensor& cu_seqlens, std::vector<Tensor>& held) {
-  STD_TORCH_CHECK(
-      cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 && cu_seqlens.scalar_type() == ScalarType::Int,
-      "cu_seqlens must be int32 of shape [num_sequences + 1]");
+Tensor held_cu_seqlens(const Tensor& cu_seqlens, const char* name, const Tensor& rows, std::vector<Tensor>& held) {
+  check_cu_seqlens_tensor("cu_seqlens", cu_seqlens);
+  check_device("cu_seqlens", cu_seqlens, name, rows);
+  check_int32_rows("cu_seqlens", cu_seqlens.size(0));
   return held_contiguous(cu_seqlens, held);
 }
 

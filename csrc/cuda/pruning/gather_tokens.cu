@@ -13,8 +13,10 @@ namespace stamp::cuda {
 namespace {
 
 template <typename index_t>
-std::vector<Tensor> gather_rows(const std::vector<Tensor>& sources, const Tensor& map_tensor, const char* map_name) {
-  check_row_map_tensor(sources, map_tensor, map_name);
+std::vector<Tensor> gather_rows(
+    const char* name, const std::vector<Tensor>& sources, const char* map_name, const Tensor& map_tensor) {
+  check_row_map_tensor(map_name, map_tensor, sizeof(index_t) == sizeof(int64_t) ? ScalarType::Long : ScalarType::Int);
+  check_row_sources(name, sources, map_name, map_tensor);
   const Launch launch("gather_tokens", map_tensor.get_device_index());
   const Tensor map_contiguous = torch::stable::contiguous(map_tensor);
   const index_t* map = map_contiguous.const_data_ptr<index_t>();
@@ -28,11 +30,11 @@ std::vector<Tensor> gather_rows(const std::vector<Tensor>& sources, const Tensor
 }
 
 std::vector<Tensor> gather_tokens_forward(const std::vector<Tensor>& x, const Tensor& indices) {
-  return gather_rows<int64_t>(x, indices, "indices");
+  return gather_rows<int64_t>("x", x, "indices", indices);
 }
 
 std::vector<Tensor> gather_tokens_backward(const std::vector<Tensor>& grad, const Tensor& inverse) {
-  return gather_rows<int32_t>(grad, inverse, "inverse");
+  return gather_rows<int32_t>("grad", grad, "inverse", inverse);
 }
 
 }  // namespace

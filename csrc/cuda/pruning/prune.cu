@@ -19,15 +19,15 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> prune(
     int64_t max_seqlen, int64_t norm_order, bool per_visible_query, std::optional<int64_t> ratio_q32,
     std::optional<int64_t> keep_count, const OptionalTensor& keep_counts, int64_t min_keep,
     const OptionalTensor& protect, int64_t codes_per_item, std::optional<int64_t> total_kept) {
-  STD_TORCH_CHECK(!x.empty(), "prune needs at least the hidden states");
+  check_row_sources("x", x, "cu_seqlens", cu_seqlens);
   const Tensor& hidden = x[0];
-  check_row_map_tensor(x, cu_seqlens, "cu_seqlens");
+  const ImportanceArguments arguments = {hidden, centrality, norm_order, per_visible_query};
+  check_importance_arguments(arguments);
   const Launch launch("prune", hidden.get_device_index());
   std::vector<Tensor> held;
-  ImportanceProblem importance_problem =
-      make_importance_problem({hidden, centrality, norm_order, per_visible_query}, held);
+  ImportanceProblem importance_problem = make_importance_problem(arguments, held);
   const BudgetArguments budget = {ratio_q32, keep_count, keep_counts, min_keep, protect, codes_per_item, total_kept};
-  SelectionPlan plan = plan_selection(importance_problem.total, cu_seqlens, max_seqlen, budget, launch);
+  SelectionPlan plan = plan_selection("x", hidden, cu_seqlens, max_seqlen, budget, launch);
   SelectionProblem& selection = plan.problem;
   const Tensor importance = new_importance(hidden);
   importance_problem.importance = importance.mutable_data_ptr();
@@ -37,15 +37,13 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> prune(
   int32_t* kept_positions_data = kept_positions.mutable_data_ptr<int32_t>();
   RowCopies copies(x, selection.total_kept);
   if (positions.has_value()) {
-    STD_TORCH_CHECK(
-        positions->dim() == 1 && positions->size(0) == importance_problem.total,
-        "positions must have one entry for each token");
+    check_positions(*positions, hidden);
     copies.rows.push_back(
         rows_of_positions(held_contiguous(*positions, held).const_data_ptr<int32_t>(), kept_positions_data));
   } else {
     selection.index_in_sequence = kept_positions_data;
   }
-  with_number_type("hidden", hidden, [&](auto number) {
+  with_number_type(hidden, [&](auto number) {
     using T = decltype(number);
     using Importance = Compute<T>;
     launch_prune<ShortTiling<Importance>, LongTiling<Importance>, T>(

@@ -37,20 +37,22 @@ void check_contents(const SelectionProblem& problem, int64_t max_seqlen, const L
 }  // namespace
 
 SelectionPlan plan_selection(
-    int64_t total, const Tensor& cu_seqlens, int64_t max_seqlen, const BudgetArguments& arguments,
-    const Launch& launch) {
+    const char* name, const Tensor& rows, const Tensor& cu_seqlens, int64_t max_seqlen,
+    const BudgetArguments& arguments, const Launch& launch) {
   SelectionPlan plan = {};
   SelectionProblem& problem = plan.problem;
-  const Tensor offsets = held_cu_seqlens(cu_seqlens, plan.held);
+  const int64_t total = rows.size(0);
+  check_int32_rows(name, total);
+  const Tensor offsets = held_cu_seqlens(cu_seqlens, name, rows, plan.held);
+  check_budget_arguments(arguments, offsets, total);
+  STD_TORCH_CHECK(arguments.total_kept.has_value(), "total_kept must be given on a GPU");
   problem.cu_seqlens = offsets.const_data_ptr<int32_t>();
   problem.num_sequences = static_cast<int32_t>(offsets.size(0) - 1);
   problem.total = total;
-  STD_TORCH_CHECK(arguments.total_kept.has_value(), "total_kept must be given on a GPU");
   problem.total_kept = *arguments.total_kept;
-  STD_TORCH_CHECK(problem.total_kept >= 0, "total_kept must not be negative, got ", problem.total_kept);
-  problem.budget = budget_of(arguments, problem.num_sequences, plan.held);
+  problem.budget = budget_of(arguments, plan.held);
   problem.codes_per_item = static_cast<int32_t>(std::min<int64_t>(arguments.codes_per_item, INT32_MAX));
-  problem.protect = protect_of(arguments, total, plan.held);
+  problem.protect = protect_of(arguments, plan.held);
   if (contents_are_checked()) {
     check_contents(problem, max_seqlen, launch);
   }

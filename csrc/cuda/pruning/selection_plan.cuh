@@ -20,9 +20,10 @@ struct SelectionPlan {
 };
 
 // Checks arguments (and contents where STAMP_KERNELS_CHECK=1), allocates the results, and counts the protected items.
-// arguments.total_kept must be given, since computing it would take a sync.
+// `rows`, the argument `name`, has the rows to select from. arguments.total_kept must be given, since computing it
+// would take a sync.
 SelectionPlan plan_selection(
-    int64_t total, const Tensor& cu_seqlens, int64_t max_seqlen, const BudgetArguments& arguments,
-    const Launch& launch);
+    const char* name, const Tensor& rows, const Tensor& cu_seqlens, int64_t max_seqlen,
+    const BudgetArguments& arguments, const Launch& launch);
 
 }  // namespace stamp::cuda

@@ -10,7 +10,6 @@
 namespace stamp::cuda {
 
 ImportanceProblem make_importance_problem(const ImportanceArguments& arguments, std::vector<Tensor>& held) {
-  check_importance_arguments(arguments);
   const Tensor& hidden = arguments.hidden;
   const bool rows_are_contiguous = hidden.size(1) <= 1 || hidden.stride(1) == 1;
   const Tensor rows = rows_are_contiguous ? hidden : held_contiguous(hidden, held);
@@ -38,12 +37,14 @@ namespace {
 Tensor token_importance(
     const Tensor& hidden, const Tensor& centrality, const std::optional<Tensor>& cu_seqlens, int64_t norm_order,
     bool per_visible_query) {
+  const ImportanceArguments arguments = {hidden, centrality, norm_order, per_visible_query};
+  check_importance_arguments(arguments);
   const Launch launch("token_importance", hidden.get_device_index());
   std::vector<Tensor> held;
-  ImportanceProblem problem = make_importance_problem({hidden, centrality, norm_order, per_visible_query}, held);
+  ImportanceProblem problem = make_importance_problem(arguments, held);
   STD_TORCH_CHECK(cu_seqlens.has_value() || !per_visible_query, "per_visible_query needs cu_seqlens");
   if (cu_seqlens.has_value()) {
-    const Tensor offsets = held_cu_seqlens(*cu_seqlens, held);
+    const Tensor offsets = held_cu_seqlens(*cu_seqlens, "hidden", hidden, held);
     problem.cu_seqlens = offsets.const_data_ptr<int32_t>();
     problem.num_sequences = offsets.size(0) - 1;
     if (contents_are_checked()) {
@@ -52,9 +53,8 @@ Tensor token_importance(
   }
   const Tensor importance = new_importance(hidden);
   problem.importance = importance.mutable_data_ptr();
-  with_number_type("hidden", hidden, [&](auto number) {
-    launch_token_importance<decltype(number)>(problem, norm_order == 2, launch);
-  });
+  with_number_type(
+      hidden, [&](auto number) { launch_token_importance<decltype(number)>(problem, norm_order == 2, launch); });
   return importance;
 }
 

@@ -11,9 +11,7 @@
 
 namespace stamp::cuda {
 
-using torch::stable::Tensor;
-
-// Checks shapes and dtypes. The rows of hidden may be strided; contiguous copies stay in `held`. The caller fills in
+// From checked arguments. The rows of hidden may be strided; contiguous copies stay in `held`. The caller fills in
 // the offsets and the memory of the importance.
 ImportanceProblem make_importance_problem(const ImportanceArguments& arguments, std::vector<Tensor>& held);
 
