@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 from devices import CAPABILITIES
 
 from stamp_kernels._backend import use_backend
+from stamp_kernels.ops._capability import use_capability
 from stamp_kernels.ops._library import served_by
 
 hypothesis.settings.register_profile("stamp", deadline=None, max_examples=30, derandomize=True)
@@ -39,10 +40,10 @@ def backend(request):
 
 
 @pytest.fixture(params=CAPABILITIES)
-def capability(request, monkeypatch):
+def capability(request):
     """Run the test once with the CPU kernels of each instruction set that this processor has."""
-    monkeypatch.setenv("STAMP_KERNELS_CPU_CAPABILITY", request.param)
-    return request.param
+    with use_capability(request.param):
+        yield request.param
 
 
 # The compiled CUDA library replaces the Triton kernels that these files test. Where it serves, only the first case of

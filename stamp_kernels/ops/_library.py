@@ -305,4 +305,6 @@ def define_op(
     return op
 
 
+# Internal, without tensors: see ops/_capability.py. Returns the name of the set that ran so far.
+_LIBRARY.define("_use_cpu_capability(str name) -> str")
 _load_cpu_library()
