@@ -3,8 +3,8 @@
 //     S_ij += bias[head, bucket(position_k[j] - position_q[i])]
 //
 // Without positions, the distances of a tile are constant along its diagonals, so a row of the tile adds a run of
-// consecutive table entries. With positions, each pair has an entry of its own. Internal linkage, for the reason given
-// in cpu/core/simd.h.
+// consecutive table entries. With positions, each pair has an entry of its own: its distance or, where positions lie
+// too far apart for a table of distances, its bucket. Internal linkage, for the reason given in cpu/core/simd.h.
 
 #pragma once
 
@@ -18,7 +18,7 @@
 namespace stamp::cpu {
 namespace {
 
-// The index of a distance in of_distance and bucket_of_distance.
+// The entry of a distance, where entries are distances.
 inline int64_t entry_of_distance(const AttentionProblem& problem, int64_t distance) {
   return larger(-problem.bias.max_distance, smaller(distance, problem.bias.max_distance)) + problem.bias.max_distance;
 }
@@ -36,12 +36,37 @@ inline int64_t entry_of_diagonal(const AttentionProblem& problem, const TilePlac
   return entry_of_distance(problem, x + tile.start_key - (tile.end_query - 1));
 }
 
+// The bucket of a distance: in its direction, the last one that begins at or before it. A distance that has no buckets
+// (of a later key in a causal decoder) is in bucket 0.
+inline int32_t bucket_of_distance(const RelativeBias& bias, int32_t distance) {
+  const bool is_later = distance > 0;
+  if (is_later && !bias.is_bidirectional) {
+    return 0;
+  }
+  const int32_t in_direction = is_later ? distance : -distance;
+  int32_t first = 0, end = static_cast<int32_t>(bias.num_buckets_of_direction);
+  while (end - first > 1) {
+    const int32_t middle = (first + end) / 2;
+    (bias.first_distance_of_bucket[middle] <= in_direction ? first : end) = middle;
+  }
+  return is_later ? static_cast<int32_t>(bias.num_buckets_of_direction) + first : first;
+}
+
 // entries [num_keys] := the entries of row i. Distances fit 32 bits, which set_relative_bias has checked.
 inline void entries_of_row(const AttentionProblem& problem, const TilePlace& tile, int64_t i, int32_t* entries) {
   const int32_t max_distance = static_cast<int32_t>(problem.bias.max_distance);
   const int32_t query = static_cast<int32_t>(tile.start_query + i);
   const int32_t position_q =
       problem.bias.positions_q == nullptr ? query : problem.bias.positions_q[tile.sequence.first_q + query];
+  if (problem.bias.first_distance_of_bucket != nullptr) {
+    const int32_t* positions_k = problem.bias.positions_k;
+    for (int32_t j = 0; j < tile.num_keys(); ++j) {
+      const int32_t key = static_cast<int32_t>(tile.start_key) + j;
+      const int32_t position_k = positions_k == nullptr ? key : positions_k[tile.sequence.first_k + key];
+      entries[j] = bucket_of_distance(problem.bias, position_k - position_q);
+    }
+    return;
+  }
   if (problem.bias.positions_k == nullptr) {
     for (int32_t j = 0; j < tile.num_keys(); ++j) {
       entries[j] = static_cast<int32_t>(entry_of_distance(problem, tile.start_key + j - position_q));
@@ -76,8 +101,7 @@ template <typename V>
 void add_bias(
     const AttentionProblem& problem, const TilePlace& tile, ScoreTile<V> scores, const BiasScratch<V>& scratch) {
   using scalar = typename V::scalar;
-  const scalar* bias =
-      static_cast<const scalar*>(problem.bias.of_distance) + tile.head * (2 * problem.bias.max_distance + 1);
+  const scalar* bias = static_cast<const scalar*>(problem.bias.of_entry) + tile.head * problem.bias.num_entries;
   if (!positions_are_indices(problem)) {
     for (int64_t i = 0; i < tile.num_queries(); ++i) {
       entries_of_row(problem, tile, i, scratch.entries);

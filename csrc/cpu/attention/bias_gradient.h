@@ -30,7 +30,7 @@ void add_dbias(
     for (int64_t i = 0; i < tile.num_queries(); ++i) {
       entries_of_row(problem, tile, i, scratch.entries);
       for (int64_t j = 0; j < tile.num_keys(); ++j) {
-        lanes[4 * problem.bias.bucket_of_distance[scratch.entries[j]] + j % 4] += dscores[i][j];
+        lanes[4 * problem.bias.bucket_of_entry[scratch.entries[j]] + j % 4] += dscores[i][j];
       }
     }
     for (int64_t b = 0; b < problem.bias.num_buckets; ++b) {
@@ -48,7 +48,7 @@ void add_dbias(
     }
   }
   for (int64_t x = 0; x < num_diagonals(tile); ++x) {
-    dbias[problem.bias.bucket_of_distance[entry_of_diagonal(problem, tile, x)]] += scratch.diagonals[x];
+    dbias[problem.bias.bucket_of_entry[entry_of_diagonal(problem, tile, x)]] += scratch.diagonals[x];
   }
 }
 

@@ -20,14 +20,20 @@ struct HeadRows {
   int64_t head_stride;
 };
 
-// The relative position bias, tabulated by the distance position_k - position_q, clamped to +-max_distance.
+// The relative position bias, tabulated by entries. An entry is a distance position_k - position_q, clamped to
+// +-max_distance and counted from -max_distance; or, where positions lie too far apart for that, a bucket.
 struct RelativeBias {
-  const void* of_distance;            // [num_heads, 2 * max_distance + 1] in the compute type; null: no bias
-  const int32_t* bucket_of_distance;  // [2 * max_distance + 1]
+  const void* of_entry;  // [num_heads, num_entries] in the compute type; null: no bias
+  int64_t num_entries;
+  const int32_t* bucket_of_entry;  // [num_entries]
   int64_t max_distance;
   int64_t num_buckets;
   const int32_t* positions_q;  // [total_q]; null: the index in the sequence
   const int32_t* positions_k;  // [total_k]; null: the index in the sequence
+  // The first distance of each bucket of one direction [num_buckets_of_direction], rising; null: entries are distances.
+  const int32_t* first_distance_of_bucket;
+  int64_t num_buckets_of_direction;
+  bool is_bidirectional;
 };
 
 // The weight of (sequence, head, query, key) is dropped where its Philox word is below the threshold.

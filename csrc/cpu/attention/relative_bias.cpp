@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,7 +12,9 @@
 namespace stamp::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
+// A table of distances has at most as many entries as this or as the batch has rows, so that its cost is bounded by the
+// batch. Beyond, each pair of rows looks for its bucket.
+constexpr int64_t kMinTableSize = 1 << 13;
 
 // torch's own log: its rounding decides which bucket a distance falls into.
 Tensor log_of(const Tensor& x) {
@@ -20,27 +23,59 @@ Tensor log_of(const Tensor& x) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The buckets of the distances 0 to largest_distance in one direction, exactly those of the reference in Python.
-std::vector<int32_t> buckets_of_one_direction(
-    const Tensor& like, int64_t num_buckets, int64_t max_distance, int64_t largest_distance) {
-  const int64_t num_exact = num_buckets / 2;
-  const Tensor ratio = torch::stable::new_empty(like, {largest_distance + 1}, ScalarType::Float);
-  float* ratios = ratio.mutable_data_ptr<float>();
-  for (int64_t d = 0; d <= largest_distance; ++d) {
-    ratios[d] = static_cast<float>(std::max<int64_t>(d, 1)) / static_cast<float>(num_exact);
+// The buckets of one direction.
+struct Buckets {
+  Tensor like;  // any tensor on the CPU
+  int64_t num_buckets;
+  int64_t max_distance;
+
+  // The buckets of some distances >= 0, exactly those of the reference in Python.
+  std::vector<int32_t> of(const std::vector<int64_t>& distances) const {
+    const int64_t num_exact = num_buckets / 2, count = static_cast<int64_t>(distances.size());
+    const Tensor ratio = torch::stable::new_empty(like, {count}, ScalarType::Float);
+    float* ratios = ratio.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < count; ++i) {
+      ratios[i] = static_cast<float>(std::max<int64_t>(distances[i], 1)) / static_cast<float>(num_exact);
+    }
+    const Tensor octave = log_of(ratio);
+    const float* octaves = octave.const_data_ptr<float>();
+    const float max_octave =
+        static_cast<float>(std::log(static_cast<double>(max_distance) / static_cast<double>(num_exact)));
+    std::vector<int32_t> buckets(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t logarithmic =
+          num_exact + static_cast<int64_t>(octaves[i] / max_octave * static_cast<float>(num_buckets - num_exact));
+      buckets[i] =
+          static_cast<int32_t>(distances[i] < num_exact ? distances[i] : std::min(logarithmic, num_buckets - 1));
+    }
+    return buckets;
   }
-  const Tensor octave = log_of(ratio);
-  const float* octaves = octave.const_data_ptr<float>();
-  const float max_octave =
-      static_cast<float>(std::log(static_cast<double>(max_distance) / static_cast<double>(num_exact)));
-  std::vector<int32_t> buckets(largest_distance + 1);
-  for (int64_t d = 0; d <= largest_distance; ++d) {
-    const int64_t logarithmic =
-        num_exact + static_cast<int64_t>(octaves[d] / max_octave * static_cast<float>(num_buckets - num_exact));
-    buckets[d] = static_cast<int32_t>(d < num_exact ? d : std::min(logarithmic, num_buckets - 1));
+
+  // The first distance of each bucket, largest_distance + 1 if it has none: all bisections at once. The bucket never
+  // falls with the distance.
+  std::vector<int32_t> first_distances(int64_t largest_distance) const {
+    std::vector<int64_t> low(num_buckets, 0), high(num_buckets, largest_distance + 1), middle(num_buckets);
+    for (bool is_done = false; !is_done;) {
+      for (int64_t b = 0; b < num_buckets; ++b) {
+        middle[b] = (low[b] + high[b]) / 2;
+      }
+      const std::vector<int32_t> buckets = of(middle);
+      is_done = true;
+      for (int64_t b = 0; b < num_buckets; ++b) {
+        if (low[b] == high[b]) {
+          continue;
+        }
+        if (buckets[b] >= b) {
+          high[b] = middle[b];
+        } else {
+          low[b] = middle[b] + 1;
+        }
+        is_done = is_done && low[b] == high[b];
+      }
+    }
+    return std::vector<int32_t>(low.begin(), low.end());
   }
-  return buckets;
-}
+};
 
 // An upper bound of the distance between a query and a key in the batch.
 int64_t largest_possible_distance(const AttentionProblem& problem) {
@@ -59,13 +94,37 @@ int64_t largest_possible_distance(const AttentionProblem& problem) {
   return std::max<int64_t>({largest_k - smallest_q, largest_q - smallest_k, 1});
 }
 
+// An int32 tensor of these values, which `held` keeps alive.
+const int32_t* held_integers(const std::vector<int32_t>& values, const Tensor& like, std::vector<Tensor>& held) {
+  held.push_back(torch::stable::new_empty(like, {static_cast<int64_t>(values.size())}, ScalarType::Int));
+  int32_t* data = held.back().mutable_data_ptr<int32_t>();
+  std::copy(values.begin(), values.end(), data);
+  return data;
+}
+
+// The bucket of every distance from -max_distance to max_distance.
+std::vector<int32_t> buckets_of_distances(const Buckets& direction, int64_t max_distance, bool is_bidirectional) {
+  std::vector<int64_t> distances(max_distance + 1);
+  std::iota(distances.begin(), distances.end(), 0);
+  const std::vector<int32_t> of_direction = direction.of(distances);
+  std::vector<int32_t> buckets(2 * max_distance + 1);
+  for (int64_t distance = -max_distance; distance <= max_distance; ++distance) {
+    int32_t bucket = of_direction[std::max<int64_t>(-distance, 0)];
+    if (is_bidirectional && distance > 0) {
+      bucket = static_cast<int32_t>(direction.num_buckets + of_direction[distance]);
+    }
+    buckets[distance + max_distance] = bucket;
+  }
+  return buckets;
+}
+
 template <typename scalar>
-void fill_bias_of_distance(const AttentionProblem& problem, const Tensor& table, Tensor& bias) {
+void fill_bias_of_entry(const AttentionProblem& problem, const Tensor& table, Tensor& bias) {
   const scalar* weights = table.const_data_ptr<scalar>();
   scalar* entry = bias.mutable_data_ptr<scalar>();
   for (int64_t head = 0; head < problem.num_heads; ++head) {
-    for (int64_t x = 0; x <= 2 * problem.bias.max_distance; ++x) {
-      *entry++ = weights[problem.bias.bucket_of_distance[x] * problem.num_heads + head];
+    for (int64_t x = 0; x < problem.bias.num_entries; ++x) {
+      *entry++ = weights[problem.bias.bucket_of_entry[x] * problem.num_heads + head];
     }
   }
 }
@@ -74,39 +133,39 @@ void fill_bias_of_distance(const AttentionProblem& problem, const Tensor& table,
 
 void set_relative_bias(AttentionInputs& inputs, const BiasArguments& arguments) {
   AttentionProblem& problem = inputs.problem;
+  RelativeBias& bias = problem.bias;
   const Tensor& table = *arguments.table;
-  problem.bias.num_buckets = table.size(0);
+  bias.num_buckets = table.size(0);
   const int64_t largest = largest_possible_distance(problem);
   STD_TORCH_CHECK(
       largest <= INT32_MAX / 2, "positions_q and positions_k must lie at most ", INT32_MAX / 2,
       " apart, got a distance of ", largest);
   // All distances from the argument max_distance on share the last bucket, and the batch has none above `largest`.
-  problem.bias.max_distance = std::min(arguments.max_distance, largest);
-  const int64_t num_distances = 2 * problem.bias.max_distance + 1;
+  bias.max_distance = std::min(arguments.max_distance, largest);
+  bias.is_bidirectional = arguments.bidirectional;
+  bias.num_buckets_of_direction = bias.num_buckets / (arguments.bidirectional ? 2 : 1);
+  const Buckets direction = {table, bias.num_buckets_of_direction, arguments.max_distance};
 
-  const int64_t directions = arguments.bidirectional ? 2 : 1;
-  const std::vector<int32_t> of_direction = buckets_of_one_direction(
-      table, problem.bias.num_buckets / directions, arguments.max_distance, problem.bias.max_distance);
-  inputs.held.push_back(torch::stable::new_empty(table, {num_distances}, ScalarType::Int));
-  int32_t* buckets = inputs.held.back().mutable_data_ptr<int32_t>();
-  for (int64_t distance = -problem.bias.max_distance; distance <= problem.bias.max_distance; ++distance) {
-    int32_t bucket = of_direction[std::max<int64_t>(-distance, 0)];
-    if (arguments.bidirectional && distance > 0) {
-      bucket = static_cast<int32_t>(problem.bias.num_buckets / 2 + of_direction[distance]);
-    }
-    buckets[distance + problem.bias.max_distance] = bucket;
+  std::vector<int32_t> buckets;
+  if (2 * bias.max_distance + 1 <= std::max(kMinTableSize, 2 * (problem.total_q + problem.total_k))) {
+    buckets = buckets_of_distances(direction, bias.max_distance, arguments.bidirectional);
+  } else {
+    bias.first_distance_of_bucket = held_integers(direction.first_distances(largest), table, inputs.held);
+    buckets.resize(bias.num_buckets);
+    std::iota(buckets.begin(), buckets.end(), 0);
   }
-  problem.bias.bucket_of_distance = buckets;
+  bias.num_entries = static_cast<int64_t>(buckets.size());
+  bias.bucket_of_entry = held_integers(buckets, table, inputs.held);
 
   const Tensor weights = torch::stable::contiguous(torch::stable::to(table, compute_type(problem.dtype)));
-  inputs.held.push_back(torch::stable::new_empty(weights, {problem.num_heads, num_distances}));
-  Tensor& bias = inputs.held.back();
+  inputs.held.push_back(torch::stable::new_empty(weights, {problem.num_heads, bias.num_entries}));
+  Tensor& of_entry = inputs.held.back();
   if (problem.dtype == DType::kFloat64) {
-    fill_bias_of_distance<double>(problem, weights, bias);
+    fill_bias_of_entry<double>(problem, weights, of_entry);
   } else {
-    fill_bias_of_distance<float>(problem, weights, bias);
+    fill_bias_of_entry<float>(problem, weights, of_entry);
   }
-  problem.bias.of_distance = bias.const_data_ptr();
+  bias.of_entry = of_entry.const_data_ptr();
 }
 
 Tensor sum_dbias(

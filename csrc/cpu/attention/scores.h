@@ -28,7 +28,7 @@ void compute_scores(
   product<V>(
       tile.num_queries(), tile.num_keys(), head_dim, {queries, matrix_row<V>(head_dim), 1},
       transposed<V>(keys_transposed, head_dim), {scores.data, scores.row}, false);
-  if (problem.bias.of_distance != nullptr) {
+  if (problem.bias.of_entry != nullptr) {
     add_bias<V>(problem, tile, scores, bias_scratch);
   }
 }
