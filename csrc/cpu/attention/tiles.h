@@ -75,15 +75,21 @@ void fill_rest(typename V::scalar* row, int64_t begin, int64_t num_keys, typenam
   }
 }
 
-// sums_j += sum_i row_weights_i weights_ij over the rows i of a tile. The tile is summed first: if equal weights were
-// added to a long sum one by one, each addition would round in the same direction.
+// sums_j += sum_i row_weights_i weights_ij over the rows i of a tile with a row weight. The others are left out, not
+// multiplied by 0: they may hold NaN or infinity. The tile is summed first: if equal weights were added to a long sum
+// one by one, each addition would round in the same direction.
 template <typename V>
 void add_weighted_columns(
     const TilePlace& tile, ScoreTile<V> weights, const typename V::scalar* row_weights, typename V::scalar* sums) {
+  int64_t rows[kQueriesPerTile], num_rows = 0;
+  for (int64_t i = 0; i < tile.num_queries(); ++i) {
+    rows[num_rows] = i;
+    num_rows += row_weights[i] != 0;
+  }
   for (int64_t j = 0; j < tile.num_keys(); j += V::width) {
     typename V::vector sum = {};
-    for (int64_t i = 0; i < tile.num_queries(); ++i) {
-      sum += row_weights[i] * V::load(weights[i] + j);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      sum += row_weights[rows[i]] * V::load(weights[rows[i]] + j);
     }
     V::store(sums + j, V::load(sums + j) + sum);
   }
