@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from stamp_kernels.data._integers import integers_of
-from stamp_kernels.ops._checks import check_range, checked_count
+from stamp_kernels.ops._checks import check_count, check_range
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,14 +77,14 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             num_replicas = torch.distributed.get_world_size() if distributed else 1
         if rank is None:
             rank = torch.distributed.get_rank() if distributed else 0
-        self.max_tokens = checked_count("max_tokens", max_tokens, 1)
-        self.num_replicas = checked_count("num_replicas", num_replicas, 1)
-        self.rank = checked_count("rank", rank)
+        self.max_tokens = check_count("max_tokens", max_tokens, 1)
+        self.num_replicas = check_count("num_replicas", num_replicas, 1)
+        self.rank = check_count("rank", rank)
         check_range("rank", self.rank, 0, self.num_replicas, below_high=True)
         self.shuffle = shuffle
-        self.seed = checked_count("seed", seed)
+        self.seed = check_count("seed", seed)
         self.drop_last = drop_last
-        self.max_sequences = None if max_sequences is None else checked_count("max_sequences", max_sequences, 1)
+        self.max_sequences = None if max_sequences is None else check_count("max_sequences", max_sequences, 1)
         self._lengths = integers_of("lengths", lengths)
         _check_lengths(self._lengths, self.max_tokens)
         self._epoch_and_first_batch = (0, 0)
@@ -104,8 +104,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             ValueError: epoch is not an int of at least 0, or first_batch is not an int from 0 to the epoch's number of
                 batches.
         """
-        epoch = checked_count("epoch", epoch)
-        first_batch = checked_count("first_batch", first_batch)
+        epoch = check_count("epoch", epoch)
+        first_batch = check_count("first_batch", first_batch)
         if first_batch > 0:  # Otherwise the plan is not needed yet.
             check_range("first_batch", first_batch, 0, len(self._planned(epoch)))
         self._epoch_and_first_batch = (epoch, first_batch)

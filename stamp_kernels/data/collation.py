@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels.data._integers import integers_of
-from stamp_kernels.ops._checks import checked_count
+from stamp_kernels.ops._checks import check_count
 from stamp_kernels.packed import PackedBatch, check_num_tokens
 
 __all__ = ["PackingCollator"]
@@ -44,7 +44,7 @@ class PackingCollator:
     future_length: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "future_length", checked_count("future_length", self.future_length))  # it is frozen
+        object.__setattr__(self, "future_length", check_count("future_length", self.future_length))  # it is frozen
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of B features. B may be 0, for a rank that has no sequences in a step.

@@ -8,7 +8,7 @@ Each raises a RuntimeError that names the argument, what it was and what is allo
 """
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def check_storage(name: str, x: Tensor) -> None:
     storage_bytes = x.untyped_storage().nbytes()
     offset = x.storage_offset()
     if offset == 0 and x.is_contiguous():
-        needed_bytes = x.nbytes
+        needed_bytes = cast(int, x.nbytes)
     else:
         last = offset
         for size, stride in zip(x.shape, x.stride(), strict=True):
