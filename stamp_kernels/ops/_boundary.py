@@ -56,9 +56,9 @@ def _name_of(dtype: torch.dtype) -> str:
 def check_storage(name: str, x: Tensor) -> None:
     """The storage must hold all elements. One that was resized does not: FSDP frees parameters in this way."""
     storage_bytes = x.untyped_storage().nbytes()
-    offset = x.storage_offset()
+    offset = cast(int, x.storage_offset())
     if offset == 0 and x.is_contiguous():
-        needed_bytes = cast(int, x.nbytes)
+        needed_bytes = x.nbytes
     else:
         last = offset
         for size, stride in zip(x.shape, x.stride(), strict=True):
