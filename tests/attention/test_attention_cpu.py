@@ -6,6 +6,7 @@ test_packed_attention.py checks what attention is; here is what only these kerne
 import pytest
 import torch
 from attention_cases import (
+    CASES,
     DROPOUT_SEED,
     AttentionCase,
     all_cases,
@@ -22,6 +23,7 @@ from ragged import RaggedBatch
 from stamp_kernels._backend import use_backend
 from stamp_kernels.ops.attention.attention_centrality import attention_centrality
 from stamp_kernels.ops.attention.packed_attention import packed_attention
+from stamp_kernels.profiling.measure import peak_bytes
 from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -132,6 +134,24 @@ def test_buckets_are_those_of_the_formula(num_buckets, max_distance, bidirection
     assert torch.equal(result.lse[0], want.float())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 40), (5, 600)], ids=["fused", "from_lse"])
+def test_masked_query_leaves_no_trace_in_centrality(capability, lengths, value):
+    """Not even a NaN: it is left out, not multiplied by 0."""
+    inputs = detached(AttentionCase(RaggedBatch(lengths, tail=0), heads=(4, 2)).inputs(torch.float32))
+    mask = torch.rand(sum(lengths)) < 0.6
+    mask[[2, 9]] = False
+    inputs["centrality_query_mask"] = mask
+    want = packed_attention(**inputs, return_centrality=True).centrality
+    inputs["q"][[2, 9]] = value
+    got = packed_attention(**inputs, return_lse=True, return_centrality=True)
+    assert torch.equal(got.centrality, want)
+    from_lse = attention_centrality(
+        inputs["q"], inputs["k"], got.lse, inputs["cu_seqlens_q"], max_seqlen_q=max(lengths), query_mask=mask
+    )
+    assert_results_close({"centrality": from_lse}, {"centrality": want.double()})
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.125])
 def test_centrality_of_equal_weights_keeps_its_digits(capability, scale):
     batch = RaggedBatch((439, 900), tail=0)
@@ -139,6 +159,60 @@ def test_centrality_of_equal_weights_keeps_its_digits(capability, scale):
     want = dense_attention(**detached(in_float64(inputs))).centrality
     got = packed_attention(**detached(inputs), return_centrality=True).centrality
     assert_results_close({"centrality": got}, {"centrality": want})
+
+
+# Positions with distances of up to 2^30 - 1, which a table of distances could not hold
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 30_000_000), (64, 10**12), (6, 5000)])
+def test_buckets_of_distant_positions(num_buckets, max_distance, bidirectional):
+    """Random distances of every size, and those on both sides of each bucket's first distance."""
+    table = torch.arange(num_buckets, dtype=torch.float32)[:, None]
+
+    def buckets(distances: torch.Tensor) -> torch.Tensor:
+        return relative_position_bucket(
+            distances, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
+        )
+
+    first, last = torch.zeros(num_buckets, dtype=torch.int64), torch.full((num_buckets,), 2**30 - 1)
+    numbers = buckets(-last)[0] - torch.arange(num_buckets)  # bisect for the first distance of each bucket
+    for _ in range(31):
+        middle = (first + last) // 2
+        reaches = buckets(-middle) >= numbers
+        first, last = torch.where(reaches, first, middle + 1), torch.where(reaches, middle, last)
+    near = (first[:, None] + torch.arange(-2, 3)).flatten()
+    random = (2 ** (30 * torch.rand(2000, dtype=torch.float64))).long()
+    distances = torch.cat([near, random, -near, -random, torch.tensor([2**30 - 1])]).clamp(1 - 2**30, 2**30 - 1)
+    distances = distances.to(torch.int32)
+    total = len(distances)
+    zeros = torch.zeros(total, 1, 8)
+    offsets = torch.arange(total + 1, dtype=torch.int32)
+    result = packed_attention(
+        zeros, zeros, zeros, offsets, offsets, 1, 1,
+        relative_bias=RelativePositionBias(table, bidirectional, max_distance),
+        positions_q=torch.zeros(total, dtype=torch.int32), positions_k=distances, return_lse=True,
+    )  # fmt: skip
+    assert torch.equal(result.lse[0], buckets(distances).float())
+
+
+@pytest.mark.parametrize("case", ["bias_positions", "cross_bias_positions"])
+def test_distant_positions_match_dense_attention(capability, case):
+    inputs = CASES[case].inputs(torch.float32)
+    for name in {"positions_q", "positions_k"} & inputs.keys():
+        inputs[name] *= 100_000
+    bias = inputs["relative_bias"]
+    inputs["relative_bias"] = RelativePositionBias(bias.table, bias.bidirectional, 30_000_000)
+    want = forward_and_backward(dense_attention, in_float64(inputs))
+    assert_results_close(forward_and_backward(packed_attention, inputs), want, torch.float32)
+
+
+def test_memory_does_not_grow_with_positions():
+    """The bias of 64 tokens took 1.8 GiB at positions of 3e7."""
+    inputs = detached(AttentionCase(RaggedBatch((64,), tail=0), bias="bidirectional").inputs(torch.float32))
+    inputs["relative_bias"] = RelativePositionBias(inputs["relative_bias"].table, True, 30_000_000)
+    inputs["positions_q"] = torch.arange(64, dtype=torch.int32) * 500_000
+    assert peak_bytes(lambda: packed_attention(**inputs), torch.device("cpu")) < 2**20
 
 
 def test_positions_too_far_apart():
