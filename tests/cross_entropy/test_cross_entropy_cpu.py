@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from cross_entropy_cases import (
     Case,
     assert_matches_dense,
     assert_results_close,
+    converted,
+    dense_cross_entropy,
     expected_results,
+    forward_arguments,
     gradients,
     leaves,
     results,
@@ -130,3 +134,30 @@ def test_peak_memory_beyond_inputs_and_gradients(classes, share):
 
     beyond = peak_bytes(step, torch.device("cpu")) - sum(x.nbytes for x in leaves(inputs))
     assert beyond < 4 * 4096 * classes / share
+
+
+def test_few_rows_of_a_huge_vocabulary():
+    """All their logits together are 69 MB, so they are computed twice and never kept."""
+    inputs = make_inputs(64, 8, 270_000, memory="auto")
+    assert_matches_dense(inputs)
+
+    def step() -> None:
+        gradients(multi_token_cross_entropy(**inputs), inputs)
+
+    beyond = peak_bytes(step, torch.device("cpu")) - sum(x.nbytes for x in leaves(inputs))
+    assert beyond < 4 * 64 * 270_000 / 2
+
+
+@pytest.mark.parametrize("width", [20, 32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kept_gradients_are_not_rounded(dtype, width):
+    """They wait for the upstream gradient. A rounding before that product is one too many, and small ones vanish."""
+    case = Case(bias=True, options=(("step_weights", (1e-6, 1e-4, 1e-5)),), width=width)
+    inputs = case.inputs(dtype)
+    _, _, *kept = torch.ops.stamp.multi_token_cross_entropy_with_gradients(*forward_arguments(inputs), *[True] * 3)
+    exact = converted(inputs, torch.float64)
+    loss = dense_cross_entropy(**exact).loss
+    for gradient, want in zip(kept, torch.autograd.grad(loss, leaves(exact)), strict=True):
+        assert gradient.dtype == torch.float32
+        assert gradient.is_contiguous()
+        assert_close(gradient, want)

@@ -176,7 +176,7 @@ def test_threads_share_rows_or_classes(planner, sizes):
 def test_memory_is_counted_as_laid_out(planner, sizes):
     plan = planner(sizes)
     blocks = divide_up(plan.rows_per_chunk, plan.rows_per_block)
-    assert plan.keeps_logits == (sizes.needs_gradients and not sizes.has_lse)
+    assert not plan.keeps_logits or (sizes.needs_gradients and not sizes.has_lse)
     assert plan.logits_size == (blocks * sizes.num_classes * plan.rows_per_block if plan.keeps_logits else 0)
     assert plan.grad_hidden_splits_size == plan.num_class_splits * plan.rows_per_chunk * sizes.padded_width
     row_splits = plan.num_row_splits if plan.num_row_splits > 1 else 0
@@ -191,6 +191,8 @@ def test_memory_is_bounded(planner, sizes):
     caches = MiB // 2 if plan.num_row_splits > 1 else MiB
     bound = max(caches, 128 * logits_of_row, sizes.num_rows * logits_of_row // 18)
     assert plan.logits_size * sizes.scalar_bytes <= min(bound, max(caches, 256 * logits_of_row))
+    # Never the logits of most rows, unless they are small.
+    assert plan.logits_size * sizes.scalar_bytes <= max(64 * MiB, sizes.num_rows * logits_of_row / 2)
     assert plan.grad_hidden_splits_size * sizes.scalar_bytes <= max(16 * MiB, 8 * 128 * sizes.row_bytes)
     assert plan.grad_weight_splits_size * sizes.scalar_bytes <= 4 * MiB
 
@@ -261,6 +263,24 @@ WITH_GRADIENTS = {"needs_gradients": True, "has_lse": False}
             SoftmaxSizes(100_000, 32_768, 64, 4, **WITH_GRADIENTS),
             Plan(1, 100_000, 256, 256, 16, 2048, 128, True, 256 * 32_768, 16 * 256 * 64, 0),
             id="many classes and rows",
+        ),
+        pytest.param(
+            # The logits of 128 rows are 64 MiB, and those of one more class would be too many to keep.
+            SoftmaxSizes(128, 131_072, 64, 4, **WITH_GRADIENTS),
+            Plan(1, 128, 128, 128, 16, 8192, 128, True, 128 * 131_072, 16 * 128 * 64, 0),
+            id="few rows",
+        ),
+        pytest.param(
+            # ceil(131_073 / 16) = 8193 classes in a split, rounded up to 8320.
+            SoftmaxSizes(128, 131_073, 64, 4, **WITH_GRADIENTS),
+            Plan(1, 128, 128, 128, 16, 8320, 128, False, 0, 16 * 128 * 64, 0),
+            id="few rows of too many classes",
+        ),
+        pytest.param(
+            # A chunk of half the rows keeps them.
+            SoftmaxSizes(256, 131_073, 64, 4, **WITH_GRADIENTS),
+            Plan(1, 256, 128, 128, 16, 8320, 128, True, 128 * 131_073, 16 * 128 * 64, 0),
+            id="rows of two chunks",
         ),
         pytest.param(
             # ceil(5000 / 16) = 313 classes in a split, rounded up to 384: 14 splits.

@@ -30,6 +30,9 @@ constexpr int64_t kMaxRowsPerChunk = 4 * kRowsPerBlock;
 // gradient less often (5 % of the time of 32,768 classes). To bound the memory it has no more than this share of the
 // rows, and so of all logits.
 constexpr int64_t kMaxRowsOfLargeBlock = 2 * kRowsPerBlock, kLargeBlocksInAllRows = 18;
+// With few rows a row chunk has most of them, and its logits are most of all logits. Above this size they are computed
+// again instead.
+constexpr int64_t kMaxLogitBytesOfMostRows = 64 << 20;
 
 // Row splits are used where enough of them have a small gradient of the weight, and where the logits of a row block are
 // small: to wake a thread can take 0.1 ms, a third of the time of 128 rows and 1,024 classes.
@@ -104,6 +107,12 @@ void chunk_rows(const SoftmaxSizes& sizes, CrossEntropyPlan& plan) {
   plan.rows_per_chunk = std::min(blocks_per_chunk * plan.rows_per_block, max_rows);
 }
 
+bool keeps_too_many_logits(const SoftmaxSizes& sizes, const CrossEntropyPlan& plan) {
+  const bool has_most_rows = 2 * plan.rows_per_chunk > plan.rows_per_split;
+  return plan.num_row_splits == 1 && has_most_rows &&
+      plan.rows_per_chunk * sizes.num_classes * sizes.scalar_bytes > kMaxLogitBytesOfMostRows;
+}
+
 }  // namespace
 
 CrossEntropyPlan plan_cross_entropy(const SoftmaxSizes& sizes) {
@@ -114,6 +123,10 @@ CrossEntropyPlan plan_cross_entropy(const SoftmaxSizes& sizes) {
   split_rows(sizes, plan);
   split_classes(sizes, plan);
   chunk_rows(sizes, plan);
+  if (plan.keeps_logits && keeps_too_many_logits(sizes, plan)) {
+    plan.keeps_logits = false;
+    chunk_rows(sizes, plan);
+  }
   if (plan.keeps_logits) {
     plan.logits_size = round_up(plan.rows_per_chunk, plan.rows_per_block) * sizes.num_classes;
   }
