@@ -125,6 +125,11 @@ def test_vocabulary_errors() -> None:
         Vocabulary(0, 5)
     with pytest.raises(ValueError, match=r"codebook_size must be in \[1, inf\), got 0"):
         Vocabulary(3, 0)
+    assert Vocabulary(1, 2**24 - 1).size == 2**24
+    for codes_per_item, codebook_size in ((1, 2**24), (4, 10**7), (4, 2**62)):
+        message = f"codes_per_item \\* codebook_size must be below 16777216, got {codes_per_item} \\* {codebook_size}"
+        with pytest.raises(ValueError, match=message):
+            Vocabulary(codes_per_item, codebook_size)
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------
@@ -208,6 +213,13 @@ def test_no_auxiliary_steps_have_no_future() -> None:
     assert batch.future_ids is None
     assert batch.to("meta").future_ids is None
     assert torch.equal(batch.input_ids, collate(dataset, np.arange(3), 2).input_ids)
+
+
+def test_collate_does_not_depend_on_the_default_device() -> None:
+    dataset = dataset_of(TrainingRows(make_interactions(HISTORIES)))
+    with torch.device("meta"):
+        batch = collate(dataset, np.arange(3), 2)
+    assert_equal(batch, collate(dataset, np.arange(3), 2))
 
 
 def test_collate_errors() -> None:

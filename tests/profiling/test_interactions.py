@@ -1,6 +1,7 @@
 """Reading interaction files: every format, and every error message."""
 
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,17 @@ def test_inter_keeps_the_order_of_equal_timestamps(tmp_path: Path, column: str, 
     assert sequences(load_interactions(write(tmp_path / "shop.inter", "\n".join(lines)))) == list(histories.values())
 
 
+def test_timestamps_are_compared_with_all_digits(tmp_path: Path) -> None:
+    """Nanoseconds, numbers beyond 64 bits and fractions, which floats round, against Python's exact fractions."""
+    base = 1_700_000_000_123_456_789
+    times = [f"{base + step}" for step in (5, 3, 4, 0, 2, 1)]
+    times += [f"{base}.75", f"{base}.5", f"{base + 1}.0", f"{2**64 + 1}", f"{2**64}", "-3", "1e3", "-2.5"]
+    lines = [f"u\t{item:02}\t{time}" for item, time in enumerate(times)]
+    header = "user_id:token\titem_id:token\ttimestamp:float"
+    loaded = load_interactions(write(tmp_path / "shop.inter", "\n".join([header, *lines])))
+    assert loaded.items.tolist() == sorted(range(len(times)), key=lambda item: Fraction(times[item]))
+
+
 def test_text(tmp_path: Path) -> None:
     path = write(tmp_path / "shop.txt", "7 30 10 20\r\n3 50 30\n\n9 10 0 10 20\n")
     loaded = load_interactions(path)
@@ -125,6 +137,14 @@ BAD_NPZ = {
     "item without sid": (
         dict(seq_items=[0, 3, 2], seq_offsets=[0, 3], sids=[[0], [1], [2]]),
         "found item 3, expected item numbers below 3, the number of items",
+    ),
+    "item beyond 63 bits": (
+        dict(seq_items=np.array([0, 1, 2**63], dtype=np.uint64), seq_offsets=[0, 3]),
+        "seq_items has the number 9223372036854775808, expected at most 2**63 - 1",
+    ),
+    "item of a gap": (
+        dict(seq_items=[0, 1, 3 * 10**9], seq_offsets=[0, 3]),
+        "found 3000000001 items, expected at most 100000000: number the items from 0 without gaps",
     ),
     "first offset": (dict(seq_items=[0, 1, 2], seq_offsets=[1, 3]), "offsets start with 1, expected 0"),
     "empty offsets": (
@@ -184,6 +204,11 @@ BAD_TEXT = {
         "a.inter",
         HEADER + "1\t2\t3\n\n1\t2\tnoon\n",
         "a.inter: line 4: found the timestamp 'noon', expected a finite number",
+    ),
+    "infinity": (
+        "a.inter",
+        HEADER + "1\t2\t-inf\n",
+        "a.inter: line 2: found the timestamp '-inf', expected a finite number",
     ),
     "NaN": ("a.inter", HEADER + "1\t2\tnan\n", "a.inter: line 2: found the timestamp 'nan', expected a finite number"),
     "no user column": (

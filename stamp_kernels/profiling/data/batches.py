@@ -111,7 +111,7 @@ def collate(dataset: NextItemDataset, indices: np.ndarray, auxiliary_steps: int)
     return Batch(
         packed_inputs=packed,
         input_ids=packed.to_padded(padding_value=dataset.vocabulary.pad_id),
-        attention_mask=(torch.arange(packed.max_seqlen) < packed.lengths_cpu[:, None]).long(),
+        attention_mask=(torch.arange(packed.max_seqlen, device="cpu") < packed.lengths_cpu[:, None]).long(),
         labels=batch["labels"],
         future_ids=batch.get("future_ids"),
     )

@@ -7,12 +7,14 @@ import importlib.metadata
 import zipfile
 import zlib
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import numpy as np
 
 MIN_INTERACTIONS = 3  # leave-one-out takes one each for training, validation and test
 HELD_OUT = 2  # of each user, for validation and test
+MAX_ITEMS = 10**8  # the profile keeps tables of all items
 
 MOVIELENS = "dataset_example/ml-100k/ml-100k.inter"
 
@@ -25,7 +27,7 @@ class Interactions:
         name: short name of the data set.
         items: int64 `[total]`, item numbers in [0, num_items), each user's in time order.
         offsets: int64 `[num_users + 1]`; user `u` has `items[offsets[u]:offsets[u + 1]]`, at least 3 of them.
-        num_items: the number of items, including those that nobody interacted with.
+        num_items: the number of items, including those that nobody interacted with; at most 100 million.
         semantic_ids: int64 `[num_items, codes_per_item]`, codes of at least 0, or None.
         source: where the data came from and how much of it there is, in words.
 
@@ -69,8 +71,8 @@ def load_interactions(path: str | Path | None) -> Interactions:
     - `.npz`: `seq_items` `[total]`, `seq_offsets` `[num_users + 1]` and, if there are semantic IDs, `sids`
       `[num_items, codes_per_item]`, all of an integer dtype; items count from 0;
     - RecBole's atomic `.inter`: tab-separated columns, among them `user_id:token` and `item_id:token`. Rows are sorted
-      by `timestamp`; equal ones stay in the file's order, and so do all rows of a file without that column. Items are
-      numbered in the order of their tokens as text;
+      by `timestamp`, a number that is compared with all its digits; equal ones stay in the file's order, and so do all
+      rows of a file without that column. Items are numbered in the order of their tokens as text;
     - any other text: a line `user item item ...` of integers per user, items in time order. Items are numbered in the
       order of their ids.
 
@@ -140,6 +142,10 @@ def _check_sequences(
         raise ValueError(f"{name}: offsets end with {offsets[-1]}, expected the number of interactions, {len(items)}")
     if len(items) and items.min() < 0:
         raise ValueError(f"{name}: found item {items.min()}, expected item numbers of at least 0")
+    if num_items > MAX_ITEMS:
+        raise ValueError(
+            f"{name}: found {num_items} items, expected at most {MAX_ITEMS}: number the items from 0 without gaps"
+        )
     if len(items) and items.max() >= num_items:
         raise ValueError(
             f"{name}: found item {items.max()}, expected item numbers below {num_items}, the number of items"
@@ -177,6 +183,8 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray, int, np.ndarray | Non
             raise ValueError(
                 f"{path.name}: {key} is {_describe(array)}, expected integers with {dimensions} dimension(s)"
             )
+        if array.size and array.max() > 2**63 - 1:
+            raise ValueError(f"{path.name}: {key} has the number {array.max()}, expected at most 2**63 - 1")
         arrays[key] = array.astype(np.int64)
 
     items, offsets, semantic_ids = arrays["seq_items"], arrays["seq_offsets"], arrays.get("sids")
@@ -208,7 +216,7 @@ def _read_inter(name: str, lines: list[str]) -> tuple[np.ndarray, np.ndarray, in
 
     users: list[str] = []
     items: list[str] = []
-    times: list[float] = []
+    times: list[int | Decimal] = []
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip():
             continue
@@ -220,11 +228,8 @@ def _read_inter(name: str, lines: list[str]) -> tuple[np.ndarray, np.ndarray, in
         users.append(fields[user_column])
         items.append(fields[item_column])
         if time_column is not None:
-            try:
-                time = float(fields[time_column])
-            except ValueError:
-                time = np.nan
-            if not np.isfinite(time):
+            time = _exact_number(fields[time_column])
+            if time is None:
                 raise ValueError(
                     f"{name}: line {number}: found the timestamp {fields[time_column]!r}, expected a finite number"
                 )
@@ -236,9 +241,24 @@ def _read_inter(name: str, lines: list[str]) -> tuple[np.ndarray, np.ndarray, in
     if time_column is None:
         order = np.argsort(user_numbers, kind="stable")
     else:
-        order = np.lexsort((np.array(times), user_numbers))
+        # Exact numbers by their ranks: NumPy's floats do not tell one nanosecond from the next.
+        rank_of = {time: rank for rank, time in enumerate(sorted(set(times)))}
+        order = np.lexsort((np.array([rank_of[time] for time in times], dtype=np.int64), user_numbers))
     offsets = offsets_of_lengths(np.bincount(user_numbers, minlength=len(user_tokens)))
     return item_numbers[order].astype(np.int64), offsets, len(item_tokens)
+
+
+def _exact_number(text: str) -> int | Decimal | None:
+    """The number that a text stands for, with all its digits; None if it is not a finite number."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
 
 
 def _read_text(name: str, lines: list[str]) -> tuple[np.ndarray, np.ndarray, int]:

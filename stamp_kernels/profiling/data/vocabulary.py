@@ -7,6 +7,8 @@ import numpy as np
 
 from stamp_kernels.ops._checks import check_count, check_range
 
+MAX_SIZE = 2**24  # of width 128, the embeddings of as many tokens take 8 GiB
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -15,7 +17,7 @@ class Vocabulary:
     Token 0 is the padding and the decoder's start token.
 
     Raises:
-        ValueError: `codes_per_item` or `codebook_size` is below 1.
+        ValueError: `codes_per_item` or `codebook_size` is below 1, or there would be more than 2**24 tokens.
     """
 
     codes_per_item: int
@@ -25,6 +27,11 @@ class Vocabulary:
     def __post_init__(self) -> None:
         check_count("codes_per_item", self.codes_per_item, 1)
         check_count("codebook_size", self.codebook_size, 1)
+        if self.size > MAX_SIZE:
+            raise ValueError(
+                f"codes_per_item * codebook_size must be below {MAX_SIZE}, got {self.codes_per_item} * "
+                f"{self.codebook_size}: number the codes of each level from 0 without gaps"
+            )
 
     @property
     def size(self) -> int:

@@ -50,7 +50,7 @@ class AttentionProblem:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """int32 `[B + 1]`."""
-        return torch.tensor([0, *self.lengths]).cumsum(0).to(self.q.device, torch.int32)
+        return torch.tensor([0, *self.lengths], device="cpu").cumsum(0).to(self.q.device, torch.int32)
 
     @cached_property
     def valid(self) -> Tensor:
@@ -164,7 +164,7 @@ def nested_sdpa(problem: AttentionProblem) -> PreparedAttention:
     if problem.causal and problem.q.device.type == "cpu":
         raise PeerUnavailableError("nested SDPA has no causal order on a CPU")
     lengths = [n for n in problem.lengths if n > 0]
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(problem.q.device)
+    offsets = torch.tensor([0, *lengths], device="cpu").cumsum(0).to(problem.q.device)
     shortest, longest = min(lengths), max(lengths)
 
     def nested(x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def flex(problem: AttentionProblem) -> PreparedAttention:
 
     device, total, longest = problem.q.device, len(problem.q), problem.max_seqlen
     causal, scale = problem.causal, problem.scale
-    sequence = torch.repeat_interleave(torch.tensor(problem.lengths)).to(device, torch.int32)
+    sequence = torch.repeat_interleave(torch.tensor(problem.lengths, device="cpu")).to(device, torch.int32)
 
     def is_visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         same_sequence = sequence[i] == sequence[j]

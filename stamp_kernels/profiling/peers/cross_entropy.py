@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -83,8 +84,7 @@ class CrossEntropyProblem:
         """The codebooks in the form that `multi_token_cross_entropy` takes."""
         if self.codebook_sizes is None:
             return None
-        ends = torch.tensor(self.codebook_sizes).cumsum(0).tolist()
-        return [(end - size, end) for end, size in zip(ends, self.codebook_sizes, strict=True)]
+        return list(pairwise(accumulate(self.codebook_sizes, initial=0)))
 
     @cached_property
     def softmax_targets(self) -> tuple[Tensor, ...]:
