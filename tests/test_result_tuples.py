@@ -1,4 +1,6 @@
-"""The tuples that functions return are pytrees of which tree_map may make anything."""
+"""The tuples that functions return: pytrees that tree_map may change to anything, and torch.export can save."""
+
+import io
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ from packed_cases import packed_of
 from ragged import BATCHES
 from torch.utils import _pytree as pytree
 
-from stamp_kernels import AttentionOutput, MultiTokenLoss, PrunedBatch, PrunedTokens, SemanticAdaptivePruning, prune
+from stamp_kernels import AttentionOutput, MultiTokenLoss, PrunedTokens, SemanticAdaptivePruning, prune
 
 PACKED = packed_of(BATCHES["ragged"], 4)
 CENTRALITY = PACKED.values.abs().sum(1)
@@ -17,7 +19,7 @@ TUPLES = {
     "PrunedTokens": PRUNED,
     "TokenSelection": PRUNED.selection,
     "PrunedBatch": SemanticAdaptivePruning(0.5)(PACKED, CENTRALITY),
-    "PrunedBatch of everything": PrunedBatch(PACKED, None),
+    "PrunedBatch of everything": SemanticAdaptivePruning(0.5, prune_in_eval=False).eval()(PACKED, CENTRALITY),
 }
 
 
@@ -38,3 +40,20 @@ def test_nested_tuples_keep_their_types():
     assert isinstance(shapes, PrunedTokens)
     assert shapes.x == tuple(PRUNED.x.shape)
     assert shapes.selection.inverse == (PRUNED.selection.total_source,)
+
+
+class Same(torch.nn.Module):
+    def forward(self, given):
+        return given
+
+
+@pytest.mark.parametrize("name", TUPLES)
+def test_exported_programs_take_and_return_them(name):
+    given = TUPLES[name]
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Same(), (given,)), file)
+    file.seek(0)
+    back = torch.export.load(file).module()(given)
+    assert type(back) is type(given)
+    for x, y in zip(pytree.tree_leaves(back), pytree.tree_leaves(given), strict=True):
+        assert torch.equal(x, y) if isinstance(y, torch.Tensor) else x == y

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stamp_kernels.common.budget import ceil_of_ratio, keep_ratio_to_q32
+from stamp_kernels.common.exported import exported
 from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor
 from stamp_kernels.ops.pruning.prune import prune
 from stamp_kernels.ops.pruning.selection import TokenSelection
@@ -15,6 +16,7 @@ from stamp_kernels.packed import PackedBatch
 __all__ = ["PrunedBatch", "SemanticAdaptivePruning"]
 
 
+@exported
 class PrunedBatch(NamedTuple):
     """What `SemanticAdaptivePruning` returns.
 

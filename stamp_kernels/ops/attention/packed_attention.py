@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences
+from stamp_kernels.common.exported import exported
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
@@ -42,6 +43,7 @@ _BACKWARD_SCHEMA = (
 )
 
 
+@exported
 class AttentionOutput(NamedTuple):
     """What `packed_attention` returns if a `return_` flag is set; a part that was not asked for is None.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import LossNeeds, LossOptions, StepWeights
+from stamp_kernels.common.exported import exported
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.common.steps import REDUCTIONS
 from stamp_kernels.ops._autocast import cast_for_autocast
@@ -22,6 +23,7 @@ Reduction = Literal["none", "mean", "sum"]
 Memory = Literal["auto", "minimal"]
 
 
+@exported
 class MultiTokenLoss(NamedTuple):
     """What `multi_token_cross_entropy` returns with return_step_losses.
 

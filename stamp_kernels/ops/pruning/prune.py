@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
+from stamp_kernels.common.exported import exported
 from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
 from stamp_kernels.ops._checks import check_count, check_tensor
 from stamp_kernels.ops._library import define_op
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # NamedTuples are generic from Python 3.11 on
         lengths_cpu: Tensor | None
 else:
 
+    @exported
     class PrunedTokens(NamedTuple):
         """What `prune` returns.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
+from stamp_kernels.common.exported import exported
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning import _boundary
@@ -14,6 +15,7 @@ from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budg
 from stamp_kernels.reference import pruning as reference
 
 
+@exported
 class TokenSelection(NamedTuple):
     """The tokens that stay, as `select_tokens` returns them.
 
