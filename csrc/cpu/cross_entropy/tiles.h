@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "cpu/core/matrix_product.h"
+#include "cpu/core/scratch.h"
 #include "cpu/core/simd.h"
 #include "cpu/cross_entropy/kernels.h"
 
@@ -108,12 +109,19 @@ void pack_transposed(const CrossEntropyRowChunk& row_chunk, const typename V::sc
   }
 }
 
+// [kRowMultiple, padded_width]
+template <typename V>
+typename V::scalar* take_loaded_rows(Scratch& scratch, const CrossEntropyRowChunk& row_chunk) {
+  return scratch.take<typename V::scalar>(kRowMultiple * row_chunk.padded_width);
+}
+
 template <typename V>
 void load_hidden(
     const CrossEntropyRowChunk& row_chunk, const MatrixRows& from, const int64_t* rows, int64_t num_given,
-    int64_t start, char* scratch) {
+    int64_t start, char* memory) {
   using scalar = typename V::scalar;
-  scalar* x = reinterpret_cast<scalar*>(scratch);  // [kRowMultiple, padded_width]
+  Scratch scratch(memory);
+  scalar* x = take_loaded_rows<V>(scratch, row_chunk);
   widen_rows(x, row_chunk.padded_width, from, rows + start, num_given - start, kRowMultiple, row_chunk.width);
   pack_panels<V>(
       numbers<scalar>(row_chunk.hidden) + start * kPanelWidth<V>, row_chunk.num_rows * kPanelWidth<V>, x,
@@ -172,35 +180,38 @@ void for_targets(const CrossEntropyRowChunk& row_chunk, const Tile& tile, const 
   }
 }
 
-// Memory of one thread.
-template <typename scalar>
-struct Scratch {
-  scalar* tile;     // [classes_per_chunk, rows_per_block]
-  scalar* weight;   // of a class chunk in the compute type, [classes_per_chunk, padded_width]
-  scalar* panels;   // the same in panels of columns
-  scalar* factors;  // [rows_per_block]
-};
-
 // The width in whole panels.
 template <typename V>
 int64_t panels_width(const CrossEntropyRowChunk& row_chunk) {
   return (row_chunk.padded_width + kPanelWidth<V> - 1) / kPanelWidth<V> * kPanelWidth<V>;
 }
 
+// Memory of one thread for tiles of logits.
 template <typename V>
-Scratch<typename V::scalar> scratch_of(const CrossEntropyRowChunk& row_chunk, char* memory) {
+struct TileScratch {
   using scalar = typename V::scalar;
-  scalar* tile = reinterpret_cast<scalar*>(memory);
-  scalar* weight = tile + row_chunk.classes_per_chunk * row_chunk.rows_per_block;
-  scalar* panels = weight + row_chunk.classes_per_chunk * row_chunk.padded_width;
-  return {tile, weight, panels, panels + row_chunk.classes_per_chunk * panels_width<V>(row_chunk)};
-}
+
+  scalar* tile;     // [classes_per_chunk, rows_per_block]
+  scalar* weight;   // of a class chunk in the compute type, [classes_per_chunk, padded_width]
+  scalar* panels;   // the same in panels of columns
+  scalar* factors;  // [rows_per_block]
+  int64_t bytes;
+
+  TileScratch(const CrossEntropyRowChunk& row_chunk, char* base) {
+    Scratch scratch(base);
+    tile = scratch.take<scalar>(row_chunk.classes_per_chunk * row_chunk.rows_per_block);
+    weight = scratch.take<scalar>(row_chunk.classes_per_chunk * row_chunk.padded_width);
+    panels = scratch.take<scalar>(row_chunk.classes_per_chunk * panels_width<V>(row_chunk));
+    factors = scratch.take<scalar>(row_chunk.rows_per_block);
+    bytes = scratch.size();
+  }
+};
 
 template <typename V>
 int64_t cross_entropy_scratch_bytes(const CrossEntropyRowChunk& row_chunk) {
-  const int64_t per_class = row_chunk.rows_per_block + row_chunk.padded_width + panels_width<V>(row_chunk);
-  return (row_chunk.classes_per_chunk * per_class + row_chunk.rows_per_block) *
-      static_cast<int64_t>(sizeof(typename V::scalar));
+  Scratch of_loading(nullptr);
+  take_loaded_rows<V>(of_loading, row_chunk);
+  return larger(of_loading.size(), TileScratch<V>(row_chunk, nullptr).bytes);
 }
 
 // Logits
@@ -334,7 +345,7 @@ void add_to_sums(
 template <typename V>
 void sums_of_class_split(const CrossEntropyRowChunk& row_chunk, int64_t class_split, char* memory) {
   using scalar = typename V::scalar;
-  const Scratch<scalar> scratch = scratch_of<V>(row_chunk, memory);
+  const TileScratch<V> scratch(row_chunk, memory);
   for_class_chunks(row_chunk, class_split, [&](Span classes, bool is_first) {
     const LeftMatrix<scalar> weight = weight_rows<V>(row_chunk, classes, scratch.weight);
     for (int64_t c = 0; c < classes.size; ++c) {
@@ -420,7 +431,7 @@ template <typename V>
 void gradients_of_class_split(const CrossEntropyRowChunk& row_chunk, int64_t class_split, char* memory) {
   using scalar = typename V::scalar;
   const int64_t padded_width = row_chunk.padded_width, rows_per_block = row_chunk.rows_per_block;
-  const Scratch<scalar> scratch = scratch_of<V>(row_chunk, memory);
+  const TileScratch<V> scratch(row_chunk, memory);
   for_class_chunks(row_chunk, class_split, [&](Span classes, bool is_first) {
     const LeftMatrix<scalar> weight = weight_rows<V>(row_chunk, classes, scratch.weight);
     const int64_t panel = classes.size * kPanelWidth<V>;

@@ -51,7 +51,7 @@ void prune_sequences(
       }
     }
   };
-  for_sequences(plan, min_tokens_per_task, Selector::scratch_bytes(plan), prune);
+  for_sequences(plan, min_tokens_per_task, Selector(plan, kernels, nullptr).bytes, prune);
 }
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> prune(

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <numeric>
 
+#include "cpu/core/scratch.h"
 #include "cpu/pruning/kernels.h"
 #include "cpu/pruning/keys.h"
 #include "cpu/pruning/selection_plan.h"
@@ -24,21 +25,16 @@ struct ItemSelector {
   scalar* importance;  // [longest], memory for the importance of a sequence's tokens
   Key* keys;           // [longest + kKeysPerVector], of its items
   int32_t* kept;       // [longest + 1], the items that are kept
-
-  static int64_t num_keys(const SelectionPlan& plan) {
-    return plan.longest + kKeysPerVector;
-  }
-
-  static int64_t scratch_bytes(const SelectionPlan& plan) {
-    return num_keys(plan) * (sizeof(scalar) + sizeof(Key) + sizeof(int32_t));
-  }
+  int64_t bytes;       // of the scratch memory
 
   // The caller looks up the kernels before threads start: an exception loses its message inside a worker thread.
-  ItemSelector(const SelectionPlan& plan, const PruningKernels<scalar>& kernels, char* scratch)
-      : kernels(kernels),
-        importance(reinterpret_cast<scalar*>(scratch)),
-        keys(reinterpret_cast<Key*>(importance + num_keys(plan))),
-        kept(reinterpret_cast<int32_t*>(keys + num_keys(plan))) {}
+  ItemSelector(const SelectionPlan& plan, const PruningKernels<scalar>& kernels, char* base) : kernels(kernels) {
+    Scratch scratch(base);
+    importance = scratch.take<scalar>(plan.longest);
+    keys = scratch.take<Key>(plan.longest + kKeysPerVector);
+    kept = scratch.take<int32_t>(plan.longest + 1);
+    bytes = scratch.size();
+  }
 
   // Writes the plan's indices and inverse of one sequence, from the importance of its tokens.
   void select(const SelectionPlan& plan, int64_t sequence, const scalar* token_importance) {

@@ -36,7 +36,7 @@ void select_all(const SelectionPlan& plan, const T* importance) {
       }
     }
   };
-  for_sequences(plan, kMinTokensPerTask, Selector::scratch_bytes(plan), select);
+  for_sequences(plan, kMinTokensPerTask, Selector(plan, kernels, nullptr).bytes, select);
 }
 
 std::tuple<Tensor, Tensor, Tensor> select_tokens(
