@@ -361,10 +361,11 @@ def _looks_inverted(x: Tensor, mask: Tensor, lengths: Tensor) -> bool:
     if len(lengths) == 0 or lengths.min() > 0 or lengths.sum() < 2 or bool(mask[:, 0].any()):
         return False
     tokens = x.detach().flatten(0, 1).unsqueeze(-1).flatten(1)  # [B * S, values of a token]
-    inside, outside = tokens[mask.flatten()], tokens[~mask.flatten()]
-    return bool((inside == inside[0]).all()) and not bool(
-        (outside == inside[0]).all(1).any() or (outside == outside[0]).all()
-    )
+    inside = tokens[mask.flatten()]
+    if not bool((inside == inside[0]).all()):
+        return False
+    outside = tokens[~mask.flatten()]
+    return not bool((outside == inside[0]).all(1).any() or (outside == outside[0]).all())
 
 
 # Torch finds the tensors inside arguments and results through the pytree (FSDP2, torch.export, torch.func).
