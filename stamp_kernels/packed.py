@@ -192,12 +192,9 @@ class PackedBatch:
         first_of_row = torch.cat([first.flatten(), first.new_zeros(1)])[sequence]
         padded_row = torch.where(is_tail, -1, sequence * total_length + row - first_of_row).to(torch.int32)
 
-        # gather_tokens reads only the two row maps of a selection.
+        # gather_tokens reads only the two row maps of a selection, for which padding is a tail row.
         selection = TokenSelection(packed_row, self.cu_seqlens, self.max_seqlen, padded_row, total)
-        padded = gather_tokens(self.values, selection)
-        if padding_value != 0:
-            is_padding = (packed_row < 0).view(-1, *[1] * (padded.dim() - 1))
-            padded = padded.masked_fill(is_padding, padding_value)
+        padded = gather_tokens(self.values, selection, fill_value=padding_value)
         return padded.unflatten(0, (batch, total_length))
 
     @classmethod

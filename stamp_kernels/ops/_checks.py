@@ -65,8 +65,19 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> Non
 
 def check_count(name: str, value: SupportsIndex | None, minimum: int = 0) -> int:
     """An int of at least `minimum`. Returns it, of Python's type where it was NumPy's."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
-        raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
-    count = cast(int, value if isinstance(value, int | torch.SymInt) else operator.index(value))
+    count = check_int(name, value)
     check_range(name, count, minimum)
     return count
+
+
+def check_int(name: str, value: SupportsIndex | None) -> int:
+    """An int. Returns it, of Python's type where it was NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
+        raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
+    return cast(int, value if isinstance(value, int | torch.SymInt) else operator.index(value))
+
+
+def check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}")

@@ -9,7 +9,7 @@ from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BiasArguments, Sequences
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
-from stamp_kernels.ops._checks import check_tensor
+from stamp_kernels.ops._checks import check_flags, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.attention import _boundary
 from stamp_kernels.ops.attention._inputs import (
@@ -113,6 +113,7 @@ def attention_centrality(
     sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.device)
     bias = checked_bias(relative_bias, positions_q, positions_k, q, k)
     check_query_mask("query_mask", query_mask, q)
+    check_flags(causal=causal)
     total_q, num_heads, head_dim = q.shape
     check_tensor("lse", lse, shape=[num_heads, total_q], dtypes=[compute_dtype(q.dtype)], device=q.device)
     scale = checked_scale(scale, head_dim)

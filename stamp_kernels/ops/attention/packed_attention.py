@@ -11,7 +11,7 @@ from stamp_kernels.common.exported import exported
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
-from stamp_kernels.ops._checks import check_range, check_tensor
+from stamp_kernels.ops._checks import check_flags, check_range, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.attention import _boundary
 from stamp_kernels.ops.attention._inputs import (
@@ -329,6 +329,7 @@ def packed_attention(
     bias = checked_bias(relative_bias, positions_q, positions_k, q, k)
     check_query_mask("centrality_query_mask", centrality_query_mask, q)
     check_v(v, k)
+    check_flags(causal=causal, return_lse=return_lse, return_centrality=return_centrality)
     dropout_p = check_range("dropout_p", dropout_p, 0.0, 1.0, below_high=True)
     if dropout_p == 0.0:
         dropout_seed = None

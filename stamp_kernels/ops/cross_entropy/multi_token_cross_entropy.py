@@ -15,7 +15,14 @@ from stamp_kernels.common.exported import exported
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.common.steps import REDUCTIONS
 from stamp_kernels.ops._autocast import cast_for_autocast
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_range, check_tensor
+from stamp_kernels.ops._checks import (
+    FLOATING_DTYPES,
+    check_choice,
+    check_flags,
+    check_int,
+    check_range,
+    check_tensor,
+)
 from stamp_kernels.ops.cross_entropy._loss_ops import GradientsInForward, RecomputedGradients
 from stamp_kernels.reference import cross_entropy as reference
 
@@ -103,16 +110,18 @@ def _flat_ranges(vocab_ranges: Sequence[tuple[int, int]], num_steps: int, vocab_
 
 def _checked_softcap(softcap: float | None, dtype: torch.dtype) -> float | None:
     """None where there is no cap. A cap must be a normal number in the dtype of the logits."""
-    if softcap is None or softcap == math.inf:
-        return None
     logits_dtype = compute_dtype(dtype)
     limits = torch.finfo(logits_dtype)
-    if not (isinstance(softcap, numbers.Real | torch.SymFloat) and limits.tiny <= softcap <= limits.max):
+    if softcap is None:
+        return None
+    if not isinstance(softcap, numbers.Real | torch.SymFloat) or not (
+        limits.tiny <= softcap <= limits.max or softcap == math.inf
+    ):
         raise ValueError(
             f"softcap must be None (or inf), or a positive number that {logits_dtype} logits can be divided by, "
             f"{limits.tiny:.1e} to {limits.max:.1e}, got {softcap!r}"
         )
-    return float(softcap)
+    return None if softcap == math.inf else float(softcap)
 
 
 def _checked_step_weights(
@@ -236,11 +245,12 @@ def multi_token_cross_entropy(
     _check_not_padded(hidden, weight, targets, says_steps=step_weights is not None or vocab_ranges is not None)
     options = LossOptions(
         vocab_ranges=None if vocab_ranges is None else _flat_ranges(vocab_ranges, num_steps, vocab_size),
-        ignore_index=ignore_index,
+        ignore_index=check_int("ignore_index", ignore_index),
         label_smoothing=check_range("label_smoothing", label_smoothing, 0.0, 1.0),
         z_loss=check_range("z_loss", z_loss, 0.0, math.inf, below_high=True),
         softcap=_checked_softcap(softcap, hidden.dtype),
     )
+    check_flags(return_step_losses=return_step_losses)
     check_choice("reduction", reduction, tuple(REDUCTIONS))
     check_choice("memory", memory, ("auto", "minimal"))
     if return_step_losses and reduction == "none":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
-from stamp_kernels.ops._checks import check_count, check_cu_seqlens, check_tensor
+from stamp_kernels.ops._checks import check_count, check_cu_seqlens, check_int, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.cross_entropy import _boundary
 from stamp_kernels.reference import cross_entropy as reference
@@ -74,6 +74,7 @@ def shift_targets(
     """
     check_tensor("labels", labels, shape=["T"], dtypes=_INTEGER_DTYPES)
     check_cu_seqlens("cu_seqlens", cu_seqlens, labels.device)
+    ignore_index = check_int("ignore_index", ignore_index)
     steps, stride = check_count("steps", steps, 1), check_count("stride", stride, 1)
     shift = reference.shift_targets if reference_is_forced() else _shift_targets
     targets: Tensor = shift(labels, cu_seqlens, steps, stride, ignore_index)

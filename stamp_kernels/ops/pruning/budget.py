@@ -186,10 +186,14 @@ def _check_claims(total: int, cu_seqlens: Tensor, max_seqlen: int, options: Keep
     if isinstance(num_protected, Tensor):
         agrees = torch.equal(num_protected.to(torch.int64), protected)
     else:
-        agrees = num_protected >= int(protected.sum())
+        protected = protected.sum()
+        agrees = num_protected >= int(protected)
     if not agrees:
         what = "tokens" if codes_per_item == 1 else "items"
-        raise RuntimeError(f"num_protected must be the {what} that protect marks in the sequences, and is not")
+        given = num_protected.tolist() if isinstance(num_protected, Tensor) else num_protected
+        raise RuntimeError(
+            f"num_protected must be the {what} that protect marks in the sequences, {protected.tolist()}, got {given}"
+        )
 
 
 def _total_protected(options: KeepOptions) -> int | None:

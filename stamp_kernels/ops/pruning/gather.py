@@ -150,6 +150,8 @@ def gather_tokens(
         >>> gather_tokens(torch.tensor([4, 5, 6, 7, 8]), selection, fill_value=-100)
         tensor([   5,    7, -100])
     """
+    if not isinstance(selection, TokenSelection):
+        raise ValueError(f"selection must be a TokenSelection, got {type(selection).__name__}")
     check_tensor("selection.indices", selection.indices, shape=["kept"], dtypes=[torch.int64])
     device = selection.indices.device
     check_tensor(
