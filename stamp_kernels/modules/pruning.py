@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stamp_kernels.common.budget import ceil_of_ratio, keep_ratio_to_q32
 from stamp_kernels.common.exported import exported
+from stamp_kernels.modules._arguments import check_ignore_index, check_packed
 from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor
 from stamp_kernels.ops.pruning.prune import prune
 from stamp_kernels.ops.pruning.selection import TokenSelection
@@ -126,7 +127,9 @@ class SemanticAdaptivePruning(nn.Module):
             RuntimeError: contents are wrong, see `select_tokens`, or a sequence does not consist of whole items
                 (checked on the CPU, or under STAMP_KERNELS_CHECK=1).
         """
+        check_packed("packed", packed)
         if targets is not None:
+            ignore_index = check_ignore_index(ignore_index)
             check_tensor("targets", targets, dtypes=[torch.int64], device=packed.values.device)
             if targets.dim() == 0 or targets.shape[0] != packed.values.shape[0]:
                 raise ValueError(

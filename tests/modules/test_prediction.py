@@ -392,6 +392,7 @@ def test_state_dict_holds_only_parameters():
         ({"vocab_ranges": [(0, 5), (5, 5)]}, r"vocab_ranges\[1\]\[1\] must be in \[6, inf\), got 5"),
         ({"vocab_ranges": [(0, 5), (5, 9.0)]}, r"vocab_ranges\[1\]\[1\] must be an int .*, got float"),
         ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0\.0, 1\.0\], got 1\.5"),
+        ({"ignore_index": "-100"}, r"ignore_index must be an int \(not a tensor\), got str"),
         ({"softcap": "30"}, r"softcap must be a number \(not a tensor\), got str"),
     ],
 )
@@ -418,6 +419,7 @@ def test_numpy_numbers_count_as_numbers():
     [
         ({}, {"hidden": torch.zeros(31, 8)}, r"hidden must have shape \[N, 32\], got \[31, 8\]"),
         ({}, {"targets": torch.zeros(31, 2).long()}, r"targets must have shape \[31, 3\], got \[31, 2\]"),
+        ({}, {"targets": torch.zeros(31, 3)}, r"targets must have dtype torch.int64, got torch.float32"),
         ({"codes_per_item": 4}, {}, r"hidden must have rows for whole items of 4 codes, got 31 rows"),
         ({}, {"unembedding": None}, r"exactly one of .*unembedding.* got neither"),
         ({"vocab_size": VOCAB}, {}, r"exactly one of .*unembedding.* got both"),

@@ -384,6 +384,11 @@ def test_names_the_bad_input():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             prune(packed, centrality, targets=targets)
+    with pytest.raises(ValueError, match=r"ignore_index must be an int \(not a tensor\), got str"):
+        prune(packed, centrality, targets=torch.arange(batch.total), ignore_index="-100")
+    for wrong in (None, packed.values):
+        with pytest.raises(ValueError, match=f"packed must be a PackedBatch, got {type(wrong).__name__}"):
+            prune(wrong, centrality)
     by_item = SemanticAdaptivePruning(0.5, codes_per_item=3)
     for pruning in (prune, by_item):
         with pytest.raises(ValueError, match=re.escape(f"protect must have shape [{batch.total}], got [99]")):

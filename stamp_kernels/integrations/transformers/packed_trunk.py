@@ -16,6 +16,7 @@ from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.integrations.transformers.configuration import PruningConfig
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput
 from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
+from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
 from stamp_kernels.packed import PackedBatch
 
@@ -169,8 +170,9 @@ def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module, hidden_size:
     """`[T, hidden_size]`: token ids `[T]` embedded, or embeddings `[T, hidden_size]` unchanged.
 
     Raises:
-        ValueError: the values of inputs are neither.
+        ValueError: inputs are no PackedBatch, or their values are neither.
     """
+    check_packed("packed_inputs", inputs)
     values = inputs.values
     found = f"{values.dtype} {list(values.shape)}"
     if values.is_floating_point():

@@ -33,6 +33,7 @@ from stamp_kernels.integrations.transformers.packed_trunk import (
 )
 from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
 from stamp_kernels.integrations.transformers.t5_stacks import PackedT5Attention, PackedT5Decoder, PackedT5Encoder
+from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.modules.prediction import MultiStepPrediction
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.packed import PackedBatch
@@ -144,6 +145,7 @@ class StampT5ForConditionalGeneration(StampedModel, T5ForConditionalGeneration):
             if packed_inputs is None:
                 inputs = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
                 packed_inputs, layout = self.encoder.pack_inputs(inputs, attention_mask)
+            check_packed("packed_inputs", packed_inputs)
             batch = len(packed_inputs.cu_seqlens) - 1
         check_tensor("labels", labels, shape=[batch, "num_labels"], dtypes=[torch.int64])
         if decoder_input_ids is not None:

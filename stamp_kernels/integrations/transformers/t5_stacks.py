@@ -21,6 +21,7 @@ from stamp_kernels.integrations.transformers.packed_trunk import (
     refuse_intermediate_outputs,
     with_empty_tail,
 )
+from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.ops.attention.packed_attention import AttentionOutput, packed_attention
 from stamp_kernels.packed import PackedBatch
 from stamp_kernels.relative_position import RelativePositionBias
@@ -193,6 +194,7 @@ class PackedT5Decoder(PackedT5Stack):
         padded += [name for name, value in kwargs.items() if value is not None and name not in INTERMEDIATE_OUTPUTS]
         if padded:
             raise ValueError(f"forward takes no {', '.join(padded)} with packed_inputs")
+        check_packed("packed_source", packed_source)
         packed, packed_source = self.embed_packed(packed_inputs), with_empty_tail(packed_source)
         packing = Packing(
             packed,

@@ -254,6 +254,8 @@ def test_errors_name_the_argument():
         (dict(input_ids=ids[0], labels=labels), r"token ids \[B, S\] or embeddings \[B, S, d_model\], got \[200\]"),
         (dict(**batch, future_labels=labels), r"forward takes no future_labels with labels"),
         (dict(packed_inputs=packed, attention_mask=batch["attention_mask"], labels=labels), EXCLUSIVE["mask"]),
+        (dict(packed_inputs=ids, labels=labels), r"packed_inputs must be a PackedBatch, got Tensor"),
+        (dict(packed_inputs=ids, decoder_input_ids=labels), r"packed_inputs must be a PackedBatch, got Tensor"),
         (dict(**batch, encoder_outputs=(torch.zeros(6, 2, 24),)), r"must be given, got input_ids, encoder_outputs$"),
         (dict(**batch, decoder_input_ids=labels, decoder_inputs_embeds=embeds), EXCLUSIVE["decoder"]),
         (dict(input_ids=ids, decoder_input_ids=labels, decoder_inputs_embeds=embeds), EXCLUSIVE["decoder"]),
@@ -277,6 +279,7 @@ def test_errors_name_the_argument():
         (dict(input_ids=labels, packed_source=packed), r"must be given together, got None for packed_inputs"),
         (dict(**both, max_seqlen_cross=3), r"must be given together, got None for cu_seqlens_cross"),
         (dict(**both, cu_seqlens_cross=packed.cu_seqlens), r"must be given together, got None for max_seqlen_cross"),
+        (dict(packed_inputs=packed, packed_source=ids), r"packed_source must be a PackedBatch, got Tensor"),
         (dict(**both, input_ids=labels), r"forward takes no input_ids with packed_inputs"),
     ):
         with pytest.raises(ValueError, match=text):
