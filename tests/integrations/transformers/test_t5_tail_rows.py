@@ -87,6 +87,29 @@ def test_cross_attention_never_reads_tail_rows(content):
     assert_never_reads(model, content, form="encoder outputs")
 
 
+@pytest.mark.parametrize("content", NEVER_READ)
+def test_training_never_reads_padding(content):
+    """Of embeddings of the encoder and of the decoder, and of encoded histories."""
+    model = trained_heads(apply_stamp(tiny_t5(), pruning=PRUNING, prediction=PREDICTION))
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    decoder_mask = torch.arange(LEVELS) < torch.tensor([LEVELS, LEVELS, LEVELS, 0])[:, None]  # whole items
+    given = labels_and_future()
+    given["labels"] = given["labels"].masked_fill(~decoder_mask, -100)
+    states, decoder_states = torch.randn(*mask.shape, 24), torch.randn(*decoder_mask.shape, 24)
+    for encoded in (False, True):
+        results = []
+        for value in (0.0, content):
+            x = states.masked_fill(~mask[..., None], value).requires_grad_()
+            y = decoder_states.masked_fill(~decoder_mask[..., None], value).requires_grad_()
+            inputs = dict(encoder_outputs=(x,)) if encoded else dict(inputs_embeds=x)
+            loss = model(
+                **inputs, attention_mask=mask, decoder_inputs_embeds=y, decoder_attention_mask=decoder_mask, **given
+            ).loss
+            results.append([loss.detach(), *gradients(model, loss).values(), x.grad, y.grad])
+        for want, got in zip(*results, strict=True):
+            assert torch.equal(got, want) and got.isfinite().all()
+
+
 def test_decoding_never_reads_tail_rows():
     model = apply_stamp(tiny_t5(), pruning=PRUNING).eval()
     clean, dirty = (embeddings_with_tail(content, 24) for content in (0.0, math.nan))
