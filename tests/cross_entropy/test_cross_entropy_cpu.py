@@ -161,3 +161,18 @@ def test_kept_gradients_are_not_rounded(dtype, width):
         assert gradient.dtype == torch.float32
         assert gradient.is_contiguous()
         assert_close(gradient, want)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+def test_gradient_of_the_only_class(z_loss, memory):
+    """Its probability is 1: only the z-loss has a gradient, and the rest must not leave rounding errors in it."""
+    options = (("vocab_ranges", ((3, 4), (0, 1))), ("label_smoothing", 0.1), ("z_loss", z_loss))
+    inputs = Case(bias=True, options=options, num_steps=2, ignored=0.0).inputs(torch.float32) | {"memory": memory}
+    want, got = expected_results(inputs), results(inputs)
+    for name in ("dhidden", "dweight", "dbias"):
+        if z_loss == 0:
+            assert not got[name].any()
+        else:
+            difference = torch.linalg.vector_norm(got[name].double() - want[name])
+            assert difference < 1e-6 * torch.linalg.vector_norm(want[name])

@@ -237,6 +237,8 @@ class Worker {
     }
     const double smoothing = inputs_.label_smoothing, num_classes = static_cast<double>(row_chunk_.num_classes);
     const scalar lse = outputs_.known_lse == nullptr ? lse_of_row(i) : known_lse_of_row(i);
+    // The only class has p = 1: without z_loss its gradient is exactly 0, which must not be left to cancellation.
+    const double without_z_loss = row_chunk_.num_classes == 1 ? 0 : 1;
     double sum_of_scales = 0;
     for (int64_t k = 0; k < softmax_.num_steps; ++k) {
       const int64_t step = softmax_.first_step + k, at = k * row_chunk_.num_rows + i;
@@ -257,12 +259,12 @@ class Worker {
       if (outputs_.gradients != nullptr) {
         const double scale = outputs_.loss_scale(rows_[i], step);
         sum_of_scales += scale;
-        target_weights_[at] = static_cast<scalar>((1 - smoothing) * scale);
+        target_weights_[at] = static_cast<scalar>(without_z_loss * (1 - smoothing) * scale);
       }
     }
     lse_[i] = lse;
-    probability_scale_[i] = static_cast<scalar>((1 + 2 * inputs_.z_loss * lse) * sum_of_scales);
-    offset_[i] = static_cast<scalar>(smoothing / num_classes * sum_of_scales);
+    probability_scale_[i] = static_cast<scalar>((without_z_loss + 2 * inputs_.z_loss * lse) * sum_of_scales);
+    offset_[i] = static_cast<scalar>(without_z_loss * smoothing / num_classes * sum_of_scales);
   }
 
   scalar known_lse_of_row(int64_t i) const {
