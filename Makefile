@@ -8,6 +8,8 @@ OUTPUT ?=
 # The Python version of the machine that `make gpu-bundle` is for: Triton's cache depends on it.
 GPU_PYTHON ?= python3.12
 STAGE ?= 1
+SEED ?= 0
+MINUTES ?= 3
 # A model and a training that one CPU core finishes in half an hour on 82,000 short histories (Amazon Instruments).
 QUALITY ?= --min-items 3 --max-items 10 --batch-size 32 --epochs 2 --learning-rate 0.002 --dropout 0 --layers 2 \
 	--prune-after-block 1 --d-model 64 --num-heads 4 --d-kv 16 --d-ff 256 --threads 1
@@ -19,12 +21,16 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 # Where the tests marked `core` are; to collect the others takes longer than to run these.
 CORE := tests/attention tests/pruning tests/cross_entropy tests/modules tests/integrations/transformers/test_t5_plain.py \
 	tests/test_structure.py tests/test_types.py
-SANITIZED := tests/attention/test_attention_cpu.py tests/pruning/test_pruning_cpu.py \
-	tests/cross_entropy/test_cross_entropy_cpu.py
+SANITIZED := tests/attention tests/pruning tests/cross_entropy tests/modules tests/test_packed.py -k "not compile"
+# The sanitizer's runtime must be the first library loaded. What no machine has memory for fails, as it would without.
+SANITIZER = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=3000 \
+	PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize:tests OMP_NUM_THREADS=2
+INSTRUCTION_SETS = $$(PYTHONPATH=tests $(BIN)/python -c "from devices import CAPABILITIES; print(*CAPABILITIES)")
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help install check test lint format sanitize profile profile-long quality benchmark aot wheel gpu-bundle \
-	gpu-check clean
+.PHONY: help install check test lint format fuzz sanitize sanitize-quick sanitized-library errors profile profile-long \
+	quality benchmark aot wheel gpu-bundle gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -56,11 +62,31 @@ format: install ## rewrite the sources in the committed style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-# The instrumented library and a copy of the package are in build/sanitize. Its runtime must be the first library loaded.
-sanitize: install ## tests of the CPU kernels under the address and undefined-behaviour sanitizers
+# Cases depend on the seed alone.
+fuzz: install ## random calls of everything against float64 oracles: MINUTES=3 SEED=0
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seed $(SEED) --minutes $(MINUTES)
+
+# On each instruction set in a process of its own. The thread sanitizer checks the loops over tasks.
+sanitize: sanitized-library ## fuzz and tests of the CPU kernels under the sanitizers of addresses, UB and threads
+	for set in $(INSTRUCTION_SETS); do \
+		$(SANITIZER) STAMP_KERNELS_CPU_CAPABILITY=$$set $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED) && \
+		$(SANITIZER) STAMP_KERNELS_CPU_CAPABILITY=$$set $(BIN)/python -m fuzz --seed $(SEED) --backends ops \
+			--cases 10000 || exit 1; \
+	done
+	$(BIN)/pytest -q -p no:cacheprovider tests/thread_sanitizer
+
+sanitize-quick: sanitized-library ## a few hundred fuzz cases on each instruction set under the first two sanitizers
+	for set in $(INSTRUCTION_SETS); do \
+		$(SANITIZER) STAMP_KERNELS_CPU_CAPABILITY=$$set $(BIN)/python -m fuzz --seed $(SEED) --backends ops \
+			--cases 400 || exit 1; \
+	done
+
+# The instrumented library and a copy of the package are in build/sanitize.
+sanitized-library: install
 	STAMP_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED)
+
+errors: install ## docs/numerical_errors.md: rounding errors of every op beside those of PyTorch
+	$(BIN)/python benchmarks/numerical_errors.py
 
 profile: install ## the main job: what each configuration costs, on MovieLens-100K or on DATA=<file>
 	$(BIN)/stamp-profile train $(if $(DATA),--data $(DATA)) --output $(or $(OUTPUT),build/profile)

@@ -170,7 +170,7 @@ class NinjaBuild(build_ext):
         build_dir = ROOT / "build" / ("ninja-sanitize" if SANITIZE else "ninja")
         # Error messages name csrc/... and torch/..., not folders of the machine that compiled them.
         prefix_maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_root}/include/="]
-        optimization = ["-O1", "-g", "-fno-omit-frame-pointer", *SANITIZE_FLAGS] if SANITIZE else ["-O3"]
+        optimization = ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZE_FLAGS] if SANITIZE else ["-O3"]
         extra_flags = os.environ.get("CXXFLAGS", "").split()
         build_dir.mkdir(parents=True, exist_ok=True)
         self.remove_other_cuda_libraries(Path(self.build_lib) / "stamp_kernels")
