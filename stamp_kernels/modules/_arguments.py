@@ -3,10 +3,9 @@
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
-from stamp_kernels.ops._checks import check_count
 from stamp_kernels.packed import PackedBatch
 
-__all__ = ["as_pairs", "as_tuple", "check_ignore_index", "check_packed"]
+__all__ = ["as_pairs", "as_tuple", "check_packed"]
 
 
 def check_packed(name: str, value: object) -> None:
@@ -15,11 +14,6 @@ def check_packed(name: str, value: object) -> None:
     """
     if not isinstance(value, PackedBatch):
         raise ValueError(f"{name} must be a PackedBatch, got {type(value).__name__}")
-
-
-def check_ignore_index(ignore_index: int) -> int:
-    """An int64. Raises ValueError for anything else."""
-    return check_count("ignore_index", ignore_index, -(2**63))
 
 
 def as_tuple(name: str, value: Any, of: str) -> tuple[Any, ...]:

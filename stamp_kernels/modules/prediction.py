@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stamp_kernels.common.precision import compute_dtype
-from stamp_kernels.modules._arguments import as_pairs, as_tuple, check_ignore_index
-from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor
+from stamp_kernels.modules._arguments import as_pairs, as_tuple
+from stamp_kernels.ops._checks import check_choice, check_count, check_int, check_range, check_tensor
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
 
@@ -214,7 +214,7 @@ class MultiStepPrediction(nn.Module):
         )
         self.label_smoothing = check_range("label_smoothing", label_smoothing, 0.0, 1.0)
         self.softcap = None if softcap is None else check_range("softcap", softcap, 0.0)
-        self.ignore_index = check_ignore_index(ignore_index)
+        self.ignore_index = check_int("ignore_index", ignore_index)
 
         self.heads = nn.ModuleList(self._new_head(head, num_attention_heads, causal) for _ in range(num_steps))
         if vocab_size is not None:

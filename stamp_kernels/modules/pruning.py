@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from stamp_kernels.common.budget import ceil_of_ratio, keep_ratio_to_q32
 from stamp_kernels.common.exported import exported
-from stamp_kernels.modules._arguments import check_ignore_index, check_packed
-from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor
+from stamp_kernels.modules._arguments import check_packed
+from stamp_kernels.ops._checks import check_choice, check_count, check_int, check_range, check_tensor
 from stamp_kernels.ops.pruning.prune import prune
 from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.packed import PackedBatch
@@ -129,7 +129,7 @@ class SemanticAdaptivePruning(nn.Module):
         """
         check_packed("packed", packed)
         if targets is not None:
-            ignore_index = check_ignore_index(ignore_index)
+            ignore_index = check_int("ignore_index", ignore_index)
             check_tensor("targets", targets, dtypes=[torch.int64], device=packed.values.device)
             if targets.dim() == 0 or targets.shape[0] != packed.values.shape[0]:
                 raise ValueError(

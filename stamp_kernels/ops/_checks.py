@@ -71,10 +71,12 @@ def check_count(name: str, value: SupportsIndex | None, minimum: int = 0) -> int
 
 
 def check_int(name: str, value: SupportsIndex | None) -> int:
-    """An int. Returns it, of Python's type where it was NumPy's."""
+    """An int of 64 bits. Returns it, of Python's type where it was NumPy's."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
         raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
-    return cast(int, value if isinstance(value, int | torch.SymInt) else operator.index(value))
+    number = cast(int, value if isinstance(value, int | torch.SymInt) else operator.index(value))
+    check_range(name, number, -(2**63), 2**63 - 1)
+    return number
 
 
 def check_flags(**flags: bool) -> None:

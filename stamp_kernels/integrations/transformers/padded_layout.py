@@ -52,7 +52,7 @@ def pack_padded(inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBa
         return _pack_by_mask(inputs, attention_mask.bool())
     # Without padding all sizes are known on the CPU.
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=inputs.device) * length
-    lengths_cpu = torch.full((batch,), length, dtype=torch.int64)
+    lengths_cpu = torch.full((batch,), length, dtype=torch.int64, device="cpu")
     mask = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
     return PackedBatch(inputs.flatten(0, 1), cu_seqlens, length, lengths_cpu=lengths_cpu), PaddedLayout(mask, None)
 

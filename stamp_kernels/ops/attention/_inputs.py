@@ -81,13 +81,13 @@ def bias_arguments(
 
 
 def check_v(v: Tensor, k: Tensor) -> None:
-    check_tensor("v", v, dtypes=[k.dtype], device=k.device)
+    check_tensor("v", v)
     if v.dim() == 3 and v.shape[:2] == k.shape[:2] and v.shape[2] != k.shape[2]:
         raise ValueError(
             f"v: head_dim must be that of q and k, {k.shape[2]}, got {v.shape[2]}: pad the smaller ones with zeros, "
             "give the scale of the unpadded q, and cut the output"
         )
-    check_tensor("v", v, shape=k.shape)
+    check_tensor("v", v, shape=k.shape, dtypes=[k.dtype], device=k.device)
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:

@@ -41,7 +41,7 @@ def semantic_adaptive_pruning(draw: Draw) -> Case:
     grad = torch.randn(len(truth.indices), hidden.shape[1]).to(hidden.dtype)
 
     def run() -> dict[str, Any]:
-        pruned, selection = call.make()
+        pruned, selection, _ = call.make()
         parts = dict(values=pruned.values.detach(), cu_seqlens=pruned.cu_seqlens, positions=pruned.positions)
         parts |= dict(indices=selection.indices, is_bound=pruned.max_seqlen >= max(truth.lengths, default=0))
         if hidden.requires_grad:
