@@ -21,7 +21,7 @@ SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 # Where the tests marked `core` are; to collect the others takes longer than to run these.
 CORE := tests/attention tests/pruning tests/cross_entropy tests/modules tests/integrations/transformers/test_t5_plain.py \
 	tests/test_structure.py tests/test_types.py
-SANITIZED := tests/attention tests/pruning tests/cross_entropy tests/modules tests/test_packed.py -k "not compile"
+SANITIZED := tests/attention tests/pruning tests/cross_entropy tests/modules tests/packed -k "not compile"
 # The sanitizer's runtime must be the first library loaded. What no machine has memory for fails, as it would without.
 SANITIZER = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=3000 \
