@@ -196,13 +196,16 @@ def _softmax(scores):
 
 
 @triton.jit
-def _column_sums(weights, inverse, query_mask_ptr, row, exists):
+def _column_sums(weights, inverse, query_mask_ptr, row, exists, HAS_SLOTS: tl.constexpr):
     """[BLOCK_N]: the sum of P over the queries of a tile that count; their packed rows are `row` where they exist."""
-    # In a tile of several sequences a row that has a NaN has weight 0 for its neighbours' keys, and 0 * NaN is NaN.
-    terms = tl.where(weights == 0.0, 0.0, weights * inverse[:, None])
-    if query_mask_ptr is not None:  # a query that does not count may have a NaN too
+    if query_mask_ptr is not None:  # a query that does not count may have a NaN, and 0 * NaN is NaN
         counts = tl.load(query_mask_ptr + row, mask=exists, other=0) != 0
-        terms = tl.where(counts[:, None], terms, 0.0)
+        weights = tl.where(counts[:, None], weights, 0.0)
+        inverse = tl.where(counts, inverse, 0.0)
+    terms = weights * inverse[:, None]
+    if HAS_SLOTS or query_mask_ptr is None:
+        # In a tile of several sequences a row that has a NaN has weight 0 for its neighbours' keys.
+        terms = tl.where(weights == 0.0, 0.0, terms)
     return tl.sum(terms, axis=0)
 
 
@@ -245,7 +248,9 @@ def _attend_whole_rows(
         weights, inverse, lse = _softmax(tl.where(visible, scores, float("-inf")))
         tl.store(lse_ptr + sequence.first_q + query, lse, mask=exists)
         if centrality.by_head is not None:
-            column_sums += _column_sums(weights, inverse, centrality.query_mask, sequence.first_q + query, exists)
+            column_sums += _column_sums(
+                weights, inverse, centrality.query_mask, sequence.first_q + query, exists, False
+            )
         if dropout.seed is not None:
             keep = keep_tile(dropout, sequence.index, head, query, 0, BLOCK_N)
             weights = tl.where(keep, weights, 0.0)
@@ -373,7 +378,7 @@ def stamp_attention_fwd_slots_kernel(
     weights = tl.where(visible, weights, 0.0)
     tl.store(lse_of_head_ptr + first_q + index, lse, mask=query_exists)
     if centrality.by_head is not None:
-        column_sums = _column_sums(weights, inverse, centrality.query_mask, first_q + index, query_exists)
+        column_sums = _column_sums(weights, inverse, centrality.query_mask, first_q + index, query_exists, True)
         tl.store(centrality.by_head + head * total_k + first_k + index, column_sums, mask=key_exists)
     if dropout_seed is not None:
         dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
