@@ -58,7 +58,7 @@ def check_storage(name: str, x: Tensor) -> None:
     storage_bytes = x.untyped_storage().nbytes()
     offset = cast(int, x.storage_offset())
     if offset == 0 and x.is_contiguous():
-        needed_bytes = x.nbytes
+        needed_bytes: int | torch.SymInt = x.nbytes
     else:
         last = offset
         for size, stride in zip(x.shape, x.stride(), strict=True):
