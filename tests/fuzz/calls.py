@@ -78,7 +78,9 @@ def _tensor_code(x: Tensor) -> str:
         return f"torch.empty({shape}, dtype={dtype}, device='meta')"
     if x.untyped_storage().size() == 0 and x.numel() > 0:
         return f"empty_storage({shape}, {dtype})"
-    if dtype == torch.bool:
+    if x.numel() == 0:
+        code = f"torch.empty({shape}, dtype={dtype})"
+    elif dtype == torch.bool:
         code = f"torch.rand({shape}) < 0.5"
         if x.numel() <= _MAX_LITERALS:
             code = f"torch.tensor({x.tolist()}, dtype=torch.bool)"

@@ -2,7 +2,7 @@
 
 `["label", text]` comes before anything runs that could crash, then `["outcome", how, label, details]`. The cases run in
 a forked child. If that dies, the answer is `["died", status]`, and a new child goes on: imports take seconds, a fork
-does not.
+does not. A child ends after a raw case, which may have written where a later case would crash.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from fuzz.cases import Settings, drawn, run
 
 _MEMORY = 3 * 2**30  # that a case may take
+_AFTER_RAW = 99  # the exit status of a child that leaves the next case to another
 
 
 def prepare_process() -> None:
@@ -56,6 +57,8 @@ def _serve(answers: int, settings: Settings) -> None:
         _answer(answers, "label", case.label)
         outcome = run(case)
         _answer(answers, "outcome", outcome.how, outcome.label, outcome.details)
+        if name.startswith("raw/"):
+            os._exit(_AFTER_RAW)
 
 
 def main() -> None:
@@ -73,7 +76,8 @@ def main() -> None:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
             return
-        _answer(answers, "died", status)
+        if status != _AFTER_RAW:
+            _answer(answers, "died", status)
 
 
 if __name__ == "__main__":
