@@ -50,7 +50,6 @@ def _line(file: int) -> str:
 
 
 def _serve(answers: int, settings: Settings) -> None:
-    prepare_process()
     _limit_memory()
     while name := _line(0):
         case = drawn(name, settings)
@@ -63,8 +62,9 @@ def _serve(answers: int, settings: Settings) -> None:
 
 def main() -> None:
     settings = Settings(int(sys.argv[1]), tuple(sys.argv[2].split(",")))
+    prepare_process()  # which imports, once and not in every child
     if "triton" in settings.backends:
-        import triton.language  # noqa: F401  (once, not in every child)
+        import triton.language  # noqa: F401
     answers = os.dup(1)
     os.dup2(2, 1)  # what else is printed is not an answer
     while True:
