@@ -26,7 +26,7 @@ _POSITIONS = (*_PER_ROW, "to_int64")
 _COUNT = ("none", "string", "fraction", "boolean", "negative", "tensor", "nan")
 _FROM_ONE = (*_COUNT, "zero")
 _CHOICE = ("none", "string", "number", "tensor")
-_FLAG = ("none", "string")
+_FLAG = ("string",)
 _NUMBER = ("none", "string", "tensor", "nan")
 _SHARE = (*_NUMBER, "negative", "above_one", "infinite")
 
@@ -100,7 +100,6 @@ TABLE: dict[str, _Table] = {
         "softcap": ("string", "tensor", "nan", "negative", "zero"),
         "reduction": _CHOICE,
         "memory": _CHOICE,
-        "return_step_losses": _FLAG,
     },
     "shift_targets": {
         "labels": (*_REQUIRED, "to_float32", "to_complex", "rank_up", "rank_down"),
@@ -169,6 +168,8 @@ def _spoiled(call: Call, name: str, mutation: str, draw: Draw) -> Call:
     value = call.arguments.get(name)
     if mutation == "too_small":
         return call.replace(**{name: _below_what_is_needed(call, name)})
+    if name == "num_protected" and call.arguments.get("protect") is not None:
+        raise DoesNotApplyError  # it may be right
     if mutation == "none" and name in ("keep_ratio", "keep_count") and value is None:
         raise DoesNotApplyError
     if isinstance(value, list) and name == "x" and mutation in ("longer", "shorter", "meta"):

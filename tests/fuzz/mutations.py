@@ -58,7 +58,7 @@ def _decreasing(x: Tensor) -> Tensor:
 
 def _with(x: Tensor, i: int, value: int) -> Tensor:
     _needs(x.numel() > abs(i), x)
-    x = x.clone()
+    x = x.clone(memory_format=torch.contiguous_format)
     x.view(-1)[i] = value
     return x
 
