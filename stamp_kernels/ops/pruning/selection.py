@@ -101,7 +101,8 @@ def select_tokens(
             sequence may stay unwritten.
         keep_ratio: budget `ceil(keep_ratio * n)`, in [0, 1]. Exactly one of keep_ratio and keep_count must be given.
             The ratio is rounded to a multiple of 2^-32, and an excess over a whole number of up to n * 2^-32 does not
-            count, so that a third of 3 is 1 on every device. A ratio below 2^-33 is 0. torch.compile specialises on its value: give a keep_count if it changes from step to step.
+            count, so that a third of 3 is 1 on every device. A ratio below 2^-33 is 0. torch.compile specialises on
+            its value: give a keep_count if it changes from step to step.
         keep_count: the budget itself: one int, or an integer tensor `[B]` on the same device.
         min_keep: smallest budget of a sequence that has as many tokens.
         protect: bool `[T]`, tokens that always stay.
