@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from stamp_kernels.common.contents import check_cu_seqlens_contents, contents_are_checked
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
-from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.ops.pruning.gather import check_fill_value, gather_tokens
 from stamp_kernels.ops.pruning.selection import TokenSelection
 
 if TYPE_CHECKING:
@@ -164,11 +164,13 @@ class PackedBatch:
             `[B, S, ...]` in the dtype of values.
 
         Raises:
-            ValueError: padding_side is not allowed, total_length is below max_seqlen, or B * S exceeds 2**31 - 1.
+            ValueError: padding_side is not allowed, padding_value is no number that the dtype holds, total_length is
+                below max_seqlen, or B * S exceeds 2**31 - 1.
             RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than max_seqlen
                 (checked on the CPU, or under STAMP_KERNELS_CHECK=1).
         """
         check_choice("padding_side", padding_side, ("right", "left"))
+        check_fill_value("padding_value", padding_value, self.values.dtype)
         batch = self.cu_seqlens.shape[0] - 1
         if total_length is None:
             total_length = self.max_seqlen

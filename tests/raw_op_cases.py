@@ -203,7 +203,7 @@ def wrong_values() -> Iterator[tuple[str, Arguments, str]]:
         yield op, dict(cu_seqlens_k=_int32(0, 4)), r"cu_seqlens_k must have shape \[4\], got \[2\]"
         outside = dict(cu_seqlens_k=_int32(0, 4, 6, 11), max_seqlen_k=5)
         yield op, outside, r"cu_seqlens_k\[-1\] must be at most the number of rows 10, got 11"
-        yield op, dict(max_seqlen_q=-1), "cu_seqlens_q: sequence 0 has length 5, more than the given max_seqlen -1"
+        yield op, dict(max_seqlen_q=-1), "max_seqlen_q must be at least 0, got -1"
         for rows in (0, 1, 2, 7):
             yield op, dict(bias_table=torch.randn(8, HEADS)[:rows]), f"bias_table must have at least 4 rows.*got {rows}"
         for distance in (-(2**62), -1, 0, 2):

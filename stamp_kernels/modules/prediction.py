@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.modules._arguments import as_pairs, as_tuple
-from stamp_kernels.ops._checks import check_choice, check_count, check_int, check_range, check_tensor
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_count, check_int, check_range, check_tensor
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
 
@@ -304,7 +304,7 @@ class MultiStepPrediction(nn.Module):
             ValueError: an argument has a wrong shape, dtype, device or value, is missing, or is not allowed here.
             RuntimeError: contents are wrong, see `multi_token_cross_entropy` and `packed_attention`.
         """
-        check_tensor("hidden", hidden, shape=["N", self.hidden_size])
+        check_tensor("hidden", hidden, shape=["N", self.hidden_size], dtypes=FLOATING_DTYPES)
         num_rows = hidden.shape[0]
         check_tensor("targets", targets, shape=[num_rows, self.num_steps], dtypes=[torch.int64], device=hidden.device)
         if num_rows % self.codes_per_item != 0:

@@ -194,6 +194,9 @@ def packed_attention_forward(
         lses.append(lse.transpose(1, 2))
     rows_q = [group.rows_q for group in groups]
     out = scatter_rows(q.shape[0], rows_q, outs, like=q)
+    if not groups:  # the result is in the autograd graph of all inputs, as that of the op
+        for x in (k, v, bias.bias_table):
+            out = out if x is None else out + x.flatten()[:0].sum().to(out.dtype)
     lse = scatter_rows(q.shape[0], rows_q, lses, like=q.new_empty(0, num_heads, dtype=dtype)).t().contiguous()
     if not return_centrality:
         return out, lse, lse.new_empty(0)

@@ -379,6 +379,8 @@ def test_flop_count_without_contents_is_upper_bound():
         (dict(dropout_p=-0.1), r"dropout_p must be in \[0.0, 1.0\), got -0.1"),
         (dict(dropout_p=float("nan")), r"dropout_p must be in \[0.0, 1.0\), got nan"),
         (dict(dropout_p="0.1"), r"dropout_p must be a number \(not a tensor\), got str"),
+        (dict(v=torch.zeros(31, 2, 16, dtype=torch.float64)), r"v: head_dim must be that of q and k, 8, got 16: pad"),
+        (dict(causal="yes"), r"causal must be True or False, got 'yes'"),
         (dict(scale="1"), r"scale must be a number \(not a tensor\), got str"),
         (dict(scale=float("inf")), r"scale must be in \[-3.4028234663852886e\+38, .*, got inf"),
         (

@@ -1,6 +1,7 @@
 """The ops of the cross-entropy: what they save and compute, memory, FLOPs, torch.compile, and what is refused."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -207,3 +208,19 @@ def test_bad_arguments(name):
     inputs = CASES["shared"].inputs(torch.float32)
     with pytest.raises(ValueError, match=message):
         multi_token_cross_entropy(**inputs | arguments)
+
+
+def test_padded_sequences_are_no_steps():
+    """[B, T, D] with targets [B, T] and B == T has the shapes of one state for each step."""
+    hidden, weight, targets = torch.randn(3, 3, 4), torch.randn(5, 4), torch.zeros(3, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"hidden \[3, 3, 4\] with targets \[3, 3\] could be padded sequences"):
+        multi_token_cross_entropy(hidden, weight, targets)
+    by_step = multi_token_cross_entropy(hidden, weight, targets, step_weights=[1.0] * 3)
+    losses = [torch.nn.functional.cross_entropy(hidden[k] @ weight.T, targets[:, k]) for k in range(3)]
+    torch.testing.assert_close(by_step, torch.stack(losses).sum())
+
+
+def test_infinite_softcap_is_no_cap():
+    inputs = CASES["shared"].inputs()
+    capped, plain = (multi_token_cross_entropy(**inputs, softcap=softcap) for softcap in (math.inf, None))
+    assert torch.equal(capped, plain)

@@ -71,9 +71,9 @@ def _descending(x: float) -> tuple[bool, float]:
     return (True, 0.0) if math.isnan(x) else (False, -x)
 
 
-def take_rows(x: Tensor, row_map: Tensor) -> Tensor:
-    """Row j is row row_map[j] of x, or 0 where that is -1."""
-    result = torch.zeros((len(row_map), *x.shape[1:]), dtype=x.dtype)
+def take_rows(x: Tensor, row_map: Tensor, fill_value: float = 0) -> Tensor:
+    """Row j is row row_map[j] of x, or fill_value where that is -1."""
+    result = torch.full((len(row_map), *x.shape[1:]), fill_value, dtype=x.dtype)
     for j, row in enumerate(row_map.tolist()):
         if row >= 0:
             result[j] = x.detach()[row]

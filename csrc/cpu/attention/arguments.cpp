@@ -106,6 +106,8 @@ AttentionInputs attention_inputs(const AttentionArguments& arguments) {
 
   const SequenceArguments& sequences = arguments.sequences;
   const BiasArguments& bias = arguments.bias;
+  check_at_least("max_seqlen_q", sequences.max_seqlen_q, 0);
+  check_at_least("max_seqlen_k", sequences.max_seqlen_k, 0);
   const Tensor cu_seqlens_q =
       checked_cu_seqlens("cu_seqlens_q", sequences.cu_seqlens_q, problem.total_q, sequences.max_seqlen_q, inputs.held);
   problem.num_sequences = cu_seqlens_q.size(0) - 1;

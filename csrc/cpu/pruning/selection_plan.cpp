@@ -13,6 +13,7 @@ namespace stamp::cpu {
 SelectionPlan plan_selection(
     int64_t total, const Tensor& cu_seqlens, int64_t max_seqlen, const BudgetArguments& arguments) {
   SelectionPlan plan = {};
+  check_at_least("max_seqlen", max_seqlen, 0);
   const Tensor offsets = checked_cu_seqlens("cu_seqlens", cu_seqlens, total, max_seqlen, plan.held);
   check_budget_arguments(arguments, offsets, total);
   plan.num_sequences = offsets.size(0) - 1;

@@ -43,6 +43,7 @@ SelectionPlan plan_selection(
   SelectionProblem& problem = plan.problem;
   const int64_t total = rows.size(0);
   check_int32_rows(name, total);
+  check_at_least("max_seqlen", max_seqlen, 0);
   const Tensor offsets = held_cu_seqlens(cu_seqlens, name, rows, plan.held);
   check_budget_arguments(arguments, offsets, total);
   STD_TORCH_CHECK(arguments.total_kept.has_value(), "total_kept must be given on a GPU");

@@ -181,11 +181,11 @@ def checked_fill_values(fill_value: FillValue, tensors: list[Tensor], *, is_list
     else:
         names, values = ["fill_value"] * len(tensors), [fill_value] * len(tensors)
     for name, value, tensor in zip(names, values, tensors, strict=True):
-        _check_fill_value(name, value, tensor.dtype)
+        check_fill_value(name, value, tensor.dtype)
     return values
 
 
-def _check_fill_value(name: str, value: float, dtype: torch.dtype) -> None:
+def check_fill_value(name: str, value: float, dtype: torch.dtype) -> None:
     if isinstance(value, int) and value == 0:  # the default, which every dtype can hold
         return
     if not isinstance(value, Real | torch.SymInt):

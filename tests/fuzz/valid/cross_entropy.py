@@ -47,7 +47,7 @@ def _arguments(draw: Draw) -> dict[str, Any]:
     )  # fmt: skip
     if draw.chance(0.4):
         arguments["bias"] = shared_or_per_step(vocab, dtype=draw.choice([dtype, torch.float32]), scale=1.0)
-    if draw.chance(0.5):
+    if draw.chance(0.5) or num_rows == num_steps:  # without weights, states of each step may be padded sequences
         weights = [draw.choice([1.0, 0.3, 0.0, -0.5]) for _ in range(num_steps)]
         arguments["step_weights"] = draw.choice([weights, tuple(weights), torch.tensor(weights)])
     if draw.chance(0.3):

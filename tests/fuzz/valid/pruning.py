@@ -130,7 +130,9 @@ def gather_tokens(draw: Draw) -> Case:
         x.requires_grad_(x.is_floating_point() and draw.chance(0.6))
     is_list = len(tensors) > 1 or draw.chance(0.3)
     grads = [draw.strided(torch.randn(len(kept) + tail, *x.shape[1:]).to(x.dtype)) for x in tensors]
-    call = Call("stamp_kernels.gather_tokens", dict(x=tensors if is_list else tensors[0], selection=selection))
+    fills = [draw.choice([0, 1, -1] if x.dtype.is_signed else [0, 1]) for x in tensors]
+    arguments = dict(x=tensors if is_list else tensors[0], selection=selection)
+    call = Call("stamp_kernels.gather_tokens", arguments | dict(fill_value=fills if is_list else fills[0]))
 
     def run() -> dict[str, Any]:
         result = call.make()
@@ -139,7 +141,7 @@ def gather_tokens(draw: Draw) -> Case:
         return {f"x{i}": y.detach() for i, y in enumerate(rows)} | {f"grad{i}": g for i, g in enumerate(found)}
 
     def want() -> dict[str, Any]:
-        rows = {f"x{i}": oracle.take_rows(x, selection.indices) for i, x in enumerate(tensors)}
+        rows = {f"x{i}": oracle.take_rows(x, selection.indices, fills[i]) for i, x in enumerate(tensors)}
         needed = [grad for x, grad in zip(tensors, grads, strict=True) if x.requires_grad]
         return rows | {f"grad{i}": oracle.take_rows(g, inverse) for i, g in enumerate(needed)}
 
