@@ -11,6 +11,10 @@ from typing import SupportsIndex, cast
 import torch
 from torch import Tensor
 
+# isinstance with a union builds it at every call.
+_INTS = (int, torch.SymInt)
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -21,7 +25,7 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
 
 def check_range(name: str, value: float, low: float, high: float = float("inf"), *, below_high: bool = False) -> float:
     """`low <= value <= high`, or `low <= value < high`. Returns the value, of Python's type where it was NumPy's."""
-    if not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    if not isinstance(value, _NUMBERS):
         if not isinstance(value, numbers.Real):
             raise ValueError(f"{name} must be a number (not a tensor), got {type(value).__name__}")
         value = float(value)
@@ -44,8 +48,7 @@ def check_tensor(
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if shape is not None:
         matches = x.dim() == len(shape) and all(
-            not isinstance(wanted, int | torch.SymInt) or size == wanted
-            for size, wanted in zip(x.shape, shape, strict=True)
+            not isinstance(wanted, _INTS) or size == wanted for size, wanted in zip(x.shape, shape, strict=True)
         )
         if not matches:
             wanted_shape = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
@@ -72,9 +75,13 @@ def check_count(name: str, value: SupportsIndex | None, minimum: int = 0) -> int
 
 def check_int(name: str, value: SupportsIndex | None) -> int:
     """An int of 64 bits. Returns it, of Python's type where it was NumPy's."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt | numbers.Integral):
-        raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
-    number = cast(int, value if isinstance(value, int | torch.SymInt) else operator.index(value))
+    if not isinstance(value, _INTS):
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} must be an int (not a tensor), got {type(value).__name__}")
+        value = operator.index(value)
+    if isinstance(value, bool):
+        raise ValueError(f"{name} must be an int (not a tensor), got bool")
+    number = cast(int, value)
     check_range(name, number, -(2**63), 2**63 - 1)
     return number
 

@@ -283,7 +283,7 @@ def _scaled(kept: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     Scaling in 16 bits would round twice, and in fp16 overflow with a loss scale or underflow without one. It is not
     done in place: a second backward pass through the same graph needs the kept gradient unscaled.
     """
-    if torch._C._are_functorch_transforms_active():  # they do not support out=
+    if kept.dtype == dtype or torch._C._are_functorch_transforms_active():  # those do not support out=
         return (kept * factor).to(dtype)
     return torch.mul(kept, factor, out=kept.new_empty(kept.shape, dtype=dtype))  # without a copy in the dtype of kept
 

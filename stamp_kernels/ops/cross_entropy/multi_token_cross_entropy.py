@@ -110,10 +110,10 @@ def _flat_ranges(vocab_ranges: Sequence[tuple[int, int]], num_steps: int, vocab_
 
 def _checked_softcap(softcap: float | None, dtype: torch.dtype) -> float | None:
     """None where there is no cap. A cap must be a normal number in the dtype of the logits."""
-    logits_dtype = compute_dtype(dtype)
-    limits = torch.finfo(logits_dtype)
     if softcap is None:
         return None
+    logits_dtype = compute_dtype(dtype)
+    limits = torch.finfo(logits_dtype)
     if not isinstance(softcap, numbers.Real | torch.SymFloat) or not (
         limits.tiny <= softcap <= limits.max or softcap == math.inf
     ):
@@ -261,7 +261,7 @@ def multi_token_cross_entropy(
         with torch.autocast(device.type, enabled=False):
             loss, step_losses = reference.multi_token_cross_entropy(hidden, weight, bias, *arguments)
     else:
-        needs = LossNeeds(*(x is not None and x.requires_grad for x in (hidden, weight, bias)))
+        needs = LossNeeds(hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
         in_forward = (
             torch.is_grad_enabled()
             and any(needs)
