@@ -69,9 +69,9 @@ fuzz: install ## random calls of everything against float64 oracles: MINUTES=3 S
 # On each instruction set in a process of its own. The thread sanitizer checks the loops over tasks.
 sanitize: sanitized-library ## fuzz and tests of the CPU kernels under the sanitizers of addresses, UB and threads
 	for set in $(INSTRUCTION_SETS); do \
-		$(SANITIZER) STAMP_KERNELS_CPU_CAPABILITY=$$set $(BIN)/pytest -q -p no:cacheprovider $(SANITIZED) && \
+		$(SANITIZER) STAMP_KERNELS_CPU_CAPABILITY=$$set $(BIN)/pytest -q -p no:cacheprovider -n logical $(SANITIZED) && \
 		$(SANITIZER) STAMP_KERNELS_CPU_CAPABILITY=$$set $(BIN)/python -m fuzz --seed $(SEED) --backends ops \
-			--cases 10000 || exit 1; \
+			--cases 3000 || exit 1; \
 	done
 	$(BIN)/pytest -q -p no:cacheprovider tests/thread_sanitizer
 
