@@ -140,20 +140,11 @@ def _backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _differentiable_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sequences: Sequences,
-    causal: bool,
-    scale: float,
-    bias: BiasArguments,
-    centrality_query_mask: Tensor | None,
-    dropout: DropoutArguments,
-    return_centrality: bool,
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, causal: bool, scale: float, bias: BiasArguments, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward op for inputs that require grad."""
     outputs: tuple[Tensor, Tensor, Tensor] = _PackedAttention.apply(
-        q, k, v, bias.bias_table, sequences, causal, scale, bias, centrality_query_mask, dropout, return_centrality
+        q, k, v, bias.bias_table, sequences, causal, scale, bias, *others
     )
     return outputs
 

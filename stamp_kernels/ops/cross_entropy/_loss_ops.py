@@ -159,34 +159,19 @@ def _with_gradients_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, 
 
 
 def _differentiable_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    step_weights: StepWeights,
-    options: LossOptions,
-    reduction: int,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward op for inputs that require grad."""
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = RecomputedGradients.apply(
-        hidden, weight, bias, targets, step_weights, options, reduction
-    )
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor] = RecomputedGradients.apply(hidden, weight, bias, targets, *others)
     return outputs
 
 
 def _differentiable_with_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    step_weights: StepWeights,
-    options: LossOptions,
-    reduction: int,
-    needs: LossNeeds,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op with gradients for inputs that require grad."""
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = GradientsInForward.apply(
-        hidden, weight, bias, targets, step_weights, options, reduction, needs
+        hidden, weight, bias, targets, *others
     )
     return outputs
 
