@@ -158,6 +158,13 @@ def test_raw_gather_has_the_gradient_of_the_public_one():
     assert torch.equal(got, want)
 
 
+def test_raw_gather_adds_up_repeated_rows():
+    x = torch.randn(3, 2, requires_grad=True)
+    (y,) = torch.ops.stamp.gather_tokens_forward([x], torch.tensor([2, -1, 2, 0]))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.tolist() == [[1, 1], [0, 0], [2, 2]]
+
+
 def test_raw_ops_without_gradient_give_none():
     hidden = torch.randn(TOTAL, 4, requires_grad=True)
     assert not torch.ops.stamp.token_importance(hidden, torch.rand(TOTAL), CU_SEQLENS, 1, False).requires_grad

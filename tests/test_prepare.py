@@ -155,8 +155,8 @@ def test_nothing_happens_on_a_cpu(constants):
         (dict(relative_bias=torch.zeros(32, 4)), "relative_bias must be a RelativePositionBias or None, got Tensor"),
         (dict(vocab_ranges=[(0, 4), (4, 4)]), r"vocab_ranges must satisfy 0 <= start < end, got \(4, 4\)"),
         (dict(vocab_ranges=[(-1, 4)]), r"vocab_ranges must satisfy 0 <= start < end, got \(-1, 4\)"),
-        (dict(vocab_ranges=[0, 4]), r"vocab_ranges must be pairs \(start, end\), got \[0, 4\]"),
-        (dict(vocab_ranges=[(0, 4, 8)]), r"vocab_ranges must be pairs \(start, end\), got \[\(0, 4, 8\)\]"),
+        (dict(vocab_ranges=[0, 4]), r"vocab_ranges must be pairs \(start, end\) of ints, got \[0, 4\]"),
+        (dict(vocab_ranges=[(0, 4, 8)]), r"vocab_ranges must be pairs \(start, end\) of ints, got \[\(0, 4, 8\)\]"),
     ],
 )
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -8,8 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stamp_kernels.common.precision import compute_dtype
-from stamp_kernels.modules._arguments import as_pairs, as_tuple
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_count, check_int, check_range, check_tensor
+from stamp_kernels.modules._arguments import as_tuple
+from stamp_kernels.ops._checks import (
+    FLOATING_DTYPES,
+    check_choice,
+    check_count,
+    check_int,
+    check_range,
+    check_tensor,
+    check_vocab_ranges,
+)
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
 
@@ -97,16 +105,12 @@ def _checked_weights(step_weights: Sequence[float], num_steps: int) -> tuple[flo
 
 
 def _checked_ranges(vocab_ranges: Sequence[tuple[int, int]], num_ranges: int) -> tuple[tuple[int, int], ...]:
-    ranges = as_pairs("vocab_ranges", vocab_ranges, "pairs (start, end)")
+    ranges = check_vocab_ranges(vocab_ranges)
     if len(ranges) != num_ranges:
         raise ValueError(
             f"vocab_ranges must have num_steps * codes_per_item = {num_ranges} pairs (start, end), got {len(ranges)}"
         )
-    checked = []
-    for i, (start, end) in enumerate(ranges):
-        start = check_count(f"vocab_ranges[{i}][0]", start)
-        checked.append((start, check_count(f"vocab_ranges[{i}][1]", end, start + 1)))
-    return tuple(checked)
+    return ranges
 
 
 _Head: TypeAlias = LinearHead | ResidualHead | TransformerHead

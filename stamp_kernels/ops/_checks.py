@@ -5,7 +5,7 @@ Each raises a ValueError that names the argument, what it was and what is allowe
 
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import SupportsIndex, cast
 
 import torch
@@ -84,6 +84,23 @@ def check_int(name: str, value: SupportsIndex | None) -> int:
     number = cast(int, value)
     check_range(name, number, -(2**63), 2**63 - 1)
     return number
+
+
+def check_vocab_ranges(
+    vocab_ranges: Iterable[tuple[int, int]], num_classes: int | None = None
+) -> tuple[tuple[int, int], ...]:
+    """Pairs (start, end) with `0 <= start < end <= num_classes`. Returns them, of Python's ints."""
+    try:
+        if isinstance(vocab_ranges, Mapping | Set):
+            raise TypeError("its order says nothing")
+        ranges = tuple((operator.index(start), operator.index(end)) for start, end in vocab_ranges)
+    except (TypeError, ValueError):
+        raise ValueError(f"vocab_ranges must be pairs (start, end) of ints, got {vocab_ranges}") from None
+    for start, end in ranges:
+        if not (0 <= start < end and (num_classes is None or end <= num_classes)):
+            limit = "" if num_classes is None else f" <= {num_classes} (rows of weight)"
+            raise ValueError(f"vocab_ranges must satisfy 0 <= start < end{limit}, got {(start, end)}")
+    return ranges
 
 
 def check_flags(**flags: bool) -> None:

@@ -247,21 +247,19 @@ def _register_flops(op: torch._ops.OpOverloadPacket, formula: Callable[..., int]
 def define_op(
     schema: str,
     *,
-    public_name: str,
     check: Callable[..., None],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
     differentiable: Callable[..., Any] | None = None,
-    is_backward: bool = False,
+    backward_of: str | None = None,
     groups: Sequence[type[tuple[Any, ...]]] = (),
 ) -> torch._ops.OpOverload:
     """Register one op of the `stamp` namespace.
 
     Args:
         schema: name, arguments and returns, as torch.library takes them.
-        public_name: the function of `stamp_kernels` that users call instead.
         check: raises a RuntimeError for arguments on which the kernels cannot rely, see `ops._boundary`. It runs before
             the reference and before the launcher; the compiled libraries have checks of their own.
         reference: plain PyTorch kernel, for the CPU and CUDA where nothing else serves.
@@ -271,7 +269,8 @@ def define_op(
         differentiable: serves inputs that require grad, by the Function that the public function calls too. (A public
             function calls it directly, which is faster, and the op below it. A program that torch.export made calls
             the op, with parameters that require grad.) None: results have no gradient, as those of the public function.
-        is_backward: inputs that require grad raise, as the derivative of a backward is not implemented.
+        backward_of: the function of `stamp_kernels` whose backward the op is. Inputs that require grad raise, since a
+            backward has no derivative.
         groups: NamedTuples whose fields are arguments of the schema that follow one another. The functions above take
             the schema's arguments in its order, those of a group as one argument.
     """
@@ -282,8 +281,8 @@ def define_op(
     triton = None if triton is None else _with_groups(op, groups, _checked(check, triton))
     REFERENCES[op] = reference
     torch.library.register_fake(f"stamp::{name}", fake, lib=_LIBRARY)
-    if is_backward:
-        serve = _refuse_second_order(op, public_name)
+    if backward_of is not None:
+        serve = _refuse_second_order(op, backward_of)
         _LIBRARY.impl(name, _where_grad_is_required(op, serve), "Autograd", with_keyset=True)
     elif differentiable is not None:
         serve = _with_groups(op, groups, differentiable)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from stamp_kernels.ops._checks import check_vocab_ranges
 from stamp_kernels.relative_position import RelativePositionBias
 
 
@@ -38,13 +39,7 @@ def prepare(
     """
     if relative_bias is not None and not isinstance(relative_bias, RelativePositionBias):
         raise ValueError(f"relative_bias must be a RelativePositionBias or None, got {type(relative_bias).__name__}")
-    try:
-        ranges = tuple((start, end) for start, end in vocab_ranges or ())
-    except (TypeError, ValueError):
-        raise ValueError(f"vocab_ranges must be pairs (start, end), got {vocab_ranges}") from None
-    for start, end in ranges:
-        if not 0 <= start < end:
-            raise ValueError(f"vocab_ranges must satisfy 0 <= start < end, got {(start, end)}")
+    ranges = () if vocab_ranges is None else check_vocab_ranges(vocab_ranges)
     device = torch.empty(0, device=device).device  # now it has its index
     if device.type == "cpu":
         return

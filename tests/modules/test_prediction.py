@@ -387,10 +387,14 @@ def test_state_dict_holds_only_parameters():
         ({"lambda_": -1}, r"lambda_ must be in \[0\.0, inf\), got -1"),
         (
             {"vocab_ranges": [0, 5, 5, 9]},
-            r"vocab_ranges must be a sequence of pairs \(start, end\), got \[0, 5, 5, 9\]",
+            r"vocab_ranges must be pairs \(start, end\) of ints, got \[0, 5, 5, 9\]",
         ),
-        ({"vocab_ranges": [(0, 5), (5, 5)]}, r"vocab_ranges\[1\]\[1\] must be in \[6, inf\), got 5"),
-        ({"vocab_ranges": [(0, 5), (5, 9.0)]}, r"vocab_ranges\[1\]\[1\] must be an int .*, got float"),
+        ({"vocab_ranges": [(0, 5), (5, 5)]}, r"vocab_ranges must satisfy 0 <= start < end, got \(5, 5\)"),
+        (
+            {"vocab_ranges": [(0, 5), (5, 9.0)]},
+            r"vocab_ranges must be pairs \(start, end\) of ints, got \[\(0, 5\), \(5, 9\.0\)\]",
+        ),
+        ({"vocab_ranges": {(0, 5): 1, (5, 9): 2}}, r"vocab_ranges must be pairs \(start, end\) of ints, got \{"),
         ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0\.0, 1\.0\], got 1\.5"),
         ({"ignore_index": "-100"}, r"ignore_index must be an int \(not a tensor\), got str"),
         ({"softcap": "30"}, r"softcap must be a number \(not a tensor\), got str"),

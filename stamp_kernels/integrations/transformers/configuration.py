@@ -9,7 +9,7 @@ import torch
 from stamp_kernels.modules._arguments import as_pairs
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
-from stamp_kernels.ops._checks import check_choice, check_count, check_range
+from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_vocab_ranges
 
 __all__ = ["PredictionConfig", "PruningConfig", "to_dict"]
 
@@ -116,7 +116,7 @@ class PredictionConfig:
         check_choice("unit", self.unit, ("item", "token"))
         check_choice("unembedding", self.unembedding, ("shared", "own"))
         if self.vocab_ranges is not None:
-            _set(self, vocab_ranges=as_pairs("vocab_ranges", self.vocab_ranges, "pairs (start, end)"))
+            _set(self, vocab_ranges=check_vocab_ranges(self.vocab_ranges))
             if (self.unit, len(self.vocab_ranges)) != ("item", self.codes_per_item):
                 raise ValueError(
                     f"vocab_ranges must have one (start, end) for each of the {self.codes_per_item} levels and needs "

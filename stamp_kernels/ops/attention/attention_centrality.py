@@ -54,7 +54,6 @@ _attention_centrality = define_op(
     "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, Tensor? bias_table, "
     "bool bias_bidirectional, int bias_max_distance, Tensor? positions_q, Tensor? positions_k, "
     "Tensor? query_mask) -> Tensor",
-    public_name="attention_centrality",
     check=_boundary.check_centrality,
     reference=reference.attention_centrality,
     triton=_triton,

@@ -151,7 +151,6 @@ def _differentiable_forward(
 
 _forward = define_op(
     _FORWARD_SCHEMA,
-    public_name="packed_attention",
     check=_boundary.check_forward,
     reference=reference.packed_attention_forward,
     triton=_forward_triton,
@@ -162,13 +161,12 @@ _forward = define_op(
 )
 _backward = define_op(
     _BACKWARD_SCHEMA,
-    public_name="packed_attention",
     check=_boundary.check_backward,
     reference=reference.packed_attention_backward,
     triton=_backward_triton,
     fake=_backward_fake,
     flops=_backward_flops,
-    is_backward=True,
+    backward_of="packed_attention",
     groups=(Sequences, BiasArguments, DropoutArguments, AttentionNeeds),
 )
 

@@ -180,7 +180,6 @@ _forward = define_op(
     "multi_token_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
     "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, int reduction) -> (Tensor, Tensor, Tensor, Tensor)",
-    public_name="multi_token_cross_entropy",
     check=_boundary.check_forward,
     reference=reference.multi_token_cross_entropy_forward,
     triton=_forward_triton,
@@ -193,13 +192,12 @@ _backward = define_op(
     "multi_token_cross_entropy_backward(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
     "Tensor lse, Tensor step_scale, int[]? vocab_ranges, int ignore_index, float label_smoothing, float z_loss, "
     "float? softcap, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
-    public_name="multi_token_cross_entropy",
     check=_boundary.check_backward,
     reference=reference.multi_token_cross_entropy_backward,
     triton=_backward_triton,
     fake=_backward_fake,
     flops=_backward_flops,
-    is_backward=True,
+    backward_of="multi_token_cross_entropy",
     groups=(LossOptions, LossNeeds),
 )
 _with_gradients = define_op(
@@ -207,7 +205,6 @@ _with_gradients = define_op(
     "float[]? step_weights, Tensor? step_weights_tensor, int[]? vocab_ranges, int ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, int reduction, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    public_name="multi_token_cross_entropy",
     check=_boundary.check_with_gradients,
     reference=reference.multi_token_cross_entropy_with_gradients,
     triton=_with_gradients_triton,

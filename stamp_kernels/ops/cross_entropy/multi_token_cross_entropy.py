@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import operator
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
@@ -22,6 +21,7 @@ from stamp_kernels.ops._checks import (
     check_int,
     check_range,
     check_tensor,
+    check_vocab_ranges,
 )
 from stamp_kernels.ops.cross_entropy._loss_ops import GradientsInForward, RecomputedGradients
 from stamp_kernels.reference import cross_entropy as reference
@@ -90,22 +90,12 @@ def _check_not_padded(hidden: Tensor, weight: Tensor, targets: Tensor, says_step
 
 def _flat_ranges(vocab_ranges: Sequence[tuple[int, int]], num_steps: int, vocab_size: int) -> list[int]:
     """start, end, start, ... of all steps."""
-    flat: list[int] = []
-    try:
-        for start, end in vocab_ranges:
-            flat += operator.index(start), operator.index(end)
-    except (TypeError, ValueError):
-        raise ValueError(f"vocab_ranges must be pairs (start, end) of ints, got {vocab_ranges}") from None
-    if len(flat) != 2 * num_steps:
+    ranges = check_vocab_ranges(vocab_ranges, vocab_size)
+    if len(ranges) != num_steps:
         raise ValueError(
             f"vocab_ranges must have one (start, end) for each of the {num_steps} steps, got {vocab_ranges}"
         )
-    for start, end in zip(flat[::2], flat[1::2], strict=True):
-        if not 0 <= start < end <= vocab_size:
-            raise ValueError(
-                f"vocab_ranges must satisfy 0 <= start < end <= {vocab_size} (rows of weight), got {(start, end)}"
-            )
-    return flat
+    return [bound for span in ranges for bound in span]
 
 
 def _checked_softcap(softcap: float | None, dtype: torch.dtype) -> float | None:

@@ -26,7 +26,6 @@ def _triton(*args: Any) -> Tensor:
 
 _shift_targets = define_op(
     "shift_targets(Tensor labels, Tensor cu_seqlens, int steps, int stride, int ignore_index) -> Tensor",
-    public_name="shift_targets",
     check=_boundary.check_shift_targets,
     reference=reference.shift_targets,
     triton=_triton,

@@ -40,35 +40,22 @@ def _backward_triton(*args: Any) -> list[Tensor]:
     return gather_tokens_backward(*args)
 
 
-def _differentiable_forward(x: list[Tensor], indices: Tensor) -> list[Tensor]:
-    """The forward op for inputs that require grad. Every row has at most one index, as in a selection."""
-    total = x[0].shape[0]
-    # Tail rows all write the extra last entry, which is cut off.
-    inverse = torch.full((total + 1,), -1, dtype=torch.int32, device=indices.device)
-    inverse[torch.where(indices < 0, total, indices)] = torch.arange(
-        len(indices), dtype=torch.int32, device=indices.device
-    )
-    return list(_GatherTokens.apply(indices, inverse[:total], *x))
-
-
 _forward = define_op(
     "gather_tokens_forward(Tensor[] x, Tensor indices) -> Tensor[]",
-    public_name="gather_tokens",
     check=_boundary.check_gather_forward,
     reference=_gather_rows,
     triton=_forward_triton,
     fake=_fake,
-    differentiable=_differentiable_forward,
+    differentiable=_gather_rows,  # by torch's own gradient, since a raw call brings no inverse map
 )
 # The backward is a gather too: row t of the gradient is row inverse[t] of the incoming one, so nothing is added up.
 _backward = define_op(
     "gather_tokens_backward(Tensor[] grad, Tensor inverse) -> Tensor[]",
-    public_name="gather_tokens",
     check=_boundary.check_gather_backward,
     reference=_gather_rows,
     triton=_backward_triton,
     fake=_fake,
-    is_backward=True,
+    backward_of="gather_tokens",
 )
 
 

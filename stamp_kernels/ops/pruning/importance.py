@@ -33,7 +33,6 @@ def _triton(*args: Any) -> Tensor:
 _token_importance = define_op(
     "token_importance(Tensor hidden, Tensor centrality, Tensor? cu_seqlens, int norm_order, bool per_visible_query) "
     "-> Tensor",
-    public_name="token_importance",
     check=_boundary.check_token_importance,
     reference=reference.token_importance,
     triton=_triton,

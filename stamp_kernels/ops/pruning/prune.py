@@ -94,7 +94,6 @@ _prune = define_op(
     "prune(Tensor[] x, Tensor centrality, Tensor? positions, Tensor cu_seqlens, SymInt max_seqlen, int norm_order, "
     "bool per_visible_query, int? ratio_q32, SymInt? keep_count, Tensor? keep_counts, SymInt min_keep, "
     "Tensor? protect, int codes_per_item, SymInt? total_kept) -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
-    public_name="prune",
     check=_boundary.check_prune,
     reference=reference.prune,
     triton=_triton,

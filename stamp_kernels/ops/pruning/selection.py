@@ -59,7 +59,6 @@ _select_tokens = define_op(
     "select_tokens(Tensor importance, Tensor cu_seqlens, SymInt max_seqlen, int? ratio_q32, SymInt? keep_count, "
     "Tensor? keep_counts, SymInt min_keep, Tensor? protect, int codes_per_item, SymInt? total_kept) "
     "-> (Tensor, Tensor, Tensor)",
-    public_name="select_tokens",
     check=_boundary.check_select_tokens,
     reference=reference.select_tokens,
     triton=_triton,

@@ -86,9 +86,12 @@ def test_prediction_module_follows_the_configuration():
         (lambda: PredictionConfig(lambda_="0.3"), r"lambda_ must be a number \(not a tensor\), got str"),
         (
             lambda: PredictionConfig(1, 2, vocab_ranges=[0, 5, 5, 9]),
-            r"vocab_ranges must be a sequence of pairs \(start, end\), got \[0, 5, 5, 9\]",
+            r"vocab_ranges must be pairs \(start, end\) of ints, got \[0, 5, 5, 9\]",
         ),
-        (lambda: PredictionConfig(1, 1, vocab_ranges=[(0, 5.5)]), r"vocab_ranges\[0\]\[1\] must be an int .*got float"),
+        (
+            lambda: PredictionConfig(1, 1, vocab_ranges=[(0, 5.5)]),
+            r"vocab_ranges must be pairs \(start, end\) of ints, got \[\(0, 5\.5\)\]",
+        ),
         (lambda: PredictionConfig(1, 0), r"codes_per_item must be in \[1, inf\), got 0"),
         (lambda: PredictionConfig(unit="step"), r"unit must be one of"),
         (
