@@ -11,6 +11,9 @@ from stamp_kernels import multi_token_cross_entropy, shift_targets
 
 from .base import MIXED_LENGTHS, Random, Work, Workload, fixed, offsets
 
+# The share of targets that are ignored, as padding and pruned targets are.
+IGNORED_SHARE = 0.1
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Workload):
@@ -42,14 +45,19 @@ class CrossEntropy(Workload):
         """Softmaxes per row: steps that share hidden states and classes share one."""
         return self.steps if self.hidden_per_step or self.codebooks else 1
 
+    @property
+    def num_listed(self) -> int:
+        """About how many rows of a hidden have a target that is not ignored."""
+        steps_of_hidden = 1 if self.hidden_per_step else self.steps
+        return round(self.rows * (1 - IGNORED_SHARE**steps_of_hidden))
+
     def inputs(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
         random = Random(device, seed)
         shape = (self.steps, self.rows, self.width) if self.hidden_per_step else (self.rows, self.width)
         targets = random.integers(self.num_classes, self.rows, self.steps)
         if self.codebooks:
             targets = targets + self.num_classes * torch.arange(self.steps, device=device)
-        # A tenth is ignored, as padding and pruned targets are.
-        targets = torch.where(random.uniform(self.rows, self.steps) < 0.1, -100, targets)
+        targets = torch.where(random.uniform(self.rows, self.steps) < IGNORED_SHARE, -100, targets)
         return dict(
             hidden=random.normal(*shape, dtype=dtype),
             weight=random.normal(self.vocabulary, self.width, dtype=dtype) / math.sqrt(self.width),
@@ -66,7 +74,7 @@ class CrossEntropy(Workload):
         return dict(loss=result.loss, step_losses=result.step_losses)
 
     def work(self, element_size: int) -> tuple[Work, Work]:
-        product = 2 * self.num_softmaxes * self.rows * self.width * self.num_classes
+        product = 2 * self.num_softmaxes * self.num_listed * self.width * self.num_classes
         hidden = self.rows * self.width * element_size * (self.steps if self.hidden_per_step else 1)
         num_bytes = hidden + self.vocabulary * self.width * element_size
         return Work(product, num_bytes), Work(2 * product, 2 * num_bytes)
