@@ -105,7 +105,7 @@ benchmark: install ## every op family against what a user would otherwise run; e
 	$(BIN)/python -m pytest -q benchmarks/micro --benchmark-only --benchmark-quiet --benchmark-json=build/micro.json
 	$(BIN)/python benchmarks/table.py build/micro.json
 
-aot: install ## compile every kernel for five GPU architectures, compare with the committed table (WRITE=1: update it)
+aot: install ## compile every kernel for five GPU architectures, compare with the committed table, predict times (WRITE=1)
 	$(BIN)/python benchmarks/gpu/machine_code.py $(if $(WRITE),--write)
 
 wheel: install ## dist/stamp_kernels-*.whl

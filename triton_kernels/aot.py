@@ -33,6 +33,49 @@ TARGETS = {
 }
 
 
+class Multiprocessor(NamedTuple):
+    """What the blocks on one multiprocessor share, besides its 65,536 registers.
+
+    Attributes:
+        shared_memory: bytes of shared memory for all blocks; each block takes 1 KB more than it asks for.
+        warps, blocks: the most that can be resident.
+    """
+
+    shared_memory: int
+    warps: int
+    blocks: int
+
+
+# By architecture, as in the table of compute capabilities in the CUDA C++ Programming Guide.
+MULTIPROCESSORS = {
+    80: Multiprocessor(164 * 1024, warps=64, blocks=32),
+    86: Multiprocessor(100 * 1024, warps=48, blocks=16),
+    90: Multiprocessor(228 * 1024, warps=64, blocks=32),
+    100: Multiprocessor(228 * 1024, warps=64, blocks=32),
+    120: Multiprocessor(100 * 1024, warps=48, blocks=24),
+}
+# A quarter of a multiprocessor has a scheduler and a quarter of the registers.
+NUM_SCHEDULERS = 4
+_REGISTERS_PER_SCHEDULER = 65536 // NUM_SCHEDULERS
+# The units in which a warp gets registers and a block gets shared memory.
+_REGISTER_UNIT, _SHARED_UNIT = 256, 128
+_RESERVED_SHARED_MEMORY = 1024
+
+
+def blocks_per_multiprocessor(arch: int, registers: int, shared: int, num_warps: int) -> int:
+    """How many blocks fit a multiprocessor at once (the occupancy), by the rules of CUDA's occupancy calculator.
+
+    Args:
+        registers: of a thread.
+        shared: bytes of shared memory of a block.
+    """
+    limits = MULTIPROCESSORS[arch]
+    registers_of_warp = triton.cdiv(32 * registers, _REGISTER_UNIT) * _REGISTER_UNIT
+    warps = min(limits.warps, _REGISTERS_PER_SCHEDULER // registers_of_warp * NUM_SCHEDULERS)
+    shared_of_block = triton.cdiv(shared + _RESERVED_SHARED_MEMORY, _SHARED_UNIT) * _SHARED_UNIT
+    return min(limits.blocks, warps // num_warps, limits.shared_memory // shared_of_block)
+
+
 class Launch(NamedTuple):
     """One launch that `compile_only` has turned into a compilation.
 
@@ -40,12 +83,14 @@ class Launch(NamedTuple):
         name: the name of the kernel's function.
         kernel: the compiled kernel; launches of one specialisation share it.
         grid: the number of programs in each of three dimensions.
+        arguments: the kernel's arguments by name, and the launch options.
         is_hit: whether Triton's cache on disk had the kernel.
     """
 
     name: str
     kernel: CompiledKernel
     grid: tuple[int, ...]
+    arguments: dict[str, Any]
     is_hit: bool
 
 
@@ -95,7 +140,8 @@ def compile_only(arch: int) -> Iterator[list[Launch]]:
     def compile_instead(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> Any:
         hits.clear()
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        launches.append(Launch(self.fn.__name__, kernel, tuple(grid), all(hits)))
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launches.append(Launch(self.fn.__name__, kernel, tuple(grid), arguments, all(hits)))
         return kernel
 
     def note_cache_use(*, cache_hit: bool, **_: Any) -> None:

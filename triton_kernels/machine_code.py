@@ -1,5 +1,6 @@
-"""Read a compiled kernel's machine code: registers, shared memory, spills, matrix instructions and loops."""
+"""Read a compiled kernel's machine code: registers, shared memory, spills, matrix instructions, loops and barriers."""
 
+import ast
 import functools
 import re
 import subprocess
@@ -10,11 +11,54 @@ from typing import NamedTuple
 import triton
 from triton.compiler import CompiledKernel
 
-from stamp_kernels.triton_kernels.aot import TARGETS
+from stamp_kernels.triton_kernels.aot import TARGETS, blocks_per_multiprocessor
 
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_SOURCES = Path(__file__).parent
 # Shorter loops are searches and prefix sums of a few rounds.
 _MIN_LOOP_INSTRUCTIONS = 32
+# Waits for other warps, for asynchronous copies, or for the other threads of a warp.
+_BARRIERS = ("BAR", "DEPBAR", "LDGDEPBAR", "WARPSYNC")
+
+
+class Instruction(NamedTuple):
+    """One instruction of a disassembly.
+
+    Attributes:
+        text: mnemonic and operands, without the predicate.
+        target: the address that a branch goes to.
+        file, line: where the instruction comes from.
+    """
+
+    address: int
+    text: str
+    target: int | None
+    file: str
+    line: int
+
+    @property
+    def mnemonic(self) -> str:
+        return re.split(r"[. ]", self.text, maxsplit=1)[0]
+
+
+class Loop(NamedTuple):
+    """A loop in the machine code.
+
+    Attributes:
+        name: the loop of the source that it comes from, `function.variable` or `function.while`. Loops of one name are
+            copies, for instance where a function is inlined twice. Empty if the loop is not in this package.
+        instructions, barriers: the number of both in the loop and the loops within it.
+        own_instructions: without those of the loops within it.
+        parent: the place in `MachineCode.loops` of the smallest loop around it, or None.
+        is_innermost: whether no other loop is within it.
+    """
+
+    name: str
+    instructions: int
+    barriers: int
+    own_instructions: int
+    parent: int | None
+    is_innermost: bool
 
 
 class MachineCode(NamedTuple):
@@ -25,8 +69,8 @@ class MachineCode(NamedTuple):
         shared: bytes of shared memory of a block.
         spilled: bytes of local memory of a thread.
         matrix_instructions: the number of matrix instructions by mnemonic.
-        loops: the number of instructions of each innermost loop, in the order of the code; loops of fewer than 32
-            instructions are left out.
+        loops: all loops, in the order of the code.
+        instructions_outside: the number of instructions in no loop.
         num_warps: warps of a block.
         expected: mnemonics, one of which must occur; empty where no product has 16-bit factors.
     """
@@ -35,9 +79,22 @@ class MachineCode(NamedTuple):
     shared: int
     spilled: int
     matrix_instructions: dict[str, int]
-    loops: tuple[int, ...]
+    loops: tuple[Loop, ...]
+    instructions_outside: int
     num_warps: int
     expected: tuple[str, ...]
+
+    @property
+    def main_loops(self) -> dict[int, Loop]:
+        """The innermost loops of at least 32 instructions, by their place in `loops`."""
+        return {
+            place: loop
+            for place, loop in enumerate(self.loops)
+            if loop.is_innermost and loop.instructions >= _MIN_LOOP_INSTRUCTIONS
+        }
+
+    def blocks_per_multiprocessor(self, arch: int) -> int:
+        return blocks_per_multiprocessor(arch, self.registers, self.shared, self.num_warps)
 
     def problems(self, arch: int) -> list[str]:
         """Why a GPU of this architecture cannot run the kernel, or runs it slowly."""
@@ -58,16 +115,18 @@ def machine_code(kernel: CompiledKernel) -> MachineCode:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        instructions = _instructions(_run("cuobjdump", "--dump-sass", file.name))
+        instructions = parse_disassembly(_run("nvdisasm", "--print-code", "--print-line-info", file.name))
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    mnemonics = [text.partition(".")[0].partition(" ")[0] for _, text in instructions]
+    mnemonics = [instruction.mnemonic for instruction in instructions]
     matrix = ("HGMMA", "UTCHMMA", "HMMA")
+    loops, instructions_outside = find_loops(instructions)
     return MachineCode(
         registers=resources["REG"],
         shared=kernel.metadata.shared,
         spilled=resources["STACK"] + resources["LOCAL"],
         matrix_instructions={name: mnemonics.count(name) for name in matrix if name in mnemonics},
-        loops=_innermost_loops(instructions),
+        loops=loops,
+        instructions_outside=instructions_outside,
         num_warps=kernel.metadata.num_warps,
         expected=_expected_instructions(kernel),
     )
@@ -77,26 +136,83 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([_BINARIES / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _instructions(disassembly: str) -> list[tuple[int, str]]:
-    """(address, text without the predicate) of every instruction."""
-    found = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", disassembly, re.MULTILINE)
-    return [(int(address, 16), text) for address, text in found]
+def parse_disassembly(disassembly: str) -> list[Instruction]:
+    """The instructions of a kernel, from `nvdisasm --print-code --print-line-info`."""
+    labels: dict[str, int] = {}
+    new_labels: list[str] = []
+    file, line = "", 0
+    found = []
+    for text in disassembly.splitlines():
+        if match := re.match(r'\s*//## File "(.*?)", line (\d+)', text):
+            file, line = match[1], int(match[2])
+        elif match := re.match(r"(\.L_x_\d+):", text):
+            new_labels.append(match[1])
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text):
+            address = int(match[1], 16)
+            labels |= dict.fromkeys(new_labels, address)
+            new_labels = []
+            found.append((address, match[2], file, line))
+    instructions = []
+    for address, text, file, line in found:
+        branch = re.match(r"BRA.*`\((\.L_x_\d+)\)", text)
+        instructions.append(Instruction(address, text, labels.get(branch[1]) if branch else None, file, line))
+    return instructions
 
 
-def _innermost_loops(instructions: list[tuple[int, str]]) -> tuple[int, ...]:
-    """The number of instructions of each loop that contains no other loop. A backward branch ends a loop."""
-    spans = set()
-    for address, text in instructions:
-        target = re.match(r"BRA.*?(?:0x|`\()([0-9a-f]+)", text)
-        if target and int(target[1], 16) < address:
-            spans.add((int(target[1], 16), address))
-    innermost = [
-        (low, high)
-        for low, high in spans
-        if not any(low <= a and b <= high and (a, b) != (low, high) for a, b in spans)
-    ]
-    sizes = [sum(low <= address <= high for address, _ in instructions) for low, high in sorted(innermost)]
-    return tuple(size for size in sizes if size >= _MIN_LOOP_INSTRUCTIONS)
+def find_loops(instructions: list[Instruction]) -> tuple[tuple[Loop, ...], int]:
+    """(loops, number of instructions in no loop). A backward branch ends a loop.
+
+    What follows the end of the program, a branch to itself and NOPs, is not counted.
+    """
+    body = list(instructions)
+    while body and (body[-1].mnemonic == "NOP" or body[-1].target == body[-1].address):
+        body.pop()
+    ends = {(x.target, x.address): x for x in body if x.target is not None and x.target < x.address}
+    spans = sorted(ends)
+    loops = []
+    for low, high in spans:
+        within = [(a, b) for a, b in spans if low <= a and b <= high and (a, b) != (low, high)]
+        # Code that is moved behind the end jumps back into a loop, so that two loops may overlap.
+        around = [(a, b) for a, b in spans if a <= low and high <= b and (a, b) != (low, high)]
+        of_loop = [x for x in body if low <= x.address <= high]
+        loops.append(
+            Loop(
+                name=_source_loop(ends[low, high]),
+                instructions=len(of_loop),
+                barriers=sum(x.mnemonic in _BARRIERS for x in of_loop),
+                own_instructions=sum(not any(a <= x.address <= b for a, b in within) for x in of_loop),
+                parent=spans.index(min(around, key=lambda span: span[1] - span[0])) if around else None,
+                is_innermost=not within,
+            )
+        )
+    outside = sum(not any(low <= x.address <= high for low, high in spans) for x in body)
+    return tuple(loops), outside
+
+
+def _source_loop(branch: Instruction) -> str:
+    """The name of the source's innermost loop around a branch, from `ast` of the file that it comes from.
+
+    The path in a kernel from Triton's cache is that of the checkout that compiled it, of the same source.
+    """
+    _, package, path = branch.file.rpartition("/triton_kernels/")
+    loops = _loops_of(_SOURCES / path) if package else []
+    around = [(end - start, name) for start, end, name in loops if start <= branch.line <= end]
+    return min(around)[1] if around else ""
+
+
+@functools.cache
+def _loops_of(file: Path) -> list[tuple[int, int, str]]:
+    """(first line, last line, name) of every loop in a file."""
+    loops = []
+    for function in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.For):
+                loops.append((node.lineno, node.end_lineno, f"{function.name}.{ast.unparse(node.target)}"))
+            elif isinstance(node, ast.While):
+                loops.append((node.lineno, node.end_lineno, f"{function.name}.while"))
+    return loops
 
 
 def _expected_instructions(kernel: CompiledKernel) -> tuple[str, ...]:

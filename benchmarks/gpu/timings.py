@@ -7,15 +7,14 @@ CUDA graph: the forward, then forward and backward together. The time of the bac
 workload follow it in the same process.
 """
 
-import json
 from collections.abc import Iterator
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from cases import Case, SkipError, arguments_of_part, leave, run_part
 from device import Device
 from peers import Peer, ours, peers_of
+from predictions import predicted_us, read_table
 from recordable import TIMED_DTYPE
 from records import Record
 from rehearsal import shrunk
@@ -25,7 +24,7 @@ from workloads import TIMED, Workload
 from stamp_kernels.profiling.measure import Rates
 from stamp_kernels.profiling.peers.availability import PeerUnavailableError
 
-PREDICTIONS = json.loads(Path(__file__).with_name("predictions.json").read_text())["microseconds"]
+PREDICTIONS = predicted_us(read_table())
 
 # The most informative workloads come first, since the part may run out of time. The others follow in TIMED's order.
 FIRST = (
@@ -80,14 +79,13 @@ def time_ours(device: Device, workload: Workload, rehearse: bool) -> Iterator[Re
     rates = card_rates(device, rehearse)
     floors = [1e6 * rates.floor_seconds(*work) for work in workload.work(TIMED_DTYPE.itemsize)]
     floor_us = dict(zip(("forward", "backward"), floors, strict=True)) | {"both": sum(floors)}
-    predicted_us = PREDICTIONS.get(workload.name, {})
     for record in time_steps(device, workload, "ours", ours(workload)):
         floor = floor_us[record["direction"]]
         yield {
             **record,
             "floor_us": round(floor, 2),
             "share_of_floor": round(floor / record["us"], 3) if record["us"] > 0 else None,  # a difference within noise
-            "predicted_us": predicted_us.get(record["direction"]),
+            "predicted_us": PREDICTIONS.get(workload.name, {}).get(record["direction"]),
         }
 
 

@@ -3,6 +3,8 @@
 import importlib
 import pkgutil
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ sys.path.append(str(SCRIPTS))
 from machine_code import WORKLOADS, Row, differences, read_table
 
 from stamp_kernels import triton_kernels
-from stamp_kernels.triton_kernels.aot import TARGETS, compile_only
-from stamp_kernels.triton_kernels.machine_code import MachineCode, _innermost_loops, _instructions
+from stamp_kernels.triton_kernels.aot import TARGETS, blocks_per_multiprocessor, compile_only
+from stamp_kernels.triton_kernels.attention import centrality
+from stamp_kernels.triton_kernels.machine_code import Loop, MachineCode, find_loops, parse_disassembly
 
 MODULES = [module.name for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}.")]
 # One for each kernel and for what changes its code most; `make aot` compiles all.
@@ -58,8 +61,8 @@ def test_products_into_an_output_need_no_meta_kernel():
 
 
 GOOD = MachineCode(
-    registers=128, shared=32768, spilled=0, matrix_instructions={"HGMMA": 12}, loops=(100,), num_warps=4,
-    expected=("HGMMA",),
+    registers=128, shared=32768, spilled=0, matrix_instructions={"HGMMA": 12}, loops=(), instructions_outside=100,
+    num_warps=4, expected=("HGMMA",),
 )  # fmt: skip
 
 
@@ -79,7 +82,11 @@ def test_problems(arch, changed, problems):
     assert GOOD._replace(**changed).problems(arch) == problems
 
 
-ROW = Row("L120", "stamp_attention_fwd_short_kernel", "90", "4", "161", "40960", "0", "38 HGMMA", "809", "abc", "")
+ROW = Row(
+    workload="L120", kernel="stamp_attention_fwd_short_kernel", arch="90", warps="4", registers="161", shared="40960",
+    blocks_per_multiprocessor="3", spilled="0", matrix_instructions="38 HGMMA", loop_instructions="809",
+    loop_barriers="6", specialisation="abc", problems="",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -100,19 +107,83 @@ def test_differences(now, before, is_whole, expected):
     assert all(text in found[0] for text in expected)
 
 
-def test_innermost_loops_are_counted_by_instructions():
-    """Outer loops, loops of fewer than 32 instructions and forward branches are not counted."""
-    body = [f"        /*{16 * i:04x}*/                   FFMA R1, R2, R3, R4 ;" for i in range(120)]
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "num_warps", "blocks"),
+    [
+        (90, 161, 40_960, 4, 3),  # 168 registers: 3 warps of 5,376 on each scheduler's 16,384
+        (90, 32, 0, 4, 16),  # 64 warps
+        (90, 24, 0, 1, 32),  # 32 blocks
+        (90, 216, 7168, 1, 8),  # 2 warps on each scheduler, although 65,536 registers are enough for 9
+        (90, 32, 131_072, 8, 1),  # 129 KB of 228
+        (90, 128, 37_888, 4, 4),  # 512 threads of 128 registers
+        (86, 32, 0, 4, 12),  # 48 warps
+        (86, 32, 50_176, 4, 2),  # with the reserved kilobyte exactly half of 100 KB
+        (86, 32, 50_177, 4, 1),
+        (86, 16, 0, 1, 16),
+        (120, 16, 0, 1, 24),
+        (80, 255, 0, 8, 1),
+        (80, 64, 54_272, 4, 3),  # 54 KB of 164
+    ],
+)
+def test_blocks_per_multiprocessor(arch, registers, shared, num_warps, blocks):
+    """By hand, from the table of compute capabilities and the rules of CUDA's occupancy calculator."""
+    assert blocks_per_multiprocessor(arch, registers, shared, num_warps) == blocks
 
-    def branch(at: int, to: int) -> None:
-        body[at] = f"        /*{16 * at:04x}*/               @!P0 BRA 0x{16 * to:x} ;"
 
-    branch(50, 10)  # 41 instructions
-    branch(60, 5)  # around it
-    branch(75, 70)  # a few
-    branch(80, 119)  # forwards
-    branch(118, 80)  # 39
-    assert _innermost_loops(_instructions("\n".join(body))) == (41, 39)
+def disassembly(
+    *, num_instructions: int, branches: dict[int, int], lines: dict[int, str], barriers: Sequence[int] = ()
+):
+    """nvdisasm's text: FFMAs, `branches` from an instruction to another, and source lines of this package by text."""
+    text = Path(centrality.__file__).read_text().splitlines()
+    output = ["kernel:", ".text.kernel:"]
+    for i in range(num_instructions):
+        if i in lines:
+            line = next(n for n, source in enumerate(text, 1) if lines[i] in source)
+            output.append(f'\t//## File "/elsewhere/stamp_kernels/triton_kernels/attention/centrality.py", line {line}')
+        output += [f".L_x_{i}:"] if i in branches.values() else []
+        instruction = "BAR.SYNC.DEFER_BLOCKING 0x0" if i in barriers else "FFMA R1, R2, R3, R4"
+        if i in branches:
+            instruction = f"@!P0 BRA `(.L_x_{branches[i]})"
+        output.append(f"        /*{16 * i:04x}*/                   {instruction} ;")
+    return "\n".join(output)
+
+
+def test_loops_of_a_disassembly():
+    """An outer loop, the two within it and a short one; forward branches and the end of the program are no loops."""
+    text = disassembly(
+        num_instructions=128,
+        branches={50: 10, 60: 5, 75: 70, 80: 119, 118: 80, 127: 127},
+        lines={0: "row = tl.program_id(0)", 50: "for start_q in range(begin_q", 60: "for head in range(num_heads):"},
+        barriers=(8, 20, 30, 90),
+    )
+    loops, outside = find_loops(parse_disassembly(text + "\n        /*0800*/                   NOP ;"))
+    outer, heads = "stamp_attention_centrality_kernel.head", "_add_queries.start_q"
+    assert loops == (
+        Loop(outer, instructions=56, barriers=3, own_instructions=15, parent=None, is_innermost=False),
+        Loop(heads, instructions=41, barriers=2, own_instructions=41, parent=0, is_innermost=True),
+        Loop(outer, instructions=6, barriers=0, own_instructions=6, parent=None, is_innermost=True),
+        Loop(outer, instructions=39, barriers=1, own_instructions=39, parent=None, is_innermost=True),
+    )
+    assert outside == 127 - 56 - 6 - 39  # up to the branch to itself
+    code = GOOD._replace(loops=loops)
+    assert list(code.main_loops) == [1, 3]
+
+
+def test_loops_that_overlap():
+    """A jump back from the end into the middle of a loop; the loop within it is the innermost one of both."""
+    text = disassembly(num_instructions=100, branches={60: 10, 50: 40, 90: 20}, lines={})
+    loops, outside = find_loops(parse_disassembly(text))
+    assert [(loop.instructions, loop.own_instructions, loop.is_innermost) for loop in loops] == [
+        (51, 40, False), (71, 60, False), (11, 11, True),
+    ]  # fmt: skip
+    assert [loop.parent for loop in loops] == [None, None, 0]
+    assert outside == 10 + 9
+
+
+def test_loops_of_other_packages_have_no_name():
+    text = disassembly(num_instructions=50, branches={40: 2}, lines={0: "for head in range(num_heads):"})
+    (loop,), _ = find_loops(parse_disassembly(text.replace("/triton_kernels/", "/triton/language/")))
+    assert loop.name == ""
 
 
 def test_interpreted_kernels_are_refused():
