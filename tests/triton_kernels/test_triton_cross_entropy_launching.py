@@ -3,15 +3,18 @@
 import pytest
 import torch
 from test_triton_cross_entropy import DEVICE, LAYOUTS
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+
+from triton.runtime.interpreter import InterpreterBuilder
 
 from stamp_kernels.common.arguments import StepWeights
 from stamp_kernels.triton_kernels.cross_entropy import chunked, configs, row_lists
 from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers
 from stamp_kernels.triton_kernels.cross_entropy.row_lists import list_rows
-from stamp_kernels.triton_kernels.cross_entropy.softmaxes import rows_of_vectors, softmaxes_of
+from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes, rows_of_vectors, softmaxes_of
 
 
 @pytest.mark.parametrize("num_rows", [1, 64, 1000, 5000, 100_000])
@@ -25,35 +28,63 @@ def test_row_chunks_are_sized_by_memory(num_rows, num_classes):
     assert num_rows < 10_000 or rows <= num_rows / 7
 
 
-@pytest.mark.parametrize("pattern", ["none", "all", "prefix", "suffix", "every other", "blocks", "but one"])
-def test_lists_of_rows(monkeypatch, pattern):
-    monkeypatch.setattr(row_lists, "_ROWS_PER_PROGRAM", 512)
-    num_rows = 2500
+PATTERNS = {
+    "none": lambda row: row < 0,
+    "all": lambda row: row >= 0,
+    "prefix": lambda row: row < 1300,
+    "suffix": lambda row: row >= 1300,
+    "every other": lambda row: row % 2 == 0,
+    "blocks": lambda row: row // 100 % 2 == 0,
+    "but one": lambda row: row != 1777,
+}
+
+
+def softmaxes_of_targets(targets: Tensor, shares_hidden: bool) -> Softmaxes:
+    num_rows, num_steps = targets.shape
+    hidden, weight = torch.zeros(num_steps, num_rows, 4), torch.zeros(3, 4)
+    if shares_hidden:
+        hidden = hidden[0]
+    return softmaxes_of(hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), None, [(0, 3)] * num_steps)
+
+
+@pytest.mark.parametrize("shares_hidden", [False, True], ids=["hidden per step", "shared hidden"])
+@pytest.mark.parametrize("rows_per_block", [64, 512, 4096], ids="{} rows a block".format)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_lists_of_rows(monkeypatch, pattern, rows_per_block, shares_hidden):
+    """One block, several, and more blocks than a program adds up counts at a time."""
+    monkeypatch.setattr(row_lists, "_ROWS_PER_BLOCK", rows_per_block)
+    num_rows = 4500 if rows_per_block == 64 else 2500
     rows = torch.arange(num_rows)
-    ignored = {
-        "none": rows < 0,
-        "all": rows >= 0,
-        "prefix": rows < 1300,
-        "suffix": rows >= 1300,
-        "every other": rows % 2 == 0,
-        "blocks": rows // 100 % 2 == 0,
-        "but one": rows != 1777,
-    }[pattern]
     targets = torch.zeros(num_rows, 2, dtype=torch.int64)
-    targets[ignored, 0] = -1
+    targets[PATTERNS[pattern](rows), 0] = -1
     targets[rows % 5 != 0, 1] = -1
-    hidden, weight = torch.zeros(2, num_rows, 4), torch.zeros(3, 4)
-    for shared in (False, True):
-        of_steps = softmaxes_of(
-            (hidden[0] if shared else hidden).to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), None, [(0, 3)] * 2
-        )
-        lists = list_rows(of_steps, -1)
-        is_valid = targets != -1
-        for of_hidden, valid in enumerate([is_valid.any(1)] if shared else is_valid.unbind(1)):
-            length = int(lists.lengths[of_hidden])
-            got = lists.rows[of_hidden].cpu()
-            assert torch.equal(got[:length], rows[valid].int())
-            assert torch.equal(got[length:].sort().values, rows[~valid].int())
+    lists = list_rows(softmaxes_of_targets(targets, shares_hidden), -1)
+    is_valid = targets != -1
+    for hidden, valid in enumerate([is_valid.any(1)] if shares_hidden else is_valid.unbind(1)):
+        length = int(lists.lengths[hidden])
+        got = lists.rows[hidden].cpu()
+        assert torch.equal(got[:length], rows[valid].int())
+        assert torch.equal(got[length:].sort().values, rows[~valid].int())
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels are compiled, not interpreted")
+@pytest.mark.parametrize("shares_hidden", [False, True], ids=["hidden per step", "shared hidden"])
+@pytest.mark.parametrize("num_rows", [16, 320])
+def test_lists_read_every_target_at_most_twice(monkeypatch, num_rows, shares_hidden):
+    """A list costs as many reads as it has rows; one block needs no counts of others."""
+    monkeypatch.setattr(row_lists, "_ROWS_PER_BLOCK", 16)
+    load = InterpreterBuilder.create_masked_load
+    num_read = 0
+
+    def counting(self, ptrs, mask, *others):
+        nonlocal num_read
+        if ptrs.get_element_ty().primitive_bitwidth == 64:
+            num_read += int(mask.data.sum())
+        return load(self, ptrs, mask, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting)
+    list_rows(softmaxes_of_targets(torch.zeros(num_rows, 3, dtype=torch.int64), shares_hidden), -1)
+    assert num_read == 3 * num_rows * (1 if num_rows == 16 else 2)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

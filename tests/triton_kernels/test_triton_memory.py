@@ -22,7 +22,7 @@ import stamp_kernels.common.contents as contents
 from stamp_kernels import triton_kernels
 from stamp_kernels.triton_kernels import constants
 from stamp_kernels.triton_kernels.attention import relative_bias
-from stamp_kernels.triton_kernels.cross_entropy import backward, chunked, forward
+from stamp_kernels.triton_kernels.cross_entropy import backward, chunked, forward, row_lists
 from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as losses
 from stamp_kernels.triton_kernels.pruning import configs, gather, selection
 
@@ -43,7 +43,7 @@ ATTENTION = {
 CROSS_ENTROPY = {
     *(f"stamp_cross_entropy_fwd{x}_kernel" for x in ("", "_combine", "_reduce")),
     *(f"stamp_cross_entropy_bwd_{x}_kernel" for x in ("row_terms", "hidden", "weight")),
-    "stamp_cross_entropy_list_rows_kernel",
+    *(f"stamp_cross_entropy_{x}_rows_kernel" for x in ("count", "list")),
     "stamp_cross_entropy_chunk_kernel",
 }
 PRUNING = {
@@ -161,13 +161,14 @@ def test_attention_with_searched_buckets(monkeypatch):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Several splits, row chunks and blocks; torch multiplies 16-bit factors into fp32 only on a GPU."""
+    """Several splits, row chunks and blocks of each kind; torch multiplies 16-bit factors into fp32 only on a GPU."""
 
     def set_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=int(add), out=out)
 
     monkeypatch.setattr(chunked, "_set_product", set_product)
     monkeypatch.setattr(chunked, "row_chunk_size", lambda *_: 16)
+    monkeypatch.setattr(row_lists, "_ROWS_PER_BLOCK", 16)
     monkeypatch.setattr(forward, "CLASSES_PER_SPLIT", 128)
     monkeypatch.setattr(backward, "num_splits", lambda *_: 3)
 
