@@ -111,6 +111,11 @@ def _chunk_bytes(mebibytes: int) -> Variant:
     return Variant(f"{mebibytes} MiB", change)
 
 
+def _min_chunk_rows(rows: int) -> Variant:
+    change = partial(changed_constant, f"{_TRITON}.cross_entropy.configs", "MIN_CHUNK_ROWS", rows)
+    return Variant(f"{rows} rows", change)
+
+
 def _hidden_gradient_stages(num_stages: int) -> Variant:
     module, name = f"{_TRITON}.cross_entropy.backward", "hidden_gradient_config"
     return Variant(
@@ -149,11 +154,9 @@ QUESTIONS: tuple[Question, ...] = (
         (_UNCHANGED, _backward_tile("128 keys", for_queries=False, block_n=128, num_warps=8)),
     ),
     *(_cross_entropy_by_width(width) for width in (128, 256, 384, 512)),
+    Question("logits of a row chunk, V 32,000", _timed("CE.D512.V32000"), tuple(map(_chunk_bytes, (320, 160)))),
     Question(
-        "logits of a row chunk, V 32,000", _timed("CE.D512.V32000"), tuple(map(_chunk_bytes, (320, 80, 1280)))
-    ),
-    Question(
-        "logits of a row chunk, V 152,960", _timed("CE.D1024.V152960"), tuple(map(_chunk_bytes, (320, 80, 1280)))
+        "rows of a row chunk, V 152,960", _timed("CE.D1024.V152960"), tuple(map(_min_chunk_rows, (2048, 1024, 3456)))
     ),
     Question(
         "stages of the hidden gradient", _timed("CE.D128.V4096"), tuple(map(_hidden_gradient_stages, (3, 2)))

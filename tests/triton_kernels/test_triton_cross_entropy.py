@@ -328,6 +328,31 @@ def test_gradients_that_wait_are_not_rounded(monkeypatch, min_logits, loss_scale
         assert relative_error(returned, ref * loss_scale) < 1.2 * relative_error(again.cpu(), ref * loss_scale)
 
 
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_logits_of_row_chunks_are_rounded_as_linear_does(dtype, spread):
+    """No worse than PyTorch's own loss on logits of 16 bits, also if they are large: at 16 bf16 has steps of 1/8."""
+    allowed = 1.5 if (dtype, DEVICE) == (torch.bfloat16, "cpu") else 1.1  # the interpreter truncates to bf16
+    inputs = dict(
+        hidden=(spread * torch.randn(300, 64)).to(dtype).double(),
+        weight=(torch.randn(700, 64) / 8).to(dtype).double(),
+        targets=torch.randint(700, (300, 1)),
+    )
+    arguments = forward_arguments(inputs)
+    given = arguments_in(dtype, DEVICE, arguments)
+    loss, _, *grads, _ = launcher("multi_token_cross_entropy_with_gradients")(*given, True, True, False)
+    exact = reference("multi_token_cross_entropy_with_gradients")(*arguments, True, True, False)
+    hidden, weight = (x.detach().requires_grad_() for x in given[:2])
+    logits = torch.nn.functional.linear(hidden, weight).float()
+    peer = torch.nn.functional.cross_entropy(logits, given[2][:, 0])
+    peer_grads = torch.autograd.grad(2.0**16 * peer, (hidden, weight))
+    assert_close(loss.cpu(), exact[0], dtype)
+    assert (loss.cpu() - exact[0]).abs() <= 1.1 * (peer.cpu() - exact[0]).abs() + 1e-6 * exact[0]
+    for got, of_peer, ref in zip(grads, peer_grads, exact[2:4], strict=True):
+        assert_close(got.cpu(), ref, dtype)
+        assert relative_error(got.cpu(), ref) <= allowed * relative_error(of_peer.cpu() / 2.0**16, ref)
+
+
 def test_softcap_is_exact_for_every_logit():
     """A cap far above the logits changes them little, and must not add an error of its own."""
     for softcap in (0.5, 3.0, 30.0, 3000.0):

@@ -10,22 +10,66 @@ pytest.importorskip("triton")
 
 from triton.runtime.interpreter import InterpreterBuilder
 
-from stamp_kernels.common.arguments import StepWeights
+from stamp_kernels.common.arguments import LossNeeds, LossOptions, StepWeights
 from stamp_kernels.triton_kernels.cross_entropy import chunked, configs, row_lists
 from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers
 from stamp_kernels.triton_kernels.cross_entropy.row_lists import list_rows
 from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes, rows_of_vectors, softmaxes_of
 
 
-@pytest.mark.parametrize("num_rows", [1, 64, 1000, 5000, 100_000])
-@pytest.mark.parametrize("num_classes", [1, 256, 4096, 152_960, 10_000_000])
-def test_row_chunks_are_sized_by_memory(num_rows, num_classes):
-    rows = configs.row_chunk_size(num_rows, num_classes)
-    assert rows % 64 == 0 and rows >= 64
-    assert rows == 64 or 4 * rows * num_classes <= configs.CHUNK_BYTES
-    assert rows < num_rows + 64
-    # A small vocabulary has several chunks too
-    assert num_rows < 10_000 or rows <= num_rows / 7
+@pytest.mark.parametrize("num_rows", [1, 64, 1000, 2048, 5000, 100_000])
+@pytest.mark.parametrize("num_classes", [16, 256, 4096, 152_960, 262_144, 10_000_000])
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_row_chunks_are_sized_by_memory(num_rows, num_classes, element_size):
+    row_bytes = element_size * num_classes
+    rows = configs.row_chunk_size(num_rows, row_bytes)
+    assert rows % 64 == 0 and 64 <= rows < num_rows + 64
+    assert rows == 64 or rows * row_bytes <= 2**30
+    # Whole logits are in memory only if they are few.
+    assert rows == 64 or rows * row_bytes <= 320 * 2**20 or rows <= num_rows / 2 + 64
+    # Few chunks read and write the gradient of the weight.
+    assert rows >= min(2048, num_rows / 2 - 64, 2**30 / row_bytes - 64)
+    # Not the logits of many rows, though the vocabulary is small
+    assert rows <= max(2048, num_rows / 8 + 64)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "row_bytes", "expected"),
+    [
+        pytest.param(16_384, 2 * 152_960, 2048, id="598 MiB"),
+        pytest.param(16_384, 4 * 152_960, 1728, id="1 GiB"),
+        pytest.param(16_384, 2 * 262_144, 2048, id="1 GiB, the largest vocabulary"),
+        pytest.param(2048, 2 * 152_960, 1088, id="half of the rows, or 320 MiB"),
+        pytest.param(1000, 2 * 152_960, 1024, id="all rows in 320 MiB"),
+        pytest.param(32_768, 2 * 32_000, 4096, id="an eighth of the rows"),
+        pytest.param(65_536, 2 * 32_000, 5184, id="320 MiB"),
+        pytest.param(65_536, 2 * 1024, 8192, id="small vocabulary"),
+    ],
+)
+def test_row_chunks_computed_by_hand(num_rows, row_bytes, expected):
+    assert configs.row_chunk_size(num_rows, row_bytes) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logits_of_row_chunks_in_memory(monkeypatch, dtype):
+    """In the dtype of the hidden states; rows of any number of classes begin on 32-byte boundaries."""
+    logits = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.out:
+                logits.append(kwargs["out"])
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(chunked, "row_chunk_size", lambda *_: 64)
+    hidden, weight, targets = torch.randn(100, 8), torch.randn(50, 8), torch.zeros(100, 1, dtype=torch.int64)
+    softmaxes = softmaxes_of(*(x.to(DEVICE) for x in (hidden.to(dtype), weight.to(dtype), targets)), None, [(0, 50)])
+    scale, options = torch.ones(1, device=DEVICE), LossOptions(None, -100, 0.0, 0.0, None)
+    with Record():
+        chunked.with_gradients(softmaxes, scale, options, LossNeeds(False, False, False))
+    assert [x.shape for x in logits] == [(64, 50), (36, 50)]
+    assert len({x.untyped_storage().data_ptr() for x in logits}) == 1
+    assert all(x.dtype == dtype and x.stride() == (64, 1) for x in logits)
 
 
 PATTERNS = {

@@ -2,7 +2,10 @@
 
 For each row chunk and each softmax over it: one product makes the logits, `stamp_cross_entropy_chunk_kernel` replaces
 them by their gradients, and two products add to the gradients of hidden and weight. These are 6 N V D FLOPs in all,
-where logits that are computed again take 10. The price is memory traffic, and the logits of one chunk in fp32.
+where logits that are computed again take 10. The price is memory for the logits of one chunk, and traffic.
+
+Logits have the dtype of the hidden states, as those of `torch.nn.functional.linear`: with 16 bits a logit goes through
+memory six times in 2 bytes. It is rounded once, from an fp32 sum; bias, cap, softmax and loss are in fp32.
 """
 
 import torch
@@ -49,8 +52,9 @@ def with_gradients(
     dhidden = scale.new_empty(hidden.shape) if needs.need_hidden else None
     dweight = scale.new_zeros(weight.shape) if needs.need_weight else None
     dbias = scale.new_zeros(bias.shape) if needs.need_bias else None
-    chunk_size = row_chunk_size(num_rows, widest)
-    logits_memory = scale.new_empty(chunk_size, triton.cdiv(widest, ROW_DIVISOR.value) * ROW_DIVISOR.value)
+    row_memory = triton.cdiv(widest, ROW_DIVISOR.value) * ROW_DIVISOR.value
+    chunk_size = row_chunk_size(num_rows, row_memory * dtype.itemsize)
+    logits_memory = hidden.new_empty(chunk_size, row_memory)
     for first_row in range(0, num_rows, chunk_size):
         rows = slice(first_row, min(first_row + chunk_size, num_rows))
         size = rows.stop - rows.start
@@ -61,12 +65,10 @@ def with_gradients(
             x = hidden[of_hidden, rows].masked_fill(~is_listed[rows, of_hidden, None], 0)
             w = weight[of_weight, start:end]
             logits = logits_memory[:size, : end - start]
-            dz = logits_memory.view(dtype)[:size, : end - start]
             # z = x W^T, [size, V]
-            _set_product(logits, x, w.t())
+            torch.mm(x, w.t(), out=logits)
             config = chunk_config(end - start)
             stamp_cross_entropy_chunk_kernel[launch_grid(size)](
-                dlogits=Rows(dz, dz.stride(0)),
                 logits=Rows(logits, logits.stride(0)),
                 losses_ptr=losses,
                 bias_ptr=None if bias is None else bias[of_bias, start:end],
@@ -83,6 +85,7 @@ def with_gradients(
                 BLOCK=config.block,
                 num_warps=config.num_warps,
             )
+            dz = logits  # the kernel has replaced them
             if needs.need_weight:
                 # dW += dz^T x, [V, D]
                 _set_product(dweight[of_weight, start:end], dz.t(), x, add=True)

@@ -23,13 +23,12 @@ MIN_TILES_PER_SPLIT = 4
 # Below this number of logits launches are all that counts, and the chunked way has more of them.
 MIN_LOGITS_IN_CHUNKS = 2**20
 
-# Memory for the logits of a row chunk. Each chunk reads and writes the fp32 gradient of the weight once, 8 V D bytes
-# beside its 2 R V D FLOPs; counted for an H100, both take as long for R = 1,000 rows. 320 MiB are 2,560 rows of 32,768
-# classes and 512 rows of 152,960 classes, where the chunk and that gradient at D = 1,024 are a tenth of the logits of
-# 16,384 rows.
-CHUNK_BYTES = 320 * 2**20
-# With a small vocabulary all logits would fit one chunk.
-MIN_CHUNKS, MIN_CHUNK_ROWS = 8, 1024
+# Row chunks. Each one reads and writes the fp32 gradient of the weight once, 8 V D bytes beside its 6 R V D FLOPs:
+# counted for an H100, a third of the time of the products for R = 1,000 rows and a sixth for 2,048. So a chunk has at
+# least 2,048 rows, if they fit 1 GiB: in 16 bits those of 262,144 classes do, the largest vocabularies of language
+# models. It has more, up to an eighth of all rows, as long as their logits fit 320 MiB.
+MIN_CHUNKS, MIN_CHUNK_ROWS = 8, 2048
+CHUNK_BYTES, MAX_CHUNK_BYTES = 320 * 2**20, 2**30
 
 # What a kernel has in shared memory beside its tiles: sums over rows, and layouts that are exchanged.
 _OTHER_SHARED_MEMORY = 3072
@@ -182,11 +181,16 @@ def num_splits(num_programs: int, num_tiles: int, properties: DeviceProperties) 
     return max(1, min(wanted, num_tiles // MIN_TILES_PER_SPLIT))
 
 
-def row_chunk_size(num_rows: int, num_classes: int) -> int:
-    """Rows of a row chunk, a multiple of 64: a thousand or more as memory allows, but at most an eighth of all rows."""
-    by_memory = CHUNK_BYTES // (4 * num_classes) // 64 * 64
-    by_share = triton.cdiv(triton.cdiv(num_rows, MIN_CHUNKS), 64) * 64
-    return max(64, min(by_memory, max(by_share, MIN_CHUNK_ROWS), triton.cdiv(num_rows, 64) * 64))
+def row_chunk_size(num_rows: int, row_bytes: int) -> int:
+    """Rows of a row chunk, a multiple of 64. More than CHUNK_BYTES of logits are of at most half of the rows.
+
+    Args:
+        row_bytes: memory for the logits of a row.
+    """
+    share = max(triton.cdiv(num_rows, MIN_CHUNKS), MIN_CHUNK_ROWS)
+    fewest = min(MIN_CHUNK_ROWS, MAX_CHUNK_BYTES // row_bytes, triton.cdiv(num_rows, 2))
+    by_memory = max(CHUNK_BYTES // row_bytes, fewest) // 64 * 64
+    return max(64, min(by_memory, triton.cdiv(min(share, num_rows), 64) * 64))
 
 
 def chunk_config(num_classes: int) -> ChunkConfig:

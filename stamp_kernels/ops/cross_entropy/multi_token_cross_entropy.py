@@ -55,8 +55,8 @@ def gradients_come_with_the_loss(device: torch.device, dtype: torch.dtype, width
     above _MAX_RECOMPUTED_WIDTH), and no logits in memory.
 
     On a CPU with the loss is always faster, since chunks stay in its caches. On a GPU a logit's way to memory and back
-    costs 18 bytes against 4 D FLOPs saved: about the same at D = 400 on an H100, by counting; this has not been
-    measured. fp32 products are exact, without matrix units, and so too slow to compute again.
+    costs 12 bytes (six times 2) against 4 D FLOPs saved: about the same at D = 270 on an H100, by counting; this has
+    not been measured. fp32 products are exact, without matrix units, and so too slow to compute again.
     """
     return device.type == "cpu" or width > _MAX_RECOMPUTED_WIDTH or dtype == torch.float32
 
@@ -172,8 +172,8 @@ def multi_token_cross_entropy(
 
     The loss of multi-step prediction (arXiv 2604.05329, section MAP, after Gloeckle et al. 2024). The logits are never
     in memory as a whole, forward or backward. Differentiable in hidden, weight and bias, to first order. Logits, lse
-    and losses are fp32 (fp64 for fp64 inputs); gradients are summed in that dtype and cast once, at the end. Under
-    autocast hidden and weight are cast to the autocast dtype.
+    and losses are fp32 (fp64 for fp64 inputs; for one exception see memory); gradients are summed in that dtype and
+    cast once, at the end. Under autocast hidden and weight are cast to the autocast dtype.
 
     Args:
         hidden: `[N, D]`, shared by the steps, or `[K, N, D]`, one per step, in fp32, fp16, bf16 or fp64. Strided views
@@ -199,7 +199,9 @@ def multi_token_cross_entropy(
         memory: `"minimal"` keeps only the lse and computes the logits again in the backward. `"auto"` makes the
             gradients with the loss where that is faster (on a CPU, and on a GPU for states wider than 256 and in fp32;
             never with reduction "none"). They are kept in fp32 (fp64) until the backward scales and casts them. On a
-            GPU the recomputing way skips rows without a valid target: with few valid rows of wide states `"minimal"` is
+            GPU this takes memory for the logits of some rows, 320 MiB or those of 2,048 rows up to 1 GiB; logits of
+            16-bit inputs are rounded to their dtype there, as `torch.nn.functional.linear` rounds them. The recomputing
+            way rounds none and skips rows without a valid target: with few valid rows of wide states `"minimal"` is
             faster too.
 
     Returns:
