@@ -143,7 +143,16 @@ def test_reductions(name, reduction, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "width", "classes"),
-    [(1, 1, 1), (140, 20, 255), (33, 33, 256), (40, 128, 257), (70, 300, 80), (5, 16, 31), (65, 257, 64)],
+    [
+        (1, 1, 1),
+        (140, 20, 255),
+        (33, 33, 256),
+        (40, 128, 257),
+        (140, 200, 150),
+        (70, 300, 80),
+        (5, 16, 31),
+        (65, 257, 64),
+    ],
 )
 def test_tiles(rows, width, classes, dtype):
     """More rows and classes than a tile has, and widths of more than one block."""

@@ -11,10 +11,34 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpreterBuilder
 
 from stamp_kernels.common.arguments import LossNeeds, LossOptions, StepWeights
+from stamp_kernels.triton_kernels.aot import TARGETS
 from stamp_kernels.triton_kernels.cross_entropy import chunked, configs, row_lists
 from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers
 from stamp_kernels.triton_kernels.cross_entropy.row_lists import list_rows
 from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes, rows_of_vectors, softmaxes_of
+
+
+@pytest.mark.parametrize("properties", TARGETS.values(), ids=[f"sm_{arch}" for arch in TARGETS])
+def test_no_two_warps_compute_the_same_rows(properties):
+    """In the machine code, `warpsPerCTA` of each product says how the compiler divides a tile; this is its rule.
+
+    A warp has 16 rows. With wgmma and a product that follows, all warps divide the rows; so they do with mma.sync if a
+    tile is not wider than high. tcgen05 has one thread that issues the products.
+    """
+    major, _ = properties.capability
+    for width in (8, 16, 24, 32, 64, 72, 100, 128, 136, 200, 256, 264, 512, 1024, 4096):
+        tiles = []  # rows of the product, its columns or those of the next one, warps
+        forward = configs.forward_config(properties, width, element_size=2)
+        tiles.append((forward.block_n, forward.block_v, forward.num_warps))
+        for has_one_softmax in (False, True):
+            hidden = configs.hidden_gradient_config(properties, width, element_size=2, has_one_softmax=has_one_softmax)
+            tiles.append((hidden.block_n, hidden.block_d, hidden.num_warps))
+        weight = configs.weight_gradient_config(properties, width, element_size=2)
+        tiles.append((weight.block_v, weight.block_d, weight.num_warps))
+        for rows, columns, num_warps in tiles:
+            if major == 9 or (major != 10 and columns <= rows):
+                assert 16 * num_warps <= rows, (width, rows, columns, num_warps)
+            assert num_warps in (4, 8)
 
 
 @pytest.mark.parametrize("num_rows", [1, 64, 1000, 2048, 5000, 100_000])

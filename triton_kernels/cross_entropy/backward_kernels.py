@@ -248,6 +248,8 @@ def stamp_cross_entropy_bwd_hidden_kernel(
 
     feature = start_feature + tl.arange(0, BLOCK_D)
     num_hidden = tl.num_programs(1)
+    # 128 x 256 sums are 128 registers of a thread: those of the rows would be spilled meanwhile.
+    row, _, exists = listed_rows(lists, hidden_index, start, num_listed, num_rows, BLOCK_N, BLOCK_N * BLOCK_D >= 32768)
     row += (tl.cast(split, tl.int64) * num_hidden + hidden_index) * num_rows
     pointers = dhidden_ptr + (row * layout.width)[:, None] + feature[None, :]
     dx = (dx * (unit / layout.gain)).to(dhidden_ptr.dtype.element_ty)

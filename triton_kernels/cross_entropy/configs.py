@@ -118,10 +118,13 @@ def forward_config(properties: DeviceProperties, width: int, *, element_size: in
 def hidden_gradient_config(
     properties: DeviceProperties, width: int, *, element_size: int, has_one_softmax: bool
 ) -> GradientConfig:
-    """A thread of 256 holds 64 sums of a 128 x 128 gradient and 32 logits, and half of both with mma.sync.
+    """A thread of 256 holds 64 sums of a 128 x 128 gradient and 32 logits; half of both with mma.sync.
+
+    Above width 128 it holds 128 sums with wgmma: 128 rows x 256 features take 315 instructions a 64 classes, where 64
+    rows, which both warp groups computed, took 358.
 
     The factors and addresses of mma.sync take registers. Choices that name an architecture avoid spills that the
-    compiler showed there.
+    compiler showed there, or repeated work: see `warps_for_rows`.
 
     Args:
         has_one_softmax: whether only one softmax passes over the hidden states of a row.
@@ -131,44 +134,66 @@ def hidden_gradient_config(
     if element_size == 4:
         config = GradientConfig(32, 32, min(block_d, 64), min(block_d, 64), num_warps=4, num_stages=1)
     elif block_d > 256:
-        config = GradientConfig(64, 64, 256, 128 if architecture == 10 else 64, num_warps=8, num_stages=2)
+        block_n = 128 if architecture == 9 else 64
+        config = GradientConfig(block_n, 64, 256, 128 if architecture == 10 else 64, num_warps=8, num_stages=2)
     elif block_d > 128:
+        block_n = 128 if architecture == 9 else 64
         block_v = 32 if architecture == 10 and not has_one_softmax else 64
-        config = GradientConfig(64, block_v, 256, 64, num_warps=8, num_stages=2)
+        config = GradientConfig(block_n, block_v, 256, 64, num_warps=8, num_stages=2)
     else:
         block_n = 128 if has_asynchronous_products(properties) else 64
         num_stages = 2 if architecture == 12 else 3
-        config = GradientConfig(block_n, 64, block_d, min(block_d, 64), num_warps=8, num_stages=num_stages)
-    return _with_stages_that_fit(properties, config, width, element_size)
+        num_warps = warps_for_rows(properties, block_n, block_d)
+        config = GradientConfig(block_n, 64, block_d, min(block_d, 64), num_warps, num_stages)
+    return _with_stages_that_fit(properties, config, width, element_size, in_place=config.block_n)
 
 
 def weight_gradient_config(properties: DeviceProperties, width: int, *, element_size: int) -> GradientConfig:
     """Four warps are one warp group of an H100, and three such blocks share a processor.
 
-    Choices that name an architecture avoid spills that the compiler showed there.
+    Choices that name an architecture avoid spills that the compiler showed there, or repeated work: see
+    `warps_for_rows`.
     """
     block_d = max(16, triton.next_power_of_2(width))
     architecture = properties.capability[0]
     if element_size == 4:
         config = GradientConfig(32, 32, min(block_d, 64), min(block_d, 64), num_warps=4, num_stages=1)
     elif block_d > 128:
-        config = GradientConfig(64, 64, 256, 64, num_warps=8, num_stages=1 if architecture == 10 else 2)
+        block_v = 128 if architecture == 9 else 64
+        config = GradientConfig(64, block_v, 256, 64, num_warps=8, num_stages=1 if architecture == 10 else 2)
     else:
         num_stages = 2 if architecture == 10 else 3
-        num_warps = 4 if architecture == 9 or (architecture == 12 and block_d <= 64) else 8
-        config = GradientConfig(64, 64, block_d, min(block_d, 64), num_warps=num_warps, num_stages=num_stages)
-    return _with_stages_that_fit(properties, config, width, element_size)
+        num_warps = warps_for_rows(properties, 64, block_d)
+        config = GradientConfig(64, 64, block_d, min(block_d, 64), num_warps, num_stages)
+    return _with_stages_that_fit(properties, config, width, element_size, in_place=config.block_v)
+
+
+def warps_for_rows(properties: DeviceProperties, rows: int, block_d: int) -> int:
+    """The warps of a gradient of `rows` x `block_d`: as many as 8, but no two that compute the same rows.
+
+    A warp computes 16 rows of a product. Where another product follows, as after the logits, the compiler gives a warp
+    all columns of these rows: always with wgmma, and with mma.sync if the gradient is not wider than high. It divides
+    the columns of a wider one among the warps. With tcgen05 one thread issues the products for all.
+    """
+    architecture = properties.capability[0]
+    divides_rows = architecture == 9 or (architecture != 10 and block_d <= rows)
+    return min(8, rows // 16) if divides_rows else 8
 
 
 def _with_stages_that_fit(
-    properties: DeviceProperties, config: GradientConfig, width: int, element_size: int
+    properties: DeviceProperties, config: GradientConfig, width: int, element_size: int, in_place: int
 ) -> GradientConfig:
-    """The config with as many of its stages as a block has shared memory for."""
+    """The config with as many of its stages as a block has shared memory for.
+
+    Args:
+        in_place: the rows or classes that stay while the others pass by.
+    """
     block_n, block_v, block_d, block_k, _, max_stages = config
-    # dz, and the tile that stays: of rows or of classes.
-    resident, per_stage = block_n * block_v, max(block_n, block_v) * block_d
+    passing = block_n + block_v - in_place
+    # dz, and what stays
+    resident, per_stage = block_n * block_v, passing * block_d
     if width <= block_d:
-        resident += max(block_n, block_v) * block_d
+        resident += in_place * block_d
     else:
         per_stage += (block_n + block_v) * block_k
     num_stages = stages_that_fit(properties, max_stages, resident * element_size, per_stage * element_size)

@@ -126,14 +126,21 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def listed_rows(lists, hidden, start, num_listed, num_rows, BLOCK_N: tl.constexpr):
+def listed_rows(lists, hidden, start, num_listed, num_rows, BLOCK_N: tl.constexpr, AGAIN: tl.constexpr = False):
     """(row int64, is_listed, exists), each [BLOCK_N]: the entries from `start` on of a hidden's list.
 
     An entry that exists and is not listed is a row without a valid target.
+
+    Args:
+        AGAIN: read the entries from memory, though the program has read them before. Otherwise the compiler merges
+            both reads and keeps the rows in registers in between.
     """
     entry = start + tl.arange(0, BLOCK_N)
     exists = entry < num_rows
-    row = tl.load(lists.rows + hidden.to(tl.int64) * num_rows + entry, mask=exists, other=0)
+    # A load with another cache modifier is another load to the compiler.
+    cache_modifier: tl.constexpr = ".cg" if AGAIN else ""
+    pointers = lists.rows + hidden.to(tl.int64) * num_rows + entry
+    row = tl.load(pointers, mask=exists, other=0, cache_modifier=cache_modifier)
     return row.to(tl.int64), entry < num_listed, exists
 
 

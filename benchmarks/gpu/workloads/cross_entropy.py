@@ -114,6 +114,7 @@ _MINIMAL = (("memory", "minimal"),)
 COMPILED: tuple[Workload, ...] = (
     CrossEntropy("CE.D64.V256", rows=4096, width=64, vocabulary=256),
     CrossEntropy("CE.D100.V1000", rows=4096, width=100, vocabulary=1000),
+    CrossEntropy("CE.D200.V4096", rows=8192, width=200, vocabulary=4096),
     CrossEntropy("CE.D256.V4096", rows=8192, width=256, vocabulary=4096),
     CrossEntropy("CE.D512.minimal", rows=8192, width=512, vocabulary=32_000, options=_MINIMAL),
     ShiftTargets("shift", lengths=fixed(256, 240)),
