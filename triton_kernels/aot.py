@@ -8,7 +8,7 @@ Needs a process without TRITON_INTERPRET: interpreted kernels cannot be compiled
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -120,6 +120,33 @@ class _CompileOnlyDriver:
         return torch.device("meta")
 
 
+class _NoBinary:
+    """What Triton asks the driver's utilities for before the first launch of a kernel."""
+
+    @staticmethod
+    def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 0, device, 0, 0, 1024  # module, function, registers, spills, threads of the largest block
+
+    @staticmethod
+    def get_device_properties(device: int) -> dict[str, int]:
+        return {"max_shared_mem": TARGETS[device].shared_memory}
+
+
+class _LaunchNothingDriver(_CompileOnlyDriver):
+    """Takes launches and does nothing, so that all of Triton's own path runs up to its C launcher."""
+
+    utils = _NoBinary()
+
+    def __init__(self, arch: int, launched: Callable[..., None]) -> None:
+        super().__init__(arch)
+        self.launched = launched
+
+    @staticmethod
+    def launcher_cls(source: ASTSource, metadata: Any) -> Callable[..., None]:
+        # A compiled kernel keeps its launcher, also for another driver of the same architecture.
+        return lambda *args: driver.active.launched(source, *args)
+
+
 class _ProductsInto(TorchDispatchMode):
     """Answers `addmm` into an fp32 output of 16-bit factors: torch 2.11's `meta` kernel raises a TypeError."""
 
@@ -158,6 +185,24 @@ def compile_only(arch: int) -> Iterator[list[Launch]]:
     finally:
         JITFunction.run = launch
         triton.knobs.compilation.listener = listener
+        driver._active = before
+
+
+@contextmanager
+def launch_nothing(arch: int, launched: Callable[..., None] = lambda *_: None) -> Iterator[None]:
+    """Within the block, kernels are compiled for `arch` and handed to `launched` instead of the GPU.
+
+    Args:
+        launched: takes what the kernel was compiled from, and what Triton gives to its C launcher: three grid
+            dimensions, the stream, the function (here the architecture), two sets of metadata, two hooks, and the
+            kernel's arguments.
+    """
+    before = driver._active
+    driver.set_active(_LaunchNothingDriver(arch, launched))
+    try:
+        with stand_in(TARGETS[arch]):
+            yield
+    finally:
         driver._active = before
 
 

@@ -13,6 +13,18 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
+# triton.cdiv and triton.next_power_of_2 take 2 us outside of a kernel, since they look for tl.constexpr.
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, and 0 for 0."""
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def power_of_two_divisor(n: int, at_most: int) -> int:
     """The greatest power of two that divides n and `at_most`, itself a power of two."""
     n |= at_most

@@ -1,10 +1,9 @@
 """Which tile the pruning kernels have when: pure functions of sizes. Counted, not measured."""
 
+import functools
 from typing import NamedTuple
 
-import triton
-
-from stamp_kernels.triton_kernels.rows import power_of_two_divisor
+from stamp_kernels.triton_kernels.rows import next_power_of_2, power_of_two_divisor
 
 
 class ImportanceConfig(NamedTuple):
@@ -51,10 +50,11 @@ _GATHER_BYTES = 4 * 32 * 4 * 16
 _MAX_GATHER_ROWS = 256
 
 
+@functools.lru_cache(maxsize=1024)
 def importance_config(width: int, *, element_size: int) -> ImportanceConfig:
     """A thread of 128 adds up about 32 columns (16 in fp64): four loads of 16 bytes in half precision."""
     elements = 2048 if element_size == 8 else 4096
-    columns = min(1024, max(16, triton.next_power_of_2(width)))
+    columns = min(1024, max(16, next_power_of_2(width)))
     return ImportanceConfig(min(64, elements // columns), columns, num_warps=4)
 
 
@@ -71,6 +71,6 @@ def gather_config(row_bytes: int, stride_bytes: int, address: int) -> GatherConf
     alignment = power_of_two_divisor(row_bytes | stride_bytes | address, 16)
     element_size = min(8, alignment)
     width = row_bytes // element_size
-    columns = min(triton.next_power_of_2(width), _GATHER_BYTES // element_size)
+    columns = min(next_power_of_2(width), _GATHER_BYTES // element_size)
     rows = min(_MAX_GATHER_ROWS, _GATHER_BYTES // (columns * element_size))
     return GatherConfig(element_size, width, stride_bytes // element_size, alignment // element_size, rows, columns)

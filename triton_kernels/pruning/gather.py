@@ -13,7 +13,9 @@ from torch import Tensor
 
 from stamp_kernels.common.contents import contents_are_checked
 from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.launching import launch
 from stamp_kernels.triton_kernels.pruning.configs import gather_config
+from stamp_kernels.triton_kernels.rows import ceil_div
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_row"])
@@ -74,8 +76,10 @@ def gather_rows(x: Tensor, row_map: Tensor) -> Tensor:
         y.numel() // y.shape[0] * y.element_size(), x.stride(0) * x.element_size(), x.data_ptr() | y.data_ptr()
     )
     integers = _INTEGERS[config.element_size]
-    grid = launch_grid(triton.cdiv(y.shape[0], config.rows), triton.cdiv(config.width, config.columns))
-    stamp_gather_rows_kernel[grid](
+    grid = launch_grid(ceil_div(y.shape[0], config.rows), ceil_div(config.width, config.columns))
+    launch(
+        stamp_gather_rows_kernel,
+        grid,
         y_ptr=triton.reinterpret(y, integers),
         x_ptr=triton.reinterpret(x, integers),
         row_map_ptr=row_map,

@@ -12,8 +12,9 @@ from torch import Tensor
 from stamp_kernels.common.contents import check_cu_seqlens_contents
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.launching import launch
 from stamp_kernels.triton_kernels.pruning.configs import importance_config
-from stamp_kernels.triton_kernels.rows import contiguous, power_of_two_divisor, sequence_ends
+from stamp_kernels.triton_kernels.rows import ceil_div, contiguous, power_of_two_divisor, sequence_ends
 
 
 @triton.jit(do_not_specialize=["stride_row", "num_sequences", "total"])
@@ -74,7 +75,9 @@ def token_importance(
     if total == 0:
         return importance
     config = importance_config(width, element_size=hidden.element_size())
-    stamp_token_importance_kernel[launch_grid(triton.cdiv(total, config.rows))](
+    launch(
+        stamp_token_importance_kernel,
+        launch_grid(ceil_div(total, config.rows)),
         importance_ptr=importance,
         hidden_ptr=hidden,
         centrality_ptr=centrality,

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from stamp_kernels.common import budget as budgets
@@ -15,6 +14,7 @@ from stamp_kernels.common.contents import (
     contents_are_checked,
 )
 from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.launching import launch
 from stamp_kernels.triton_kernels.pruning.configs import selection_config
 from stamp_kernels.triton_kernels.pruning.selection_kernels import (
     Chosen,
@@ -26,7 +26,7 @@ from stamp_kernels.triton_kernels.pruning.selection_kernels import (
     stamp_select_tokens_long_kernel,
     stamp_select_tokens_short_kernel,
 )
-from stamp_kernels.triton_kernels.rows import contiguous
+from stamp_kernels.triton_kernels.rows import ceil_div, contiguous
 
 _OFFSETS_BLOCK = 1024
 
@@ -68,11 +68,13 @@ def select(
         if keep_counts is not None:
             check_keep_counts(keep_counts)
     config, is_long = selection_config(max_seqlen // codes_per_item)
-    grid = launch_grid(max(1, triton.cdiv(num_sequences, config.sequences)))
+    grid = launch_grid(max(1, ceil_div(num_sequences, config.sequences)))
     num_protected = None
     if protect is not None:
         num_protected = cu_seqlens.new_empty(num_sequences)
-        stamp_protected_items_kernel[grid](
+        launch(
+            stamp_protected_items_kernel,
+            grid,
             num_protected_ptr=num_protected,
             protect_ptr=protect,
             cu_seqlens_ptr=cu_seqlens,
@@ -100,7 +102,7 @@ def select(
         BUDGET_IS_RATIO=budget.ratio_q32 is not None,
         CODES_PER_ITEM=codes_per_item,
     )
-    stamp_kept_offsets_kernel[launch_grid(1)](**arguments, BLOCK=_OFFSETS_BLOCK, num_warps=4)
+    launch(stamp_kept_offsets_kernel, launch_grid(1), **arguments, BLOCK=_OFFSETS_BLOCK, num_warps=4)
     out = Chosen(
         indices=importance.new_empty(total_kept, dtype=torch.int64),
         inverse=cu_seqlens.new_empty(total),
@@ -109,10 +111,22 @@ def select(
     arguments |= dict(out=out, tokens=Tokens(importance, protect, positions), total=total)
     if is_long:
         # Without maxnreg ptxas stops at 80 registers on sm_80, for a third program on a processor, and spills 8 bytes.
-        stamp_select_tokens_long_kernel[grid](**arguments, BLOCK=config.items, num_warps=config.num_warps, maxnreg=255)
+        launch(
+            stamp_select_tokens_long_kernel,
+            grid,
+            **arguments,
+            BLOCK=config.items,
+            num_warps=config.num_warps,
+            maxnreg=255,
+        )
     else:
-        stamp_select_tokens_short_kernel[grid](
-            **arguments, SEQUENCES=config.sequences, ITEMS=config.items, num_warps=config.num_warps
+        launch(
+            stamp_select_tokens_short_kernel,
+            grid,
+            **arguments,
+            SEQUENCES=config.sequences,
+            ITEMS=config.items,
+            num_warps=config.num_warps,
         )
     return Selected(out.indices, offsets.kept, out.inverse, out.positions)
 
