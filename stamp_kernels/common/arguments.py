@@ -120,4 +120,8 @@ def with_keys(sequences: Sequences, bias: BiasArguments) -> tuple[Sequences, Bia
     if sequences.cu_seqlens_k is not None:
         return sequences, bias
     positions_k = bias.positions_q if bias.positions_k is None else bias.positions_k
-    return sequences._replace(cu_seqlens_k=sequences.cu_seqlens_q), bias._replace(positions_k=positions_k)
+    cu_seqlens, _, max_seqlen_q, max_seqlen_k = sequences
+    return (
+        Sequences(cu_seqlens, cu_seqlens, max_seqlen_q, max_seqlen_k),
+        BiasArguments(bias.bias_table, bias.bias_bidirectional, bias.bias_max_distance, bias.positions_q, positions_k),
+    )

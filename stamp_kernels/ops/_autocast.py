@@ -16,7 +16,8 @@ def cast_for_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
         ValueError: an argument is not a tensor; the message calls it by its keyword.
     """
     for name, x in tensors.items():
-        check_tensor(name, x)
+        if not isinstance(x, Tensor):
+            check_tensor(name, x)
     device_type = next(iter(tensors.values())).device.type
     if device_type == "meta":  # a GPU's tensors in ahead-of-time compilation
         device_type = "cuda"

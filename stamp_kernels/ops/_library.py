@@ -97,6 +97,8 @@ def _on_device_of_first_tensor(launcher: Callable[..., Any]) -> Callable[..., An
 
     def run(*args: Any) -> Any:
         first = args[0][0] if isinstance(args[0], list) else args[0]
+        if first.is_cuda and first.get_device() == torch.cuda.current_device():
+            return launcher(*args)
         with torch.cuda.device_of(first):
             return launcher(*args)
 
@@ -216,7 +218,8 @@ def _with_groups(
 
     @functools.wraps(function)
     def grouped(*args: Any) -> Any:
-        return function(*(args[i] if group is None else group(*args[i:j]) for i, j, group in spans))
+        # As `group(*args[i:j])`, in half the time.
+        return function(*[args[i] if group is None else tuple.__new__(group, args[i:j]) for i, j, group in spans])
 
     return grouped
 

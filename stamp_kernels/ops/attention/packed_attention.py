@@ -10,7 +10,7 @@ from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, Dropou
 from stamp_kernels.common.exported import exported
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
-from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
+from stamp_kernels.ops._autograd import OpFunction, call_below_autograd, first_order, without_repeats
 from stamp_kernels.ops._checks import check_flags, check_range, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.attention import _boundary
@@ -186,10 +186,10 @@ class _PackedAttention(OpFunction):
         dropout: DropoutArguments,
         return_centrality: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        bias = bias._replace(bias_table=bias_table)
-        outputs: tuple[Tensor, Tensor, Tensor] = _forward(
-            q, k, v, *sequences, causal, scale, *bias, centrality_query_mask, *dropout, return_centrality
-        )
+        outputs: tuple[Tensor, Tensor, Tensor] = call_below_autograd(
+            _forward, q, k, v, *sequences, causal, scale, bias_table, *bias[1:], centrality_query_mask, *dropout,
+            return_centrality,
+        )  # fmt: skip
         return outputs
 
     @staticmethod
@@ -218,8 +218,8 @@ class _PackedAttention(OpFunction):
             sequences = Sequences(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
             bias = BiasArguments(bias_table, *ctx.bias_options, *positions)
             dropout = DropoutArguments(ctx.dropout_p, dropout_seed)
-            computed = _backward(
-                grad_out, q, k, v, out, lse, *sequences, ctx.causal, ctx.scale, *bias, *dropout, *needs
+            computed = call_below_autograd(
+                _backward, grad_out, q, k, v, out, lse, *sequences, ctx.causal, ctx.scale, *bias, *dropout, *needs
             )
             grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
         return *grads, *[None] * 7

@@ -9,7 +9,7 @@ from torch import Tensor
 from stamp_kernels.common.arguments import LossNeeds, LossOptions, StepWeights
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.common.steps import REDUCTIONS, step_ranges
-from stamp_kernels.ops._autograd import OpFunction, first_order
+from stamp_kernels.ops._autograd import OpFunction, call_below_autograd, first_order
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.cross_entropy import _boundary
 from stamp_kernels.reference import cross_entropy as reference
@@ -229,8 +229,8 @@ class GradientsInForward(OpFunction):
         reduction: int,
         needs: LossNeeds,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _with_gradients(
-            hidden, weight, targets, bias, *step_weights, *options, reduction, *needs
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = call_below_autograd(
+            _with_gradients, hidden, weight, targets, bias, *step_weights, *options, reduction, *needs
         )
         return outputs
 
@@ -283,8 +283,8 @@ class RecomputedGradients(OpFunction):
         options: LossOptions,
         reduction: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = _forward(
-            hidden, weight, targets, bias, *step_weights, *options, reduction
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = call_below_autograd(
+            _forward, hidden, weight, targets, bias, *step_weights, *options, reduction
         )
         return outputs
 
@@ -305,6 +305,6 @@ class RecomputedGradients(OpFunction):
         needs = LossNeeds(*ctx.needs_input_grad[:3])
         grads: list[Tensor | None] = [None] * 3
         if grad_loss is not None and any(needs):
-            computed = _backward(grad_loss, *saved, *ctx.options, *needs)
+            computed = call_below_autograd(_backward, grad_loss, *saved, *ctx.options, *needs)
             grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
         return *grads, *[None] * 4

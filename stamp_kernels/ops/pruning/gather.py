@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
-from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
+from stamp_kernels.ops._autograd import OpFunction, call_below_autograd, first_order, without_repeats
 from stamp_kernels.ops._checks import check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning import _boundary
@@ -80,7 +80,8 @@ def gradients_of_gathered(
     needed = [i for i, grad in enumerate(grads) if grad is not None and inputs_need_grad[i]]
     grad_x: list[Tensor | None] = [None] * len(grads)
     if needed:
-        for i, grad in zip(needed, _backward([grads[i] for i in needed], inverse), strict=True):
+        computed = call_below_autograd(_backward, [grads[i] for i in needed], inverse)
+        for i, grad in zip(needed, computed, strict=True):
             grad_x[i] = grad
     return grad_x
 
@@ -88,7 +89,7 @@ def gradients_of_gathered(
 class _GatherTokens(OpFunction):
     @staticmethod
     def forward(indices: Tensor, inverse: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_forward(list(x), indices))
+        return tuple(call_below_autograd(_forward, list(x), indices))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -150,7 +151,7 @@ def gather_tokens(
     if reference_is_forced():
         rows = _gather_rows(tensors, selection.indices)
     elif not any_requires_grad(tensors):
-        rows = _forward(tensors, selection.indices)
+        rows = call_below_autograd(_forward, tensors, selection.indices)
     else:
         rows = list(_GatherTokens.apply(selection.indices, selection.inverse, *without_repeats(*tensors)))
     rows = fill_tail_rows(rows, selection.indices, fill_values)

@@ -8,7 +8,7 @@ from torch import Tensor
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.exported import exported
-from stamp_kernels.ops._autograd import OpFunction, first_order, without_repeats
+from stamp_kernels.ops._autograd import OpFunction, call_below_autograd, first_order, without_repeats
 from stamp_kernels.ops._checks import check_count, check_tensor
 from stamp_kernels.ops._library import define_op
 from stamp_kernels.ops.pruning import _boundary
@@ -106,7 +106,7 @@ _prune = define_op(
 class _Prune(OpFunction):
     @staticmethod
     def forward(arguments: tuple[Any, ...], *x: Tensor) -> tuple[Tensor, ...]:
-        rows, *selected = _prune(list(x), *arguments)
+        rows, *selected = call_below_autograd(_prune, list(x), *arguments)
         return *rows, *selected
 
     @staticmethod
@@ -201,7 +201,7 @@ def prune(
     if reference_is_forced():
         rows, *selected = reference.prune(tensors, *arguments, resolved.arguments)
     elif not any_requires_grad(tensors):
-        rows, *selected = _prune(tensors, *arguments, *resolved.arguments)
+        rows, *selected = call_below_autograd(_prune, tensors, *arguments, *resolved.arguments)
     else:
         outputs = _Prune.apply((*arguments, *resolved.arguments), *without_repeats(*tensors))
         rows, selected = list(outputs[: len(tensors)]), outputs[len(tensors) :]
