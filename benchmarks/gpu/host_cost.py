@@ -3,17 +3,17 @@
     python benchmarks/gpu/host_cost.py [--workloads NAME ...] [--calls 1000] [--arch 90]
 
 The public functions run on `meta` tensors of the workloads' shapes, forward and backward, through the dispatcher and
-the autograd of a GPU's tensors. The kernels are compiled before, for `arch`. Triton's own path runs in full. Only its
-C launcher is replaced by one that does nothing, so these are not in any figure: reading the arguments in C, the
-driver's launch, and what the driver does while the GPU is busy.
+autograd as on a GPU. The first calls compile the kernels, for `arch`. A stand-in for Triton's driver takes the launches
+and does nothing, so these are in no figure: what Triton's C launcher does (it reads the arguments and asks the driver
+about each pointer), the driver's launch, the device guard, and waiting for a GPU that is busy.
 
 The table has one row for each call of an op:
 
-- public: the public function. Its backward is all of torch.autograd.grad. Listed with the op that takes the most time;
+- public: the whole workload, in the row of its first op; the backward is torch.autograd.grad;
 - op: `torch.ops.stamp.*`, as the public function calls it;
 - checks: the checks at the op's boundary, and arguments put into groups;
 - launcher: the launchers' own Python: tiles, views, grids, arguments;
-- launches: from a launcher's call to the C launcher, and in parentheses how many;
+- launches: from `launch` to the C launcher, for all of them, and in parentheses how many;
 - torch: calls of other operators, mostly allocations. A GPU's have other times: it has an allocator, and torch serves
   some operators on `meta` tensors in Python, where they take 20 to 100 us (reductions, products, random numbers).
 
@@ -192,7 +192,7 @@ def measured(workload: Workload, calls: int) -> Iterator[str]:
     """Lines of the table."""
     x = workload.inputs(META, DTYPE)
     leaves = {name: x[name].detach().requires_grad_() for name in workload.leaves}
-    x = {name: leaf for name, leaf in x.items()} | leaves
+    x = x | leaves
     with _Recorded() as recorded:
         outputs = workload.forward(x)
     yield from lines(workload, "forward", recorded.calls, lambda: workload.forward(x), calls)
