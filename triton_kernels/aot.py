@@ -124,8 +124,8 @@ class _NoBinary:
     """What Triton asks the driver's utilities for before the first launch of a kernel."""
 
     @staticmethod
-    def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        return 0, device, 0, 0, 1024  # module, function, registers, spills, threads of the largest block
+    def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[None, int, int, int, int]:
+        return None, device, 0, 0, 1024  # module, function, registers, spills, threads of the largest block
 
     @staticmethod
     def get_device_properties(device: int) -> dict[str, int]:
