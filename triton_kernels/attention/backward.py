@@ -50,6 +50,7 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     visible_tile,
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
+from stamp_kernels.triton_kernels.launching import launch
 from stamp_kernels.triton_kernels.rows import LOG2_E, contiguous
 
 
@@ -349,7 +350,9 @@ def packed_attention_backward(
             num_buckets = bias_table.shape[0]
             bucket_sums = lse.new_empty(num_query_tiles, num_heads, num_buckets)
             ranges = distance_ranges(num_buckets, bias.bias_max_distance, bias.bias_bidirectional, q.device)
-        stamp_attention_bwd_query_kernel[launch_grid(num_query_tiles * num_heads)](
+        launch(
+            stamp_attention_bwd_query_kernel,
+            launch_grid(num_query_tiles * num_heads),
             **shared,
             out_rows=Rows.of(out),
             dq_rows=Rows.of(dq if needs.need_dq else None),
@@ -362,7 +365,9 @@ def packed_attention_backward(
             sum_over_tiles(dbias_table, bucket_sums)
     if needs.need_dk or needs.need_dv:
         num_key_tiles = num_tiles(total_k, num_sequences, for_keys.block_n)
-        stamp_attention_bwd_key_kernel[launch_grid(num_key_tiles * num_heads_kv)](
+        launch(
+            stamp_attention_bwd_key_kernel,
+            launch_grid(num_key_tiles * num_heads_kv),
             **shared,
             dk_rows=Rows.of(dk if needs.need_dk else None),
             dv_rows=Rows.of(dv if needs.need_dv else None),

@@ -26,6 +26,8 @@ from stamp_kernels.triton_kernels.attention.relative_bias import (
 )
 from stamp_kernels.triton_kernels.constants import device_constant
 from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import ceil_div
 
 # The second kernel: tiles x buckets in one step.
 _SUM_TILES = 128
@@ -200,7 +202,9 @@ def stamp_attention_bwd_bias_kernel(
 def sum_over_tiles(dbias_table: Tensor, bucket_sums: Tensor) -> None:
     """Fill dbias_table `[num_buckets, Hq]`: bucket_sums `[num_tiles, Hq, num_buckets]` summed over the tiles."""
     num_tiles, num_heads, num_buckets = bucket_sums.shape
-    stamp_attention_bwd_bias_kernel[launch_grid(triton.cdiv(num_buckets, _SUM_BUCKETS) * num_heads)](
+    launch(
+        stamp_attention_bwd_bias_kernel,
+        launch_grid(ceil_div(num_buckets, _SUM_BUCKETS) * num_heads),
         dbias_table_ptr=dbias_table,
         bucket_sums_ptr=bucket_sums,
         num_tiles=num_tiles,

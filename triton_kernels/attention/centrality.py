@@ -28,7 +28,8 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     sequence_rows_or_none,
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
-from stamp_kernels.triton_kernels.rows import LOG2_E, contiguous
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import LOG2_E, ceil_div, contiguous
 
 
 @triton.jit
@@ -144,7 +145,9 @@ def attention_centrality(
         device_properties(q.device), head_dim, element_size=q.element_size(), has_bias=bias.bias_table is not None
     )
     centrality = lse.new_empty(total_k)
-    stamp_attention_centrality_kernel[launch_grid(num_tiles(total_k, sequences.num_sequences, config.block_n))](
+    launch(
+        stamp_attention_centrality_kernel,
+        launch_grid(num_tiles(total_k, sequences.num_sequences, config.block_n)),
         centrality_ptr=centrality,
         q_rows=Rows.of(q),
         k_rows=Rows.of(k),
@@ -195,7 +198,9 @@ def sum_over_heads(by_head: Tensor, cu_seqlens_k: Tensor) -> Tensor:
     """fp32 `[Tk]`: by_head `[Hq, Tk]` summed over the heads, 0 on tail rows."""
     num_heads, total_k = by_head.shape
     centrality = by_head.new_empty(total_k)
-    stamp_attention_fwd_centrality_kernel[launch_grid(triton.cdiv(total_k, _SUM_BLOCK))](
+    launch(
+        stamp_attention_fwd_centrality_kernel,
+        launch_grid(ceil_div(total_k, _SUM_BLOCK)),
         centrality_ptr=centrality,
         by_head_ptr=by_head,
         cu_seqlens_k_ptr=cu_seqlens_k,

@@ -9,13 +9,14 @@ reads factors from shared memory, and sm_100 has tensor memory for sums. fp32 is
 units; its products are unrolled in registers, so its tiles are small.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 from stamp_kernels.triton_kernels.attention.tiles import padded_head_dim
 from stamp_kernels.triton_kernels.device import DeviceProperties
+from stamp_kernels.triton_kernels.rows import next_power_of_2
 
 
 class ForwardConfig(NamedTuple):
@@ -67,6 +68,7 @@ def _max_seqlen_short(block_d: int, element_size: int) -> int:
     return {16: 128, 32: 128, 64: 128, 128: 64, 256: 0}[block_d]
 
 
+@functools.lru_cache(maxsize=1024)
 def forward_config(
     device: DeviceProperties,
     head_dim: int,
@@ -112,7 +114,7 @@ def forward_config(
             return ForwardConfig("slots", 64, 64, slot, 4 if block_d <= 128 else 8, 1, max_registers)
         return ForwardConfig("slots", 32, 32, slot, num_warps=4 if block_d <= 64 else 8, num_stages=1)
     if max_seqlen <= _max_seqlen_short(block_d, element_size):
-        block_n = max(64, triton.next_power_of_2(max_seqlen))
+        block_n = max(64, next_power_of_2(max_seqlen))
         if half:
             # 64 x 128 scores with random words do not fit 128 threads, except on sm_100 without a bias. Scores with a
             # bias by positions do not fit on sm_86 and sm_120, where they spill 64 bytes; on sm_80 255 registers
@@ -143,6 +145,7 @@ def forward_config(
 _WIDE_KEY_TILE_BYTES = 131072
 
 
+@functools.lru_cache(maxsize=1024)
 def backward_config(
     device: DeviceProperties,
     head_dim: int,
@@ -199,8 +202,8 @@ def backward_config(
         for_keys = TileConfig(64 if device.shared_memory >= _WIDE_KEY_TILE_BYTES else 32, 32, 8, 1)
 
     def shrunk(config: TileConfig, min_block_n: int, loops_over_queries: bool) -> TileConfig:
-        block_m = min(config.block_m, max(16, triton.next_power_of_2(max_seqlen_q)))
-        block_n = min(config.block_n, max(16, triton.next_power_of_2(max_seqlen_k)))
+        block_m = min(config.block_m, max(16, next_power_of_2(max_seqlen_q)))
+        block_n = min(config.block_n, max(16, next_power_of_2(max_seqlen_k)))
         if block_m > 16:
             block_n = max(block_n, min_block_n)
         shrinkage = config.block_m * config.block_n // (block_m * block_n)
@@ -222,6 +225,7 @@ def backward_config(
 # Centrality
 
 
+@functools.lru_cache(maxsize=1024)
 def centrality_config(device: DeviceProperties, head_dim: int, *, element_size: int, has_bias: bool) -> TileConfig:
     """Tile of the centrality kernel.
 

@@ -52,7 +52,8 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     visible_tile,
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
-from stamp_kernels.triton_kernels.rows import LN_2, LOG2_E, contiguous
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import LN_2, LOG2_E, ceil_div, contiguous
 
 
 class Centrality(NamedTuple):
@@ -449,7 +450,7 @@ def packed_attention_forward(
     )
     if config.kernel == "general":
         grid = launch_grid(num_tiles(total_q, num_sequences, config.block_m) * num_heads)
-        stamp_attention_fwd_general_kernel[grid](**arguments)
+        launch(stamp_attention_fwd_general_kernel, grid, **arguments)
         if not return_centrality:
             return out, lse, lse.new_empty(0)
         centrality = attention_centrality(q, k, lse, sequences, causal, scale, bias, query_mask)
@@ -458,10 +459,10 @@ def packed_attention_forward(
     by_head = lse.new_empty(num_heads, total_k) if return_centrality else None
     arguments |= dict(centrality=Centrality(by_head, query_mask if return_centrality else None), total_k=total_k)
     if config.kernel == "slots":
-        num_programs = triton.cdiv(num_sequences, config.block_m // config.slot)
-        stamp_attention_fwd_slots_kernel[launch_grid(max(num_programs, 1) * num_heads)](**arguments)
+        num_programs = ceil_div(num_sequences, config.block_m // config.slot)
+        launch(stamp_attention_fwd_slots_kernel, launch_grid(max(num_programs, 1) * num_heads), **arguments)
     else:
-        stamp_attention_fwd_short_kernel[launch_grid(max(num_sequences, 1) * num_heads)](**arguments)
+        launch(stamp_attention_fwd_short_kernel, launch_grid(max(num_sequences, 1) * num_heads), **arguments)
     if not return_centrality:
         return out, lse, lse.new_empty(0)
     return out, lse, sum_over_heads(by_head, cu_seqlens_k)

@@ -16,6 +16,7 @@ are loaded and stored, and which pairs see each other. The conventions of all of
   exp2.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamp_kernels.triton_kernels.rows import LOG2_E
+from stamp_kernels.triton_kernels.rows import LOG2_E, next_power_of_2
 
 # Arguments whose values differ from batch to batch: a new value does not compile a new kernel.
 PER_BATCH = ["num_sequences", "total_q", "total_k", "dropout_threshold"]
@@ -47,7 +48,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor | None) -> "Rows":
-        return cls(None, 0, 0) if x is None else cls(x, x.stride(0), x.stride(1))
+        return cls(None, 0, 0) if x is None else cls(x, *x.stride()[:2])
 
 
 class Offsets(NamedTuple):
@@ -101,14 +102,16 @@ def rows_with_vector_strides(x: Tensor) -> Tensor:
     promise it to the compiler, which then moves 16 bytes at once. A new tensor of this shape always qualifies: torch
     aligns allocations to at least 64 bytes, and D is a multiple of 8.
     """
-    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0
+    stride_row, stride_head, stride_feature = x.stride()
+    is_aligned = x.data_ptr() % 16 == 0 and (stride_row | stride_head) % 8 == 0
     # Not `contiguous()`, which copies nothing if only the address of the first row is wrong.
-    return x if x.stride(2) == 1 and is_aligned else x.clone(memory_format=torch.contiguous_format)
+    return x if stride_feature == 1 and is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
+@functools.cache
 def padded_head_dim(head_dim: int) -> int:
     """BLOCK_D: tl.dot takes powers of two from 16 on."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 # Which tile
