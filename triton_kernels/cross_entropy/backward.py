@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from stamp_kernels.common.arguments import LossNeeds, LossOptions
@@ -22,6 +21,8 @@ from stamp_kernels.triton_kernels.cross_entropy.configs import (
 from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes
 from stamp_kernels.triton_kernels.cross_entropy.tiles import PerStep, RowLists
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import ceil_div
 
 
 def backward(
@@ -61,7 +62,7 @@ def backward(
 
 
 def _row_terms(softmaxes: Softmaxes, lists: RowLists, lse: Tensor, scale: Tensor, options: LossOptions) -> RowTerms:
-    num_blocks = triton.cdiv(softmaxes.num_rows, ENTRIES_PER_PROGRAM.value)
+    num_blocks = ceil_div(softmaxes.num_rows, ENTRIES_PER_PROGRAM.value)
     of_softmaxes = (softmaxes.num_softmaxes, num_blocks * ENTRIES_PER_PROGRAM.value)
     of_steps = (softmaxes.num_steps, num_blocks * ENTRIES_PER_PROGRAM.value)
     terms = RowTerms(
@@ -72,7 +73,9 @@ def _row_terms(softmaxes: Softmaxes, lists: RowLists, lse: Tensor, scale: Tensor
         target_factor=lse.new_empty(of_steps),
         unit=torch.linalg.vector_norm(scale, ord=torch.inf),
     )
-    stamp_cross_entropy_bwd_row_terms_kernel[launch_grid(num_blocks, softmaxes.num_softmaxes)](
+    launch(
+        stamp_cross_entropy_bwd_row_terms_kernel,
+        launch_grid(num_blocks, softmaxes.num_softmaxes),
         terms=terms,
         lse_ptr=lse,
         targets=softmaxes.target_argument(),
@@ -98,15 +101,17 @@ def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any], dtype: tor
         # Inside a loop over softmaxes, even over one, the loop over classes is shorter: 248 instructions, not 257, at
         # width 128, and 67, not 77, at 1,024. On sm_86 and sm_100 that spills.
         layout = layout._replace(hidden_per_step=softmaxes.num_hidden > 1)
-    row_tiles, feature_blocks = triton.cdiv(softmaxes.num_rows, config.block_n), triton.cdiv(width, config.block_d)
+    row_tiles, feature_blocks = ceil_div(softmaxes.num_rows, config.block_n), ceil_div(width, config.block_d)
     splits = num_splits(
         row_tiles * feature_blocks * softmaxes.num_hidden,
-        triton.cdiv(softmaxes.widest_range, config.block_v),
+        ceil_div(softmaxes.widest_range, config.block_v),
         properties,
     )
     shape = (splits, softmaxes.num_hidden, softmaxes.num_rows, layout.width)
     dhidden = hidden.new_empty(shape, dtype=_dtype_of_splits(splits, dtype))
-    stamp_cross_entropy_bwd_hidden_kernel[launch_grid(row_tiles, softmaxes.num_hidden, splits * feature_blocks)](
+    launch(
+        stamp_cross_entropy_bwd_hidden_kernel,
+        launch_grid(row_tiles, softmaxes.num_hidden, splits * feature_blocks),
         **arguments | dict(layout=layout),
         dhidden_ptr=dhidden,
         tile=config.tile,
@@ -122,10 +127,10 @@ def _weight_gradients(
     weight, width, num_classes = softmaxes.weight, softmaxes.width, softmaxes.num_classes
     properties = device_properties(weight.device)
     config = weight_gradient_config(properties, width, element_size=weight.element_size())
-    class_tiles, feature_blocks = triton.cdiv(num_classes, config.block_v), triton.cdiv(width, config.block_d)
+    class_tiles, feature_blocks = ceil_div(num_classes, config.block_v), ceil_div(width, config.block_d)
     splits = num_splits(
         class_tiles * feature_blocks * softmaxes.num_weights,
-        triton.cdiv(softmaxes.num_rows, config.block_n),
+        ceil_div(softmaxes.num_rows, config.block_n),
         properties,
     )
     dweight = dbias = None
@@ -134,7 +139,9 @@ def _weight_gradients(
         dweight = weight.new_empty(shape, dtype=_dtype_of_splits(splits, dtype))
     if needs.need_bias:
         dbias = weight.new_empty((splits, softmaxes.num_softmaxes, num_classes), dtype=torch.float32)
-    stamp_cross_entropy_bwd_weight_kernel[launch_grid(class_tiles, softmaxes.num_weights, splits * feature_blocks)](
+    launch(
+        stamp_cross_entropy_bwd_weight_kernel,
+        launch_grid(class_tiles, softmaxes.num_weights, splits * feature_blocks),
         **arguments,
         dweight_ptr=dweight,
         dbias_ptr=dbias,

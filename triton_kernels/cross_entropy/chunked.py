@@ -9,7 +9,6 @@ memory six times in 2 bytes. It is rounded once, from an fp32 sum; bias, cap, so
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from stamp_kernels.common.arguments import LossNeeds, LossOptions
@@ -18,6 +17,8 @@ from stamp_kernels.triton_kernels.cross_entropy.configs import chunk_config, row
 from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes, gain
 from stamp_kernels.triton_kernels.cross_entropy.tiles import Rows
 from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import ceil_div
 
 
 def _set_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
@@ -52,7 +53,7 @@ def with_gradients(
     dhidden = scale.new_empty(hidden.shape) if needs.need_hidden else None
     dweight = scale.new_zeros(weight.shape) if needs.need_weight else None
     dbias = scale.new_zeros(bias.shape) if needs.need_bias else None
-    row_memory = triton.cdiv(widest, ROW_DIVISOR.value) * ROW_DIVISOR.value
+    row_memory = ceil_div(widest, ROW_DIVISOR.value) * ROW_DIVISOR.value
     chunk_size = row_chunk_size(num_rows, row_memory * dtype.itemsize)
     logits_memory = hidden.new_empty(chunk_size, row_memory)
     for first_row in range(0, num_rows, chunk_size):
@@ -68,7 +69,9 @@ def with_gradients(
             # z = x W^T, [size, V]
             torch.mm(x, w.t(), out=logits)
             config = chunk_config(end - start)
-            stamp_cross_entropy_chunk_kernel[launch_grid(size)](
+            launch(
+                stamp_cross_entropy_chunk_kernel,
+                launch_grid(size),
                 logits=Rows(logits, logits.stride(0)),
                 losses_ptr=losses,
                 bias_ptr=None if bias is None else bias[of_bias, start:end],

@@ -5,12 +5,12 @@ compiler or a GPU showed. fp32 products are exact and use no matrix units: they 
 of fp32 are small.
 """
 
+import functools
 from typing import NamedTuple
-
-import triton
 
 from stamp_kernels.triton_kernels.cross_entropy.tiles import Tile
 from stamp_kernels.triton_kernels.device import DeviceProperties
+from stamp_kernels.triton_kernels.rows import ceil_div, next_power_of_2
 
 # Classes of one split of the forward, which a program passes over one tile after the other. Few rows are then still
 # many programs, and the three numbers a row that a split leaves behind are nothing beside a pass over 4,096 classes. It
@@ -91,13 +91,14 @@ def stages_that_fit(properties: DeviceProperties, max_stages: int, resident: int
     return max(1, min(max_stages, buffers if has_asynchronous_products(properties) else buffers + 1))
 
 
+@functools.lru_cache(maxsize=1024)
 def forward_config(properties: DeviceProperties, width: int, *, element_size: int) -> ForwardConfig:
     """A thread of 256 holds 64 logits of a 128 x 128 tile.
 
     Shared memory holds the rows and the tiles of classes: 128 KB at width 128 on an H100, and 98 KB with mma.sync, of
     the 99 KB that an A10 or an RTX 4090 has.
     """
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(16, next_power_of_2(width))
     if element_size == 4:
         return ForwardConfig(32, 32, min(block_d, 64), num_warps=4, num_stages=2)
     block_n = 128
@@ -115,6 +116,7 @@ def forward_config(properties: DeviceProperties, width: int, *, element_size: in
     return ForwardConfig(block_n, block_v, block_d, num_warps=8, num_stages=num_stages)
 
 
+@functools.lru_cache(maxsize=1024)
 def hidden_gradient_config(
     properties: DeviceProperties, width: int, *, element_size: int, has_one_softmax: bool
 ) -> GradientConfig:
@@ -129,7 +131,7 @@ def hidden_gradient_config(
     Args:
         has_one_softmax: whether only one softmax passes over the hidden states of a row.
     """
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(16, next_power_of_2(width))
     architecture = properties.capability[0]
     if element_size == 4:
         config = GradientConfig(32, 32, min(block_d, 64), min(block_d, 64), num_warps=4, num_stages=1)
@@ -148,13 +150,14 @@ def hidden_gradient_config(
     return _with_stages_that_fit(properties, config, width, element_size, in_place=config.block_n)
 
 
+@functools.lru_cache(maxsize=1024)
 def weight_gradient_config(properties: DeviceProperties, width: int, *, element_size: int) -> GradientConfig:
     """Four warps are one warp group of an H100, and three such blocks share a processor.
 
     Choices that name an architecture avoid spills that the compiler showed there, or repeated work: see
     `warps_for_rows`.
     """
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(16, next_power_of_2(width))
     architecture = properties.capability[0]
     if element_size == 4:
         config = GradientConfig(32, 32, min(block_d, 64), min(block_d, 64), num_warps=4, num_stages=1)
@@ -212,13 +215,13 @@ def row_chunk_size(num_rows: int, row_bytes: int) -> int:
     Args:
         row_bytes: memory for the logits of a row.
     """
-    share = max(triton.cdiv(num_rows, MIN_CHUNKS), MIN_CHUNK_ROWS)
-    fewest = min(MIN_CHUNK_ROWS, MAX_CHUNK_BYTES // row_bytes, triton.cdiv(num_rows, 2))
+    share = max(ceil_div(num_rows, MIN_CHUNKS), MIN_CHUNK_ROWS)
+    fewest = min(MIN_CHUNK_ROWS, MAX_CHUNK_BYTES // row_bytes, ceil_div(num_rows, 2))
     by_memory = max(CHUNK_BYTES // row_bytes, fewest) // 64 * 64
-    return max(64, min(by_memory, triton.cdiv(min(share, num_rows), 64) * 64))
+    return max(64, min(by_memory, ceil_div(min(share, num_rows), 64) * 64))
 
 
 def chunk_config(num_classes: int) -> ChunkConfig:
     """At most 4,096 classes at a time: 16 numbers for each of 256 threads."""
-    block = min(4096, triton.next_power_of_2(num_classes))
+    block = min(4096, next_power_of_2(num_classes))
     return ChunkConfig(block, num_warps=8 if block > 1024 else 4)

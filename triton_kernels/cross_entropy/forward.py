@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from stamp_kernels.common.arguments import LossOptions
@@ -18,6 +17,8 @@ from stamp_kernels.triton_kernels.cross_entropy.forward_kernels import (
 from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes
 from stamp_kernels.triton_kernels.cross_entropy.tiles import RowLists
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import ceil_div
 
 
 def forward(
@@ -30,8 +31,8 @@ def forward(
     hidden, targets = softmaxes.hidden, softmaxes.targets
     num_rows, num_steps = targets.shape
     config = forward_config(device_properties(hidden.device), softmaxes.width, element_size=hidden.element_size())
-    num_tiles = triton.cdiv(num_rows, config.block_n)
-    num_splits = triton.cdiv(softmaxes.widest_range, CLASSES_PER_SPLIT)
+    num_tiles = ceil_div(num_rows, config.block_n)
+    num_splits = ceil_div(softmaxes.widest_range, CLASSES_PER_SPLIT)
     is_reduced = reduction != REDUCTIONS["none"]
     lse = hidden.new_zeros((num_steps, num_rows), dtype=torch.float32)
     partials_shape = (3, softmaxes.num_softmaxes, num_splits, num_rows)
@@ -51,7 +52,9 @@ def forward(
             loss_options=options._replace(vocab_ranges=None),
             tile=config.tile,
         )
-        stamp_cross_entropy_fwd_kernel[launch_grid(num_tiles, softmaxes.num_softmaxes, num_splits)](
+        launch(
+            stamp_cross_entropy_fwd_kernel,
+            launch_grid(num_tiles, softmaxes.num_softmaxes, num_splits),
             **arguments,
             SUM_LOGITS=options.label_smoothing > 0,
             CLASSES_PER_SPLIT=CLASSES_PER_SPLIT,
@@ -60,13 +63,20 @@ def forward(
         )
         if num_splits > 1:
             # Without maxnreg the compiler spills to get 80 registers a thread on sm_86 and sm_100.
-            stamp_cross_entropy_fwd_combine_kernel[launch_grid(num_tiles, softmaxes.num_softmaxes)](
-                **arguments, num_splits=num_splits, num_warps=8, maxnreg=128
+            launch(
+                stamp_cross_entropy_fwd_combine_kernel,
+                launch_grid(num_tiles, softmaxes.num_softmaxes),
+                **arguments,
+                num_splits=num_splits,
+                num_warps=8,
+                maxnreg=128,
             )
     if not is_reduced:
         return out.losses, lse.new_empty(0), lse.new_empty(0), lse
     loss, step_losses, step_scale = lse.new_empty(()), lse.new_empty(num_steps), lse.new_empty(num_steps)
-    stamp_cross_entropy_fwd_reduce_kernel[launch_grid(1)](
+    launch(
+        stamp_cross_entropy_fwd_reduce_kernel,
+        launch_grid(1),
         loss_ptr=loss,
         step_losses_ptr=step_losses,
         step_scale_ptr=step_scale,

@@ -13,6 +13,8 @@ from torch import Tensor
 from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes
 from stamp_kernels.triton_kernels.cross_entropy.tiles import PerStep, RowLists
 from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import ceil_div
 
 _ROWS_PER_BLOCK = 1024
 
@@ -89,7 +91,7 @@ def list_rows(softmaxes: Softmaxes, ignore_index: int) -> RowLists:
         rows=targets.new_empty((num_hidden, softmaxes.num_rows), dtype=torch.int32),
         lengths=targets.new_empty(num_hidden, dtype=torch.int32),
     )
-    num_blocks = triton.cdiv(softmaxes.num_rows, _ROWS_PER_BLOCK)
+    num_blocks = ceil_div(softmaxes.num_rows, _ROWS_PER_BLOCK)
     if num_blocks == 0:
         return lists
     arguments = dict(
@@ -103,8 +105,14 @@ def list_rows(softmaxes: Softmaxes, ignore_index: int) -> RowLists:
     counts: Tensor | None = None
     if num_blocks > 1:
         counts = targets.new_empty((num_hidden, num_blocks), dtype=torch.int32)
-        stamp_cross_entropy_count_rows_kernel[launch_grid(num_blocks, num_hidden)](**arguments, counts_ptr=counts)
-    stamp_cross_entropy_list_rows_kernel[launch_grid(num_blocks, num_hidden)](
-        **arguments, lists=lists, counts_ptr=counts
+        launch(
+            stamp_cross_entropy_count_rows_kernel, launch_grid(num_blocks, num_hidden), **arguments, counts_ptr=counts
+        )
+    launch(
+        stamp_cross_entropy_list_rows_kernel,
+        launch_grid(num_blocks, num_hidden),
+        **arguments,
+        lists=lists,
+        counts_ptr=counts,
     )
     return lists

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from stamp_kernels.common.contents import check_cu_seqlens_contents
 from stamp_kernels.triton_kernels.device import launch_grid
-from stamp_kernels.triton_kernels.rows import sequence_ends
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import ceil_div, sequence_ends
 
 _BLOCK = 256
 
@@ -52,7 +53,9 @@ def shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, i
     check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total)
     targets = labels.new_empty((total, steps), dtype=torch.int64)
     if total > 0:
-        stamp_shift_targets_kernel[launch_grid(triton.cdiv(total, _BLOCK))](
+        launch(
+            stamp_shift_targets_kernel,
+            launch_grid(ceil_div(total, _BLOCK)),
             targets_ptr=targets,
             labels_ptr=labels,
             cu_seqlens_ptr=cu_seqlens.contiguous(),
