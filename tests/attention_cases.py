@@ -96,9 +96,9 @@ all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def philox_words(counter: tuple[int, ...], key: tuple[int, int]) -> tuple[int, ...]:
-    """Philox4x32-10 of Salmon et al. 2011, table 2 and figure 2, in Python's own integers."""
+    """Philox4x32-7 of Salmon et al. 2011, table 2 and figure 2, in Python's own integers."""
     c0, c1, c2, c3 = counter
-    for i in range(10):
+    for i in range(7):
         k0, k1 = ((k + i * weyl) % 2**32 for k, weyl in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True))
         high0, low0 = divmod(0xD2511F53 * c0, 2**32)
         high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
@@ -112,8 +112,9 @@ def contract_keep_mask(p: float, seed: int, sequence: int, shape: tuple[int, int
     for head in range(shape[0]):
         for i in range(shape[1]):
             for j in range(shape[2]):
-                words = philox_words((j // 4, i, head, sequence), (seed % 2**32, seed // 2**32 % 2**32))
-                keep[head, i, j] = words[j % 4] >= int(p * 2**32)
+                groups = (n // 16 * 8 + n % 8 for n in (i, j))
+                words = philox_words((*groups, head, sequence), (seed % 2**32, seed // 2**32 % 2**32))
+                keep[head, i, j] = words[i // 8 % 2 * 2 + j // 8 % 2] >= int(p * 2**32)
     return keep
 
 

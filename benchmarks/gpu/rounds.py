@@ -110,22 +110,6 @@ def _forward_general(launch: Launch, workload: Attention) -> Execution:
     return _attention_execution(launch, workload, tiles * num_heads, 2, rounds, (whole + masked) / tiles)
 
 
-def _forward_short(launch: Launch, workload: Attention) -> Execution:
-    """A sequence and head, with the narrowest of three copies of the loop over queries that holds its keys.
-
-    About half of the code outside of the loops belongs to the copies that do not run.
-    """
-    tile, num_heads = launch.arguments["tile"], launch.arguments["num_heads"]
-    rounds = [0.0, 0.0, 0.0]
-    for pair in _pairs(workload):
-        copy = max(i for i in range(3) if i == 0 or pair.num_keys <= tile.block_n >> i)
-        rounds[copy] += pair.count * _tiles(pair.num_queries, tile.block_m) / len(workload.lengths)
-    columns = sum(n / 2**i for i, n in enumerate(rounds))  # in tiles of block_n keys
-    programs = len(workload.lengths) * num_heads
-    by_name: dict[str, Rounds] = {"_attend_whole_rows.start_q": tuple(rounds)}
-    return _attention_execution(launch, workload, programs, 2, by_name, columns, outside=0.5)
-
-
 def _forward_slots(launch: Launch, workload: Attention) -> Execution:
     """One tile for several sequences, without a loop."""
     tile = launch.arguments["tile"]
@@ -136,7 +120,7 @@ def _forward_slots(launch: Launch, workload: Attention) -> Execution:
 def _backward_query(launch: Launch, workload: Attention) -> Execution:
     """Tiles of queries, all keys that their last query sees.
 
-    With positions there is a pass for each bucket that a tile may have; all buckets are counted.
+    The positions of all workloads rise, so no tile takes a pass for each bucket.
     """
     tile, num_heads = launch.arguments["tile"], launch.arguments["num_heads"]
     tiles = rounds = 0
@@ -147,7 +131,7 @@ def _backward_query(launch: Launch, workload: Attention) -> Execution:
             rounds += pair.count * _tiles(_keys_seen(last_query, pair, tile.causal), tile.block_n)
     by_name: dict[str, Rounds] = {
         "stamp_attention_bwd_query_kernel.start_k": rounds / tiles,
-        "add_to_bucket_sums.bucket": tile.num_buckets,
+        "_add_by_bucket.bucket": 0,
     }
     return _attention_execution(launch, workload, tiles * num_heads, 3, by_name, rounds / tiles)
 
@@ -168,12 +152,6 @@ def _backward_key(launch: Launch, workload: Attention) -> Execution:
     return _attention_execution(
         launch, workload, tiles * num_heads_kv, 4, by_name, tile.gqa_group_size * rounds / tiles
     )
-
-
-def _backward_bias(launch: Launch, workload: Attention) -> Execution:
-    """The sums of all tiles, a block of them in each round, by few programs."""
-    rounds = _tiles(launch.arguments["num_tiles"], launch.arguments["BLOCK_TILES"])
-    return Execution(launch.grid[0], {"stamp_attention_bwd_bias_kernel.start": rounds}, dependent_rounds=rounds)
 
 
 def _centrality(launch: Launch, workload: Attention) -> Execution:
@@ -357,13 +335,13 @@ def _without_loops(launch: Launch, workload: Workload) -> Execution:
 
 _EXECUTIONS: dict[str, Callable[[Launch, Any], Execution]] = {
     "stamp_attention_fwd_general_kernel": _forward_general,
-    "stamp_attention_fwd_short_kernel": _forward_short,
     "stamp_attention_fwd_slots_kernel": _forward_slots,
     "stamp_attention_fwd_centrality_kernel": _sum_over_heads,
     "stamp_attention_centrality_kernel": _centrality,
     "stamp_attention_bwd_query_kernel": _backward_query,
     "stamp_attention_bwd_key_kernel": _backward_key,
-    "stamp_attention_bwd_bias_kernel": _backward_bias,
+    "stamp_attention_bias_kernel": _without_loops,
+    "stamp_attention_bwd_bias_kernel": _without_loops,
     "stamp_cross_entropy_list_rows_kernel": _list_rows,
     "stamp_cross_entropy_fwd_kernel": _cross_entropy_forward,
     "stamp_cross_entropy_fwd_combine_kernel": _cross_entropy_combine,

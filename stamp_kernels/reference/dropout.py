@@ -1,11 +1,11 @@
-"""The dropout mask of attention, drawn with Philox4x32-10 (Salmon et al. 2011) so that every backend draws the same."""
+"""The dropout mask of attention, drawn with Philox4x32-7 (Salmon et al. 2011) so that every backend draws the same."""
 
 import torch
 from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 _MASK = 0xFFFFFFFF
 
 
@@ -28,18 +28,24 @@ def attention_keep_mask(
 ) -> Tensor:
     """Which attention weights survive dropout: bool `[G, num_heads, num_queries, num_keys]`.
 
-    Key = the seed's two halves; counter = (key index >> 2, query index, head, sequence), indices local to the
-    sequence; word key index & 3; dropped iff word < uint32(dropout_p * 2**32).
+    Key = the seed's two halves; counter = (group of the query, group of the key, head, sequence), where the group of
+    index n in the sequence is n // 16 * 8 + n % 8; word 2 * bit 3 of the query + bit 3 of the key; dropped iff word <
+    uint32(dropout_p * 2**32). Two queries and two keys, 8 apart, share a counter: a thread of a GPU holds these pairs.
 
     Args:
         dropout_seed: int64 `[1]`.
         sequences: int64 `[G]`, index in the batch of each sequence.
     """
     device = sequences.device
-    four_keys = torch.arange((num_keys + 3) // 4, device=device).view(1, 1, 1, -1)
-    query = torch.arange(num_queries, device=device).view(1, 1, -1, 1)
-    head = torch.arange(num_heads, device=device).view(1, -1, 1, 1)
+    query, key = torch.arange(num_queries, device=device).view(-1, 1), torch.arange(num_keys, device=device)
+    head, sequence = torch.arange(num_heads, device=device).view(-1, 1, 1), sequences.view(-1, 1, 1, 1)
     seed = dropout_seed.to(device)
-    words = philox4x32((four_keys, query, head, sequences.view(-1, 1, 1, 1)), (seed & _MASK, (seed >> 32) & _MASK))
-    word_of_key = torch.stack(words, dim=-1).flatten(-2)[..., :num_keys]
-    return word_of_key >= int(dropout_p * 2**32)
+    groups = (torch.arange((n + 15) // 16 * 8, device=device) for n in (num_queries, num_keys))
+    counter = (next(groups).view(-1, 1), next(groups), head, sequence)
+    words = torch.stack(philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)))  # [4, G, heads, groups, groups]
+    word = 2 * (query >> 3 & 1) + (key >> 3 & 1)  # [num_queries, num_keys]
+    return words[word, :, :, _group(query), _group(key)].permute(2, 3, 0, 1) >= int(dropout_p * 2**32)
+
+
+def _group(index: Tensor) -> Tensor:
+    return (index >> 4 << 3) | (index & 7)

@@ -82,9 +82,12 @@ def test_tiles_suit_the_architecture(arch):
         # Triton 3.6 does not compile the bias gradient on tiles of 32 or 64 queries and 16 keys.
         assert queries.block_m == 16 or queries.block_n >= 32
         for config, passes_over in ((queries, max_k <= queries.block_n), (keys, max_q <= keys.block_m)):
-            assert config.block_m in (16, 32, 64, 128) and config.block_n in (16, 32, 64)
+            assert config.block_m in (16, 32, 64, 128) and config.block_n in (16, 32, 64, 128)
             assert config.num_warps in (1, 2, 4, 8)
             assert not passes_over or config.num_stages == 1  # nothing to load ahead
+            rows = config.block_m if config is queries else config.block_n
+            if arch == 90 and dtype == torch.bfloat16 and rows >= 64 and config.num_warps >= 4:
+                assert config.num_warps * 16 <= rows  # more warps compute the same rows again
         if dtype == torch.bfloat16 and head_dim > 128 and max_q > 64 and max_k > 64:
             # 64 queries take 131,072 bytes, and a block of sm_86 or sm_120 has 101,376.
             assert keys.block_m == (64 if device.shared_memory >= 131072 else 32)
@@ -144,6 +147,24 @@ def test_many_sequences():
     """More sequences than a program searches in one step, and more tiles than one step of the bias gradient adds."""
     batch = RaggedBatch(tuple(i % 3 for i in range(130)), tail=4)
     assert_right(AttentionCase(batch, heads=(1, 1), head_dim=8, bias="bidirectional"), torch.float32)
+
+
+@pytest.mark.parametrize("order", ["equal", "falling", "random", "late"])
+def test_bias_gradient_of_any_positions(order):
+    """Positions that do not fall are searched; the others take a pass for each bucket. Times may be far from 0."""
+    batch = RaggedBatch((70, 5, 33), tail=1)
+    inputs = AttentionCase(batch, heads=(2, 1), bias="bidirectional", positions=True).inputs(torch.float32)
+    positions = inputs["positions_q"]
+    inputs["positions_q"] = {
+        "equal": positions // 4,
+        "falling": 400 - positions,
+        "random": torch.randint(0, 60, positions.shape, dtype=torch.int32),
+        "late": positions + 1_700_000_000,
+    }[order]
+    want = forward_and_backward(dense_attention, in_float64(inputs))
+    got = backward(inputs)
+    assert_close(got["dbias_table"], want["dbias_table"], torch.float32)
+    assert_close(got["dq"], want["dq"], torch.float32)
 
 
 def test_only_what_is_needed():

@@ -114,7 +114,7 @@ def test_same_bits_alone_and_in_a_batch():
 
 @pytest.mark.parametrize("kernel", [launcher, reference])
 @pytest.mark.parametrize(
-    "lengths", [(5, 0, 9, 1), (40, 7, 33), (140, 9)], ids=["slots", "short", "general"]
+    "lengths", [(5, 0, 9, 1), (140, 9, 33)], ids=["slots", "general"]
 )  # of the forward, which has the sums from its own kernels for sequences of up to 128
 def test_nan_in_queries_that_do_not_count(kernel, lengths):
     batch = RaggedBatch(lengths, tail=2)

@@ -30,7 +30,7 @@ from stamp_kernels.reference.dropout import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 from stamp_kernels.triton_kernels.aot import TARGETS
 from stamp_kernels.triton_kernels.attention.configs import forward_config
-from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, keep_tile
+from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, groups_of, keep_tile
 from stamp_kernels.triton_kernels.attention.relative_bias import distance_buckets
 from stamp_kernels.triton_kernels.attention.tiles import (
     locate_tile,
@@ -43,7 +43,7 @@ from stamp_kernels.triton_kernels.device import H100
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # A bound max_seqlen that selects each kernel, if no sequence is longer.
-KERNELS = {"slots of 16": 0, "slots of 32": 32, "short": 100, "general": 300}
+KERNELS = {"slots of 16": 0, "slots of 32": 32, "general": 100}
 every_kernel = pytest.mark.parametrize("max_seqlen", KERNELS.values(), ids=KERNELS)
 
 
@@ -70,32 +70,30 @@ def test_bounds_select_their_kernels():
     for name, max_seqlen in KERNELS.items():
         for element_size in (2, 4):
             config = forward_config(
-                H100, 16, max_seqlen, element_size=element_size, has_bias=True, has_dropout=False, has_positions=False
-            )
-            assert name.startswith(config.kernel)
-            assert config.slot == {"slots of 16": 16, "slots of 32": 32}.get(name, 0)
+                H100, 16, max_seqlen, max_seqlen, element_size=element_size, has_bias=True, has_dropout=False,
+                has_positions=False,
+            )  # fmt: skip
+            assert config.slot == {"slots of 16": 16, "slots of 32": 32, "general": 0}[name]
 
 
 @pytest.mark.parametrize("arch", TARGETS)
 def test_tiles_suit_the_architecture(arch):
-    for head_dim, max_seqlen, element_size, has_bias, has_dropout, has_positions in itertools.product(
-        (8, 64, 72, 128, 256), (16, 32, 64, 120, 240, 4096), (2, 4), (False, True), (False, True), (False, True)
-    ):
+    for head_dim, (max_seqlen_q, max_seqlen_k), element_size, has_bias, has_dropout, has_positions in itertools.product(
+        (8, 64, 72, 128, 256),
+        [*((n, n) for n in (16, 32, 64, 120, 240, 4096)), (4, 120), (120, 4)],
+        (2, 4), (False, True), (False, True), (False, True),
+    ):  # fmt: skip
         config = forward_config(
-            TARGETS[arch], head_dim, max_seqlen, element_size=element_size, has_bias=has_bias, has_dropout=has_dropout,
-            has_positions=has_positions,
+            TARGETS[arch], head_dim, max_seqlen_q, max_seqlen_k, element_size=element_size, has_bias=has_bias,
+            has_dropout=has_dropout, has_positions=has_positions,
         )  # fmt: skip
-        assert config.kernel != "short" or config.block_n >= max_seqlen
-        assert config.kernel != "slots" or config.slot >= max_seqlen
+        assert config.slot == 0 or config.slot >= max(max_seqlen_q, max_seqlen_k)
         if element_size == 4:
             continue
-        assert config.block_m in (64, 128)
-        assert config.num_stages == 1 or (config.kernel == "general" and arch != 100)  # nothing to load ahead
-        if arch == 100 and config.kernel == "general" and has_bias and has_dropout:
-            assert (config.block_m, config.num_warps) == (128, 4)  # 64 rows spill 168 bytes and more
-        # Unless told otherwise, ptxas spills to reach the next number of programs on a multiprocessor.
-        is_heavy = has_bias or has_dropout or head_dim > 64
-        assert config.max_registers == (255 if arch != 90 and is_heavy else None)
+        has_few_queries = config.slot == 0 and max_seqlen_q <= 16
+        assert config.block_m in ((16,) if has_few_queries else (64, 128))
+        if arch == 90 and config.block_m >= 64 and config.slot == 0:
+            assert config.num_warps * 16 == config.block_m  # more warps compute the same rows again
 
 
 # Values
@@ -106,7 +104,7 @@ def _kernels_of_cases():
     for i, (name, case) in enumerate(CASES.items()):
         longest = max(case.batch.max_seqlen, (case.batch_k or case.batch).max_seqlen)
         slots = "slots of 16" if i % 2 and longest <= 16 else "slots of 32"
-        for kernel in (slots, "short", "general"):
+        for kernel in (slots, "general"):
             if longest <= max(KERNELS[kernel], 16):
                 yield name, kernel
 
@@ -121,7 +119,7 @@ def test_matches_dense_attention(name, kernel, dtype=torch.float16):
 
 @pytest.mark.parametrize(
     ("name", "kernel"),
-    [("gqa", "slots of 16"), ("causal_bias_positions", "short"), ("gqa", "general")]
+    [("gqa", "slots of 16"), ("causal_bias_positions", "general"), ("gqa", "general")]
     + [("dropout_everything", kernel) for kernel in KERNELS],
 )
 def test_matches_dense_attention_in_fp32(name, kernel):
@@ -131,8 +129,8 @@ def test_matches_dense_attention_in_fp32(name, kernel):
 @pytest.mark.parametrize(
     ("kernel", "head_dim"),
     [
-        ("slots of 16", 8), ("slots of 16", 80), ("slots of 32", 40), ("slots of 32", 64), ("short", 40), ("short", 64),
-        ("general", 64), ("general", 80),
+        ("slots of 16", 8), ("slots of 16", 80), ("slots of 32", 40), ("slots of 32", 64), ("general", 64),
+        ("general", 80),
     ],
 )  # fmt: skip
 def test_head_dims(kernel, head_dim):
@@ -142,12 +140,9 @@ def test_head_dims(kernel, head_dim):
     assert_results_close(run(inputs, KERNELS[kernel]), oracle(inputs), torch.float16)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "causal", "cross"),
-    [("general", causal, cross) for causal in (False, True) for cross in (False, True)]
-    + [("short", False, False), ("short", True, True)],
-)
-def test_several_blocks_of_queries_and_keys(kernel, causal, cross):
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("cross", [False, True])
+def test_several_blocks_of_queries_and_keys(causal, cross):
     """Full blocks and blocks on the diagonal or at the end; tiles whose distances share one bucket.
 
     Cross and causal: the first query sees one key less than a block, and the last query of a block the first key of a
@@ -159,8 +154,18 @@ def test_several_blocks_of_queries_and_keys(kernel, causal, cross):
         positions=True, query_mask=True, dropout_p=0.25,
     )  # fmt: skip
     inputs = case.inputs(torch.float16)
-    # The batch is too long for slots, so that the bound 0 selects the short kernel.
-    assert_results_close(run(inputs, 300 if kernel == "general" else 0), oracle(inputs), torch.float16)
+    assert_results_close(run(inputs), oracle(inputs), torch.float16)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_few_queries(causal):
+    """At most 16 queries, the tile of a decoder's cross attention, against several blocks of keys."""
+    case = AttentionCase(
+        RaggedBatch((4, 0, 16, 1, 7), tail=3), RaggedBatch((105, 65, 0, 64, 33), tail=1), heads=(2, 1), causal=causal,
+        bias="bidirectional", positions=True, query_mask=True, dropout_p=0.25,
+    )  # fmt: skip
+    inputs = case.inputs(torch.float16)
+    assert_results_close(run(inputs), oracle(inputs), torch.float16)
 
 
 @every_kernel
@@ -272,7 +277,7 @@ def test_batch_without_a_token(kernel, lengths, tail):
 
 
 def test_no_centrality_unless_asked_for():
-    for kernel in ("slots of 16", "short", "general"):
+    for kernel in ("slots of 16", "general"):
         inputs, max_seqlen = CASES["plain"].inputs(torch.float32), KERNELS[kernel]
         got, with_centrality = run(inputs, max_seqlen, False), run(inputs, max_seqlen)
         assert got["centrality"].shape == (0,) and got["centrality"].dtype == torch.float32
@@ -348,22 +353,26 @@ def test_tiles_of_thousands_of_sequences(num_sequences):
 
 
 @triton.jit
-def _keep(kept_ptr, seed_ptr, threshold, start_k, num_keys, M: tl.constexpr, N: tl.constexpr):
+def _keep(kept_ptr, seed_ptr, threshold, start_q, start_k, num_queries, num_keys, BY_KEYS: tl.constexpr):
     head, index = tl.program_id(0), tl.program_id(1)
-    query, column = tl.arange(0, M), tl.arange(0, N)
+    query, key = start_q + tl.arange(0, 16), start_k + tl.arange(0, 32)
     dropout = Dropout(seed=seed_ptr, threshold=threshold, keep_scale=1.0)
-    kept = keep_tile(dropout, index, head, query, start_k, N)
-    row = (index * tl.num_programs(0) + head) * M + query
-    tl.store(kept_ptr + row[:, None] * num_keys + start_k + column[None, :], kept.to(tl.int8))
+    kept = keep_tile(dropout, index, head, groups_of(start_q, 16), groups_of(start_k, 32), BY_KEYS)
+    kept_ptr += (index * tl.num_programs(0) + head) * num_queries * num_keys
+    if BY_KEYS:
+        tl.store(kept_ptr + query[None, :] * num_keys + key[:, None], kept.to(tl.int8))
+    else:
+        tl.store(kept_ptr + query[:, None] * num_keys + key[None, :], kept.to(tl.int8))
 
 
+@pytest.mark.parametrize("by_keys", [False, True])
 @pytest.mark.parametrize("p", [1e-3, 0.3, 0.75])
-def test_dropout_mask_is_the_documented_one(p):
+def test_dropout_mask_is_the_documented_one(p, by_keys):
     seed = torch.tensor([DROPOUT_SEED], device=DEVICE)
-    kept = torch.empty(3, 2, 16, 64, dtype=torch.int8, device=DEVICE)
-    for start_k in (0, 32):
-        _keep[(2, 3)](kept, seed, dropout_threshold(p), start_k, 64, M=16, N=32)
-    assert torch.equal(kept.cpu().bool(), attention_keep_mask(p, seed.cpu(), torch.arange(3), 2, 16, 64))
+    kept = torch.empty(3, 2, 48, 64, dtype=torch.int8, device=DEVICE)
+    for start_q, start_k in itertools.product((0, 16, 32), (0, 32)):
+        _keep[(2, 3)](kept, seed, dropout_threshold(p), start_q, start_k, 48, 64, BY_KEYS=by_keys)
+    assert torch.equal(kept.cpu().bool(), attention_keep_mask(p, seed.cpu(), torch.arange(3), 2, 48, 64))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -371,11 +380,12 @@ def test_dropout_mask_is_the_documented_one(p):
 def test_buckets_of_all_distances(num_buckets, max_distance, bidirectional):
     """Distances beyond max_distance have the bucket of max_distance, so a clamped look-up is exact."""
     distances = torch.arange(-4 * max_distance, 4 * max_distance + 1)
+    radius = max_distance + 256
     buckets = distance_buckets(num_buckets, max_distance, bidirectional, torch.device("cpu"))
     want = relative_position_bucket(
         distances, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
     )
-    assert torch.equal(buckets[distances.clamp(-max_distance, max_distance) + max_distance].long(), want)
+    assert torch.equal(buckets[distances.clamp(-radius, radius) + radius].long(), want)
 
 
 def test_queries_that_see_no_key():

@@ -83,7 +83,7 @@ def test_a_search_gives_the_bits_of_the_table(monkeypatch, name):
         assert torch.equal(by_search[part], expected), part
 
 
-@pytest.mark.parametrize("lengths", [(5, 0, 9, 30), (40, 7, 70), (5, 140)], ids=["slots", "short", "general"])
+@pytest.mark.parametrize("lengths", [(5, 0, 9, 30), (5, 70, 140)], ids=["slots", "general"])
 def test_positions_in_seconds(lengths):
     """The cost depends on the number of buckets and tokens, not on the distances."""
     batch = RaggedBatch(lengths, tail=1)
@@ -107,7 +107,8 @@ def test_constants_of_any_max_distance(max_distance, bidirectional):
     )
     want = relative_position_bucket(distances, num_buckets=32, max_distance=max_distance, bidirectional=bidirectional)
     if max_distance <= relative_bias.MAX_TABLE_DISTANCE:
-        got = buckets[distances.clamp(-max_distance, max_distance) + max_distance]
+        radius = buckets.shape[0] // 2
+        got = buckets[distances.clamp(-radius, radius) + radius]
     else:
         begins, of_range = buckets
         got = of_range[torch.searchsorted(begins, distances.to(torch.int32), right=True) - 1]

@@ -22,16 +22,22 @@ from torch import Tensor
 
 from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences, with_keys
 from stamp_kernels.triton_kernels.attention.bias_gradient import (
-    STRIP,
     BucketSums,
     add_to_bucket_sums,
     distance_ranges,
     load_bucket_ranges,
+    no_sums,
     sum_over_tiles,
+    total_by_bucket,
 )
 from stamp_kernels.triton_kernels.attention.configs import backward_config, launch_options
-from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, keep_tile, keep_tile_by_keys
-from stamp_kernels.triton_kernels.attention.relative_bias import Bias, TilePositions, bias_tile, tile_positions
+from stamp_kernels.triton_kernels.attention.dropout import (
+    Dropout,
+    dropout_threshold,
+    groups_of,
+    keep_tile,
+)
+from stamp_kernels.triton_kernels.attention.relative_bias import Bias, bias_tile, tile_positions
 from stamp_kernels.triton_kernels.attention.tiles import (
     PER_BATCH,
     Offsets,
@@ -133,10 +139,10 @@ def stamp_attention_bwd_query_kernel(
         first_k, num_keys = sequence_rows_or_none(index, cu_seqlens.k, num_sequences)
         q = load_rows(rows_of_head(q_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
         lse = load_lse(per_query.lse, row, query < num_queries)  # [BLOCK_M]
-        if bias.table is not None:
-            queries = tile_positions(bias.positions_q, first_q, start_q, num_queries, BLOCK_M)
+        if bias.weights is not None:
+            queries = tile_positions(bias.positions_q, first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
         if bucket_sums.ptr is not None:
-            sums = tl.zeros([BLOCK_M // STRIP, BLOCK_BUCKETS], tl.float32)
+            sums = no_sums(BLOCK_M, BLOCK_N, BLOCK_BUCKETS)
             ranges = load_bucket_ranges(bucket_sums.ranges, tile.num_buckets, BLOCK_BUCKETS)
         dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
         k_of_head = rows_of_head(k_rows, head // tile.gqa_group_size)
@@ -148,8 +154,8 @@ def stamp_attention_bwd_query_kernel(
             v = load_rows(v_of_head, first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
             # S = scale Q K^T + bias
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
-            if bias.table is not None:
-                keys = tile_positions(bias.positions_k, first_k, start_k, num_keys, BLOCK_N)
+            if bias.weights is not None:
+                keys = tile_positions(bias.positions_k, first_k, start_k, tl.arange(0, BLOCK_N), num_keys)
                 scores += bias_tile(bias, head, queries, keys)
             # P = exp(S - lse)
             visible = visible_tile(query, key, num_queries, num_keys, tile.causal)
@@ -157,7 +163,7 @@ def stamp_attention_bwd_query_kernel(
             # dP = D * (dO V^T)
             d_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             if dropout.seed is not None:
-                keep = keep_tile(dropout, index, head, query, start_k, BLOCK_N)
+                keep = keep_tile(dropout, index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N))
                 d_weights = tl.where(keep, d_weights * dropout.keep_scale, 0.0)
             # dS = P * (dP - delta)
             d_scores = weights * (d_weights - delta[:, None])
@@ -165,13 +171,13 @@ def stamp_attention_bwd_query_kernel(
                 # dQ += dS K
                 dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
             if bucket_sums.ptr is not None:
-                sums = add_to_bucket_sums(sums, d_scores, queries, keys, start_q, start_k, ranges, bias)
+                sums = add_to_bucket_sums(sums, d_scores, queries, keys, num_queries, num_keys, ranges, bias)
 
         if dq_rows.ptr is not None:
             dq *= scale
             store_rows(rows_of_head(dq_rows, head), dq, first_q, query, num_queries, tile)
         if bucket_sums.ptr is not None:
-            tl.store(bucket_sums_ptrs, tl.sum(sums, axis=0), mask=bucket < tile.num_buckets)
+            tl.store(bucket_sums_ptrs, total_by_bucket(sums, ranges), mask=bucket < tile.num_buckets)
 
 
 # By keys
@@ -225,9 +231,8 @@ def stamp_attention_bwd_key_kernel(
         k = load_rows(rows_of_head(k_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
         if dk_rows.ptr is not None:
             v = load_rows(rows_of_head(v_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
-        if bias.table is not None:
-            keys = tile_positions(bias.positions_k, first_k, start_k, num_keys, BLOCK_N)
-            negated_keys = TilePositions(position=-keys.position, lowest=-keys.highest, highest=-keys.lowest)
+        if bias.weights is not None:
+            keys = tile_positions(bias.positions_k, first_k, start_k, tl.arange(0, BLOCK_N), num_keys)
         dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
         first_query = 0
         if tile.causal:  # the first query that sees start_k, at the start of its block
@@ -245,13 +250,9 @@ def stamp_attention_bwd_key_kernel(
                 lse = load_lse(per_query.lse, first_row + query, query < num_queries)  # [BLOCK_M]
                 # S^T = scale K Q^T + bias^T
                 scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
-                if bias.table is not None:
-                    queries = tile_positions(bias.positions_q, first_q, start_q, num_queries, BLOCK_M)
-                    # p_k - p_q = (-p_q) - (-p_k): at negated positions keys take the place of queries.
-                    negated_queries = TilePositions(
-                        position=-queries.position, lowest=-queries.highest, highest=-queries.lowest
-                    )
-                    scores += bias_tile(bias, head, negated_keys, negated_queries)
+                if bias.weights is not None:
+                    queries = tile_positions(bias.positions_q, first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
+                    scores += bias_tile(bias, head, queries, keys, BY_KEYS=True)
                 # P^T = exp(S^T - lse)
                 weights = tl.exp2(scores - lse[None, :])
                 if tile.causal:
@@ -259,7 +260,9 @@ def stamp_attention_bwd_key_kernel(
                     weights = tl.where(is_hidden, 0.0, weights)
                 dropped = weights
                 if dropout.seed is not None:
-                    keep = keep_tile_by_keys(dropout, index, head, query, key)
+                    keep = keep_tile(
+                        dropout, index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N), BY_KEYS=True
+                    )
                     factors = tl.where(keep, dropout.keep_scale, 0.0)  # D^T
                     dropped = weights * factors
                 if dv_rows.ptr is not None:

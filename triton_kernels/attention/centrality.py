@@ -45,8 +45,9 @@ def _add_queries(
     BLOCK_M: tl.constexpr = tile.block_m
     BLOCK_N: tl.constexpr = tile.block_n
     key = start_k + tl.arange(0, BLOCK_N)
-    if bias.table is not None:
-        keys = tile_positions(bias.positions_k, sequence.first_k, start_k, sequence.num_keys, BLOCK_N)
+    if bias.weights is not None:
+        offset_k = tl.arange(0, BLOCK_N)
+        keys = tile_positions(bias.positions_k, sequence.first_k, start_k, offset_k, sequence.num_keys)
     for start_q in range(begin_q, end_q, BLOCK_M):
         query = start_q + tl.arange(0, BLOCK_M)
         exists = query < sequence.num_queries
@@ -55,8 +56,9 @@ def _add_queries(
         lse = load_lse(lse_ptr + sequence.first_q, query, exists)  # [BLOCK_M]
         # S = scale Q K^T + bias
         scores = scale_log2 * tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if bias.table is not None:
-            queries = tile_positions(bias.positions_q, sequence.first_q, start_q, sequence.num_queries, BLOCK_M)
+        if bias.weights is not None:
+            offset_q = tl.arange(0, BLOCK_M)
+            queries = tile_positions(bias.positions_q, sequence.first_q, start_q, offset_q, sequence.num_queries)
             scores += bias_tile(bias, head, queries, keys)
         if MASKED:
             is_visible = key[None, :] <= query[:, None] + (sequence.num_keys - sequence.num_queries)
@@ -141,9 +143,7 @@ def attention_centrality(
     cu_seqlens_q, cu_seqlens_k, query_mask = contiguous(sequences.cu_seqlens_q, sequences.cu_seqlens_k, query_mask)
     total_q, num_heads, head_dim = q.shape
     total_k = k.shape[0]
-    config = centrality_config(
-        device_properties(q.device), head_dim, element_size=q.element_size(), has_bias=bias.bias_table is not None
-    )
+    config = centrality_config(device_properties(q.device), head_dim, element_size=q.element_size())
     centrality = lse.new_empty(total_k)
     launch(
         stamp_attention_centrality_kernel,
@@ -166,7 +166,7 @@ def attention_centrality(
     return centrality
 
 
-# Sums of the forward's short and slots kernels over the heads
+# Sums of the forward's slots kernel over the heads
 
 # Keys of a program.
 _SUM_BLOCK = 256

@@ -1,4 +1,4 @@
-"""Packed attention, forward: three kernels for three ranges of length, and their launcher.
+"""Packed attention, forward: two kernels for two ranges of length, and their launcher.
 
 For query i and key j of one sequence and one head, with scores S_ij = scale * q_i . k_j + bias_ij and D_ij the dropout
 mask over 1 - p:
@@ -7,10 +7,10 @@ mask over 1 - p:
     centrality_j = sum over heads and over the queries i that count of P_ij
 
 - slots kernel, sequences of up to 32 tokens: several share a tile, each in a slot of its own, so that the matrix units
-  get full tiles and a batch of thousands takes fewer programs;
-- short kernel, up to the length whose rows of scores fit the registers: a program has whole rows of scores, so the
-  softmax is exact in one pass and the column sums come with it;
-- general kernel, any length: online softmax over blocks of keys; the column sums take a pass of their own.
+  get full tiles and a batch of thousands takes fewer programs. It has whole rows of scores, so the softmax is exact in
+  one pass and the column sums come with it;
+- general kernel, any length: online softmax over blocks of keys. The column sums take a pass of their own, with as many
+  instructions as to add up tiles of weights over their rows where a whole row fits the registers.
 
 The choice depends only on max_seqlen, dtype and head dim (`configs.forward_config`), and a sequence's rows are cut into
 the same tiles wherever the sequence is in the batch: it gets the same bits alone or in a batch. There are no atomics.
@@ -26,14 +26,8 @@ from torch import Tensor
 from stamp_kernels.common.arguments import BiasArguments, DropoutArguments, Sequences, with_keys
 from stamp_kernels.triton_kernels.attention.centrality import attention_centrality, sum_over_heads
 from stamp_kernels.triton_kernels.attention.configs import forward_config, launch_options
-from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, keep_fours, keep_tile
-from stamp_kernels.triton_kernels.attention.relative_bias import (
-    Bias,
-    bias_tile,
-    load_positions,
-    near_bias_tile,
-    tile_positions,
-)
+from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, groups_of, keep_tile
+from stamp_kernels.triton_kernels.attention.relative_bias import Bias, bias_tile, tile_positions
 from stamp_kernels.triton_kernels.attention.tiles import (
     PER_BATCH,
     Offsets,
@@ -86,15 +80,17 @@ def _attend_keys(
     BLOCK_M: tl.constexpr = tile.block_m
     BLOCK_N: tl.constexpr = tile.block_n
     query = start_q + tl.arange(0, BLOCK_M)
-    if bias.table is not None:
-        queries = tile_positions(bias.positions_q, sequence.first_q, start_q, sequence.num_queries, BLOCK_M)
+    if bias.weights is not None:
+        offset_q = tl.arange(0, BLOCK_M)
+        queries = tile_positions(bias.positions_q, sequence.first_q, start_q, offset_q, sequence.num_queries)
     for start_k in range(begin_k, end_k, BLOCK_N):
         key = start_k + tl.arange(0, BLOCK_N)
         k = load_rows(k_rows, sequence.first_k, key, sequence.num_keys, tile, MASKED)  # [BLOCK_N, BLOCK_D]
         # S = scale Q K^T + bias
         scores = scale_log2 * tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if bias.table is not None:
-            keys = tile_positions(bias.positions_k, sequence.first_k, start_k, sequence.num_keys, BLOCK_N)
+        if bias.weights is not None:
+            offset_k = tl.arange(0, BLOCK_N)
+            keys = tile_positions(bias.positions_k, sequence.first_k, start_k, offset_k, sequence.num_keys)
             scores += bias_tile(bias, head, queries, keys)
         if MASKED:
             visible = visible_tile(query, key, sequence.num_queries, sequence.num_keys, tile.causal)
@@ -106,7 +102,7 @@ def _attend_keys(
         rescale = tl.exp2(row_max - pivot)
         row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         if dropout.seed is not None:
-            keep = keep_tile(dropout, sequence.index, head, query, start_k, BLOCK_N)
+            keep = keep_tile(dropout, sequence.index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N))
             weights = tl.where(keep, weights, 0.0)
         v = load_rows(v_rows, sequence.first_k, key, sequence.num_keys, tile, MASKED)  # [BLOCK_N, BLOCK_D]
         acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
@@ -179,7 +175,7 @@ def stamp_attention_fwd_general_kernel(
     store_rows(rows_of_head(out_rows, head), out, first_q, query, num_queries, tile)
 
 
-# Whole rows of scores
+# Whole rows of scores, several sequences at once
 
 
 @triton.jit
@@ -197,16 +193,14 @@ def _softmax(scores):
 
 
 @triton.jit
-def _column_sums(weights, inverse, query_mask_ptr, row, exists, HAS_SLOTS: tl.constexpr):
-    """[BLOCK_N]: the sum of P over the queries of a tile that count; their packed rows are `row` where they exist."""
-    if query_mask_ptr is not None:  # a query that does not count may have a NaN, and 0 * NaN is NaN
+def _column_sums(weights, inverse, query_mask_ptr, row, exists):
+    """[BLOCK]: the sum of P over the queries of a tile that count; their packed rows are `row` where they exist."""
+    counts = exists
+    if query_mask_ptr is not None:
         counts = tl.load(query_mask_ptr + row, mask=exists, other=0) != 0
-        weights = tl.where(counts[:, None], weights, 0.0)
-        inverse = tl.where(counts, inverse, 0.0)
-    terms = weights * inverse[:, None]
-    if HAS_SLOTS or query_mask_ptr is None:
-        # In a tile of several sequences a row that has a NaN has weight 0 for its neighbours' keys.
-        terms = tl.where(weights == 0.0, 0.0, terms)
+    # A query that does not count may have a NaN, and 0 * NaN is NaN. One that counts and has a NaN has weight 0 for the
+    # keys of other sequences.
+    terms = tl.where(counts[:, None] & (weights != 0.0), weights * inverse[:, None], 0.0)
     return tl.sum(terms, axis=0)
 
 
@@ -221,96 +215,6 @@ def _zero_tail(out_rows, lse_ptr, cu_seqlens_q_ptr, num_sequences, total_q, shar
     for start in range(first + share * BLOCK_M, total_q, num_shares * BLOCK_M):
         store_rows(out_rows, zeros, start, row, total_q - start, tile)
         tl.store(lse_ptr + start + row, 0.0, mask=row < total_q - start)
-
-
-@triton.jit
-def _attend_whole_rows(
-    out_rows, lse_ptr, centrality, q_rows, k_rows, v_rows, bias, dropout, sequence, head, total_k, scale_log2,
-    tile: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The short kernel for one head, of one sequence of at most BLOCK_N keys. `lse_ptr` is the head's."""
-    BLOCK_M: tl.constexpr = tile.block_m
-    key = tl.arange(0, BLOCK_N)
-    k = load_rows(k_rows, sequence.first_k, key, sequence.num_keys, tile)  # [BLOCK_N, BLOCK_D]
-    v = load_rows(v_rows, sequence.first_k, key, sequence.num_keys, tile)  # [BLOCK_N, BLOCK_D]
-    if bias.table is not None:
-        position_k = load_positions(bias.positions_k, sequence.first_k, key, sequence.num_keys)  # [BLOCK_N]
-    column_sums = tl.zeros([BLOCK_N], tl.float32)
-    for start_q in range(0, sequence.num_queries, BLOCK_M):
-        query = start_q + tl.arange(0, BLOCK_M)
-        exists = query < sequence.num_queries
-        q = load_rows(q_rows, sequence.first_q, query, sequence.num_queries, tile)  # [BLOCK_M, BLOCK_D]
-        # S = scale Q K^T + bias
-        scores = scale_log2 * tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if bias.table is not None:
-            position_q = load_positions(bias.positions_q, sequence.first_q, query, sequence.num_queries)  # [BLOCK_M]
-            scores += near_bias_tile(bias, head, position_q, position_k)
-        visible = visible_tile(query, key, sequence.num_queries, sequence.num_keys, tile.causal)
-        weights, inverse, lse = _softmax(tl.where(visible, scores, float("-inf")))
-        tl.store(lse_ptr + sequence.first_q + query, lse, mask=exists)
-        if centrality.by_head is not None:
-            column_sums += _column_sums(
-                weights, inverse, centrality.query_mask, sequence.first_q + query, exists, False
-            )
-        if dropout.seed is not None:
-            keep = keep_tile(dropout, sequence.index, head, query, 0, BLOCK_N)
-            weights = tl.where(keep, weights, 0.0)
-        # out = (P D) V, [BLOCK_M, BLOCK_D]
-        out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") * (inverse * dropout.keep_scale)[:, None]
-        store_rows(out_rows, out, sequence.first_q, query, sequence.num_queries, tile)
-    if centrality.by_head is not None:
-        by_head_ptr = centrality.by_head + head * total_k + sequence.first_k
-        tl.store(by_head_ptr + key, column_sums, mask=key < sequence.num_keys)
-
-
-@triton.jit(do_not_specialize=PER_BATCH)
-def stamp_attention_fwd_short_kernel(
-    out_rows: Rows,  # [Tq, Hq, D]
-    lse_ptr,  # fp32 [Hq, Tq]
-    centrality: Centrality,
-    q_rows: Rows,  # [Tq, Hq, D]
-    k_rows: Rows,  # [Tk, Hkv, D]
-    v_rows: Rows,  # [Tk, Hkv, D]
-    cu_seqlens: Offsets,  # int32 [B + 1]
-    bias: Bias,
-    dropout_seed,  # int64 [1] or None
-    dropout_threshold,
-    keep_scale,
-    num_sequences,
-    total_q,
-    total_k,
-    num_heads,
-    scale_log2,
-    tile: tl.constexpr,  # Tile
-):
-    """out, lse and if asked for the column sums of a whole sequence and head, the softmax exact in one pass.
-
-    Grid: [max(B, 1) * Hq], heads fastest. Keys and values are read once; the loop runs over blocks of queries and adds
-    up the column sums in registers. Lengths vary below max_seqlen, so the program takes the narrowest tile, of BLOCK_N,
-    BLOCK_N / 2 or BLOCK_N / 4 keys, that holds its sequence. Only the sequence's own length decides: the bits are the
-    same in any batch.
-    """
-    head = (tl.program_id(0) % num_heads).to(tl.int64)
-    index = tl.program_id(0) // num_heads
-    num_shares = tl.num_programs(0) // num_heads
-    out_of_head = rows_of_head(out_rows, head)
-    lse_of_head_ptr = lse_ptr + head * total_q
-    _zero_tail(out_of_head, lse_of_head_ptr, cu_seqlens.q, num_sequences, total_q, index, num_shares, tile)
-    if index >= num_sequences:
-        return
-    first_q, num_queries = sequence_rows_or_none(index, cu_seqlens.q, num_sequences)
-    first_k, num_keys = sequence_rows_or_none(index, cu_seqlens.k, num_sequences)
-    sequence = Sequence(index=index, first_q=first_q, num_queries=num_queries, first_k=first_k, num_keys=num_keys)
-    dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
-    head_kv = head // tile.gqa_group_size
-    for halvings in tl.static_range(3):
-        narrower = tile.block_n >> (halvings + 1) if halvings < 2 else -1
-        if (num_keys <= tile.block_n >> halvings) & (num_keys > narrower):
-            _attend_whole_rows(
-                out_of_head, lse_of_head_ptr, centrality, rows_of_head(q_rows, head), rows_of_head(k_rows, head_kv),
-                rows_of_head(v_rows, head_kv), bias, dropout, sequence, head, total_k, scale_log2, tile,
-                tile.block_n >> halvings,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PER_BATCH)
@@ -333,7 +237,7 @@ def stamp_attention_fwd_slots_kernel(
     scale_log2,
     tile: tl.constexpr,  # Tile, block_m = block_n = BLOCK
 ):
-    """The short kernel for BLOCK / SLOT sequences at once, of at most SLOT queries and SLOT keys.
+    """out, lse and if asked for the column sums of BLOCK / SLOT sequences, of at most SLOT queries and SLOT keys each.
 
     Grid: [max(ceil(B / (BLOCK / SLOT)), 1) * Hq], heads fastest. Sequence s takes the rows and columns
     `SLOT * (s % (BLOCK / SLOT)) + index` of a BLOCK x BLOCK tile of scores, where only the pairs within a slot are
@@ -368,10 +272,10 @@ def stamp_attention_fwd_slots_kernel(
     v = load_rows(rows_of_head(v_rows, head_kv), first_k, index, num_keys, tile)  # [BLOCK, BLOCK_D]
     # S = scale Q K^T + bias
     scores = scale_log2 * tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK, BLOCK]
-    if bias.table is not None:
-        position_q = load_positions(bias.positions_q, first_q, index, num_queries)  # [BLOCK]
-        position_k = load_positions(bias.positions_k, first_k, index, num_keys)  # [BLOCK]
-        scores += near_bias_tile(bias, head, position_q, position_k)
+    if bias.weights is not None:
+        queries = tile_positions(bias.positions_q, first_q, 0, index, num_queries)
+        keys = tile_positions(bias.positions_k, first_k, 0, index, num_keys)
+        scores += bias_tile(bias, head, queries, keys)
     # The lengths are those of the row's own sequence: within a slot they are the pair's.
     visible = visible_tile(index, index, num_queries, num_keys, tile.causal) & (slot[:, None] == slot[None, :])
     weights, inverse, lse = _softmax(tl.where(visible, scores, float("-inf")))
@@ -379,12 +283,14 @@ def stamp_attention_fwd_slots_kernel(
     weights = tl.where(visible, weights, 0.0)
     tl.store(lse_of_head_ptr + first_q + index, lse, mask=query_exists)
     if centrality.by_head is not None:
-        column_sums = _column_sums(weights, inverse, centrality.query_mask, first_q + index, query_exists, True)
+        column_sums = _column_sums(weights, inverse, centrality.query_mask, first_q + index, query_exists)
         tl.store(centrality.by_head + head * total_k + first_k + index, column_sums, mask=key_exists)
     if dropout_seed is not None:
         dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
-        four_keys = tl.arange(0, BLOCK // 4) % (SLOT // 4)
-        keep = keep_fours(dropout, sequence_index[:, None], head, index, four_keys)
+        groups = groups_of(0, BLOCK)
+        sequence_of_group = program * (BLOCK // SLOT) + groups // (SLOT // 2)
+        groups %= SLOT // 2
+        keep = keep_tile(dropout, sequence_of_group[:, None], head, groups, groups)
         weights = tl.where(keep, weights, 0.0)
     # out = (P D) V, [BLOCK, BLOCK_D]
     out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") * (inverse * keep_scale)[:, None]
@@ -422,7 +328,8 @@ def packed_attention_forward(
     config = forward_config(
         device_properties(q.device),
         head_dim,
-        max(sequences.max_seqlen_q, sequences.max_seqlen_k),
+        sequences.max_seqlen_q,
+        sequences.max_seqlen_k,
         element_size=q.element_size(),
         has_bias=bias.bias_table is not None,
         has_dropout=dropout_p > 0,
@@ -448,7 +355,7 @@ def packed_attention_forward(
         tile=Tile.of(q, k, causal, config.block_m, config.block_n, slot=config.slot),
         **launch_options(config),
     )
-    if config.kernel == "general":
+    if config.slot == 0:
         grid = launch_grid(num_tiles(total_q, num_sequences, config.block_m) * num_heads)
         launch(stamp_attention_fwd_general_kernel, grid, **arguments)
         if not return_centrality:
@@ -458,11 +365,8 @@ def packed_attention_forward(
 
     by_head = lse.new_empty(num_heads, total_k) if return_centrality else None
     arguments |= dict(centrality=Centrality(by_head, query_mask if return_centrality else None), total_k=total_k)
-    if config.kernel == "slots":
-        num_programs = ceil_div(num_sequences, config.block_m // config.slot)
-        launch(stamp_attention_fwd_slots_kernel, launch_grid(max(num_programs, 1) * num_heads), **arguments)
-    else:
-        launch(stamp_attention_fwd_short_kernel, launch_grid(max(num_sequences, 1) * num_heads), **arguments)
+    num_programs = ceil_div(num_sequences, config.block_m // config.slot)
+    launch(stamp_attention_fwd_slots_kernel, launch_grid(max(num_programs, 1) * num_heads), **arguments)
     if not return_centrality:
         return out, lse, lse.new_empty(0)
     return out, lse, sum_over_heads(by_head, cu_seqlens_k)

@@ -2,10 +2,11 @@
 
     bias_ij = bias_table[bucket(position_k[j] - position_q[i]), head]
 
-Kernels read the bucket of a distance from a small table, `distance_buckets`. Distances beyond +-max_distance have the
-bucket of +-max_distance, so a tile far from the diagonal has only one bucket: a scalar instead of a look-up for each
-pair. A table by distance grows with max_distance: above MAX_TABLE_DISTANCE (positions may be times in seconds) kernels
-search the ranges of the buckets instead, in log2(num_buckets) steps.
+A small kernel writes down the weight of every distance once per call, in fp32 and in units of log 2, a row for each
+head. The attention kernels then take one look-up for each pair. Distances beyond +-max_distance have the bucket of
++-max_distance, so the rows end a little after it. A row grows with max_distance: above MAX_TABLE_DISTANCE (positions
+may be times in seconds) it has the weights of the ranges of distances that share a bucket, and kernels search the range
+in log2(num_ranges) steps.
 """
 
 from typing import NamedTuple
@@ -19,52 +20,82 @@ from torch import Tensor
 from stamp_kernels.common.arguments import BiasArguments
 from stamp_kernels.relative_position import relative_position_bucket
 from stamp_kernels.triton_kernels.constants import device_constant
-from stamp_kernels.triton_kernels.rows import LOG2_E, contiguous
+from stamp_kernels.triton_kernels.device import launch_grid
+from stamp_kernels.triton_kernels.launching import launch
+from stamp_kernels.triton_kernels.rows import LOG2_E, ceil_div, contiguous
 
-# The largest max_distance with a table by distance, which then takes 512 KB.
+# The largest max_distance with a row by distance, which then takes 512 KB for each head.
 MAX_TABLE_DISTANCE = 2**16
+
+# Rows by distance go so far beyond max_distance: tiles have at most 128 queries and 128 keys, and a tile whose first
+# pair is farther than max_distance + 128 reads the weights of that distance.
+_MARGIN = 256
+MARGIN = tl.constexpr(_MARGIN)
 
 # Farther than any two tokens.
 FAR = 2**30
+
+_WEIGHTS_BLOCK = 1024
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Bias(NamedTuple):
     """Without a bias every pointer is None; the tuple itself is always there.
 
     Attributes:
-        table: `[num_buckets, Hq]`, of any floating dtype.
-        buckets: from `distance_buckets`, int32 `[2 * max_distance + 1]` or `[2, num_ranges]`.
-        num_ranges: None where `buckets` is a table by distance.
-        max_distance: at most FAR.
+        weights: fp32 `[Hq, num_entries]`, in units of log 2. By distance: entry `d + max_distance + MARGIN` is the
+            weight of distance d. By range: entry r is the weight of range r.
+        buckets: int32 `[num_entries]`, from `distance_buckets`.
+        begins: int32 `[num_entries]`, the first distance of each range, or None where entries are by distance.
         positions_q, positions_k: int32 `[Tq]` and `[Tk]`, original positions; None: a token's index is its position.
+        max_distance: at most FAR.
     """
 
-    table: Tensor | None
+    weights: Tensor | None
     buckets: Tensor | None
+    begins: Tensor | None
     positions_q: Tensor | None
     positions_k: Tensor | None
-    stride_bucket: int
-    stride_head: int
+    num_entries: int
     max_distance: int
-    num_ranges: int | None
 
     @classmethod
     def of(cls, bias: BiasArguments, device: torch.device) -> "Bias":
         table = bias.bias_table
         if table is None:
-            return cls(None, None, None, None, 0, 0, 0, None)
-        buckets = distance_buckets(table.shape[0], bias.bias_max_distance, bias.bias_bidirectional, device)
-        num_ranges = None if buckets.dim() == 1 else buckets.shape[1]
+            return cls(None, None, None, None, None, 0, 0)
+        entries = distance_buckets(table.shape[0], bias.bias_max_distance, bias.bias_bidirectional, device)
+        begins, buckets = (None, entries) if entries.dim() == 1 else (entries[0], entries[1])
+        num_entries, num_heads = buckets.shape[0], table.shape[1]
+        weights = torch.empty(num_heads, num_entries, dtype=torch.float32, device=device)
+        launch(
+            stamp_attention_bias_kernel,
+            launch_grid(ceil_div(num_entries, _WEIGHTS_BLOCK), num_heads),
+            weights_ptr=weights,
+            bias_table_ptr=table,
+            buckets_ptr=buckets,
+            stride_bucket=table.stride(0),
+            stride_head=table.stride(1),
+            num_entries=num_entries,
+            BLOCK=_WEIGHTS_BLOCK,
+        )
         positions = contiguous(bias.positions_q, bias.positions_k)
-        return cls(table, buckets, *positions, *table.stride(), min(bias.bias_max_distance, FAR), num_ranges)
+        return cls(weights, buckets, begins, *positions, num_entries, min(bias.bias_max_distance, FAR))
 
 
 class TilePositions(NamedTuple):
-    """Positions of a tile's queries or keys, int32 `[BLOCK]`, and the lowest and the highest of those that exist."""
+    """The tokens of a tile's queries or keys, `start + offset` in their sequence.
 
+    Attributes:
+        start: index of the first token.
+        offset: int32 `[BLOCK]`.
+        position: int32 `[BLOCK]`; the index where there are no positions.
+    """
+
+    start: int
+    offset: Tensor
     position: Tensor
-    lowest: int
-    highest: int
 
 
 def distance_buckets(num_buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
@@ -74,14 +105,14 @@ def distance_buckets(num_buckets: int, max_distance: int, bidirectional: bool, d
     Hugging Face's. The first call copies them to the device, so it must not happen while a CUDA graph is captured.
 
     Returns:
-        Up to MAX_TABLE_DISTANCE int32 `[2 * max_distance + 1]`: entry `d + max_distance` is the bucket of distance d.
-        Distances beyond +-max_distance have the bucket of +-max_distance, so kernels clamp. Above, int32
-        `[2, num_ranges]`: the first distance of each range that has one bucket, in rising order, and that bucket.
-        num_ranges is a power of two; the ranges that fill it up begin after every distance.
+        Up to MAX_TABLE_DISTANCE int32 `[2 * radius + 1]`, radius = max_distance + MARGIN: entry `d + radius` is the
+        bucket of distance d. Above, int32 `[2, num_ranges]`: the first distance of each range that has one bucket, in
+        rising order, and that bucket. num_ranges is a power of two; the ranges that fill it up begin after every
+        distance.
     """
 
     def make_table() -> Tensor:
-        distances = torch.arange(-max_distance, max_distance + 1)
+        distances = torch.arange(-max_distance - _MARGIN, max_distance + _MARGIN + 1)
         buckets = relative_position_bucket(
             distances, num_buckets=num_buckets, max_distance=max_distance, bidirectional=bidirectional
         )
@@ -124,98 +155,114 @@ def ranges_of_buckets(num_buckets: int, max_distance: int, bidirectional: bool) 
     return first.masked_fill(is_empty, FAR + 1), last.masked_fill(is_empty, FAR)
 
 
+# The weights
+
+
+@triton.jit
+def stamp_attention_bias_kernel(
+    weights_ptr,  # fp32 [Hq, num_entries]
+    bias_table_ptr,  # [num_buckets, Hq], of any floating dtype
+    buckets_ptr,  # int32 [num_entries]
+    stride_bucket,
+    stride_head,
+    num_entries,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK entries of one head: `weights[h, e] = log2(e) bias_table[buckets[e], h]`.
+
+    Grid: [ceil(num_entries / BLOCK), Hq].
+    """
+    head = tl.program_id(1)
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = entry < num_entries
+    bucket = tl.load(buckets_ptr + entry, mask=exists, other=0)
+    weight = tl.load(bias_table_ptr + head * stride_head + bucket * stride_bucket, mask=exists, other=0.0)
+    tl.store(weights_ptr + head * num_entries + entry, weight.to(tl.float32) * LOG2_E, mask=exists)
+
+
 # Positions
 
 
 @triton.jit
-def load_positions(positions_ptr, first, index, length):
-    """int32 `[BLOCK]`: positions of the tokens `index`; what it says past `length` has no meaning."""
-    if positions_ptr is not None:
-        return tl.load(positions_ptr + first + index, mask=index < length, other=0)
-    else:
-        return index
+def tile_positions(positions_ptr, first, start, offset, length):
+    """The TilePositions of the tokens `start + offset`, [BLOCK], of a sequence; past its end they have no meaning.
 
-
-@triton.jit
-def tile_positions(positions_ptr, first, start, length, BLOCK: tl.constexpr):
-    """The TilePositions of the tokens `start ... start + BLOCK - 1`.
-
-    Past the sequence's end the last token's position is repeated, so that lowest and highest are those of tokens that
-    exist. `start` must be below `length`.
+    Args:
+        first: packed row of the sequence's first token. It and `length` are scalars, or [BLOCK] in the slots kernel.
     """
-    index = tl.minimum(start + tl.arange(0, BLOCK), length - 1)
+    position = start + offset
     if positions_ptr is not None:
-        position = tl.load(positions_ptr + first + index)  # [BLOCK]
-        return TilePositions(position=position, lowest=tl.min(position, axis=0), highest=tl.max(position, axis=0))
-    else:
-        return TilePositions(position=index, lowest=start, highest=tl.minimum(start + BLOCK, length) - 1)
-
-
-# Buckets
-
-
-@triton.jit
-def bucket_tile(bias, position_q, position_k):
-    """int32 `[BLOCK_M, BLOCK_N]`: the bucket of `position_k[j] - position_q[i]`."""
-    distance = position_k[None, :] - position_q[:, None]
-    if bias.num_ranges is None:
-        clamped = tl.minimum(tl.maximum(distance, -bias.max_distance), bias.max_distance)
-        return tl.load(bias.buckets + bias.max_distance + clamped)
-    else:
-        return _searched_buckets(bias, distance)
-
-
-@triton.jit
-def _searched_buckets(bias, distance):
-    """int32, in the shape of `distance`: the bucket of the last range that does not begin after it."""
-    index = tl.zeros_like(distance)
-    step = bias.num_ranges // 2
-    while step > 0:
-        begins = tl.load(bias.buckets + index + step)
-        index = tl.where(begins <= distance, index + step, index)
-        step = step // 2
-    return tl.load(bias.buckets + bias.num_ranges + index)
-
-
-@triton.jit
-def is_one_bucket(bias, queries, keys):
-    """Whether all distances of a tile are at or beyond max_distance on one side, from its TilePositions."""
-    return (keys.lowest - queries.highest >= bias.max_distance) | (keys.highest - queries.lowest <= -bias.max_distance)
-
-
-@triton.jit
-def the_one_bucket(bias, queries, keys):
-    """The bucket of a tile for which `is_one_bucket` holds, a scalar."""
-    is_far_after = keys.lowest - queries.highest >= bias.max_distance
-    if bias.num_ranges is None:
-        return tl.load(bias.buckets + tl.where(is_far_after, 2 * bias.max_distance, 0))
-    else:
-        return tl.load(bias.buckets + bias.num_ranges + tl.where(is_far_after, bias.num_ranges - 1, 0))
+        position = tl.load(positions_ptr + first + position, mask=position < length, other=0)
+    return TilePositions(start=start, offset=offset, position=position)
 
 
 # Tiles of bias
 
 
 @triton.jit
-def bias_tile(bias, head, queries, keys):
-    """fp32 `[BLOCK_M, BLOCK_N]`: the bias of a tile in units of log 2, from the TilePositions of its tokens."""
-    if is_one_bucket(bias, queries, keys):
-        bucket = the_one_bucket(bias, queries, keys)
-        weight = tl.load(bias.table + head * bias.stride_head + bucket * bias.stride_bucket).to(tl.float32)
-        tile = tl.full([queries.position.shape[0], keys.position.shape[0]], 0.0, tl.float32) + weight
+def bias_tile(bias, head, queries, keys, BY_KEYS: tl.constexpr = False):
+    """fp32 `[BLOCK_M, BLOCK_N]`: the bias of a tile in units of log 2; `[BLOCK_N, BLOCK_M]` if BY_KEYS.
+
+    Where indices are positions, the distance of a pair is that of the tile's first pair plus the difference of two
+    offsets. So addresses differ by constants, and the distance is limited once for the whole tile.
+
+    Args:
+        queries, keys: TilePositions.
+    """
+    of_head_ptr = bias.weights + head * bias.num_entries
+    if bias.begins is None and bias.positions_q is None and bias.positions_k is None:
+        BLOCK_M: tl.constexpr = queries.offset.shape[0]
+        BLOCK_N: tl.constexpr = keys.offset.shape[0]
+        distance = tl.maximum(keys.start - queries.start, -bias.max_distance - BLOCK_N)
+        distance = tl.minimum(distance, bias.max_distance + BLOCK_M)
+        first_pair_ptr = of_head_ptr + (bias.max_distance + MARGIN) + distance
+        offset_q, offset_k = queries.offset.to(tl.int64), keys.offset.to(tl.int64)
+        if BY_KEYS:
+            return _load_each((first_pair_ptr + offset_k)[:, None] - offset_q[None, :])
+        else:
+            return _load_each((first_pair_ptr - offset_q)[:, None] + offset_k[None, :])
+    elif BY_KEYS:
+        distance = keys.position[:, None] - queries.position[None, :]
+        return _load_each(of_head_ptr + entry_of(bias, distance))
     else:
-        tile = _looked_up_tile(bias, head, queries.position, keys.position)
-    return tile * LOG2_E
+        distance = keys.position[None, :] - queries.position[:, None]
+        return _load_each(of_head_ptr + entry_of(bias, distance))
 
 
 @triton.jit
-def near_bias_tile(bias, head, position_q, position_k):
-    """`bias_tile` for tiles near the diagonal: always by a look-up for each pair."""
-    return LOG2_E * _looked_up_tile(bias, head, position_q, position_k)
+def entry_of(bias, distance):
+    """int32, in the shape of `distance`: its entry in `weights` and `buckets`."""
+    if bias.begins is None:
+        nearest = tl.minimum(tl.maximum(distance, -bias.max_distance), bias.max_distance)
+        return nearest + (bias.max_distance + MARGIN)
+    else:  # the last range that does not begin after it
+        entry = tl.zeros_like(distance)
+        step = bias.num_entries // 2
+        while step > 0:
+            begins = tl.load(bias.begins + entry + step)
+            entry = tl.where(begins <= distance, entry + step, entry)
+            step = step // 2
+        return entry
 
 
 @triton.jit
-def _looked_up_tile(bias, head, position_q, position_k):
-    """fp32 `[BLOCK_M, BLOCK_N]`: `bias_table[bucket(position_k[j] - position_q[i]), head]`."""
-    bucket = bucket_tile(bias, position_q, position_k)
-    return tl.load(bias.table + head * bias.stride_head + bucket * bias.stride_bucket).to(tl.float32)
+def bucket_tile(bias, queries, keys):
+    """int32 `[BLOCK_M, BLOCK_N]`: the buckets of a tile, from its TilePositions."""
+    distance = keys.position[None, :] - queries.position[:, None]
+    return tl.load(bias.buckets + entry_of(bias, distance))
+
+
+@triton.jit
+def _load_each(pointers):
+    """fp32: what `pointers` point at, each loaded by the thread that adds it to a score.
+
+    An ordinary load would be moved to a layout in which neighbouring threads have neighbouring columns. There the whole
+    tile of scores would have to follow, through shared memory, and the softmax would be computed in both layouts.
+    Nothing writes to the tensor while the kernel runs.
+    """
+    if _INTERPRETED:
+        return tl.load(pointers)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )

@@ -241,15 +241,16 @@ def load_lse(lse_ptr, row, exists):
 
 @triton.jit
 def visible_tile(query, key, num_queries, num_keys, CAUSAL: tl.constexpr):
-    """bool `[BLOCK_M, BLOCK_N]`: both exist and, if causal, `key <= query + num_keys - num_queries`.
+    """bool `[BLOCK_M, BLOCK_N]`: the key exists and, if causal, `key <= query + num_keys - num_queries`.
 
-    Aligned bottom-right: the last query sees every key. By index in the packed sequence, whatever the positions.
+    Aligned bottom-right: the last query sees every key. By index in the packed sequence, whatever the positions. What
+    it says of queries past the end has no meaning: their rows are never stored, and add nothing to sums over queries.
 
     Args:
         query, key: [BLOCK_M] and [BLOCK_N], indices in the sequence.
         num_queries, num_keys: lengths of the sequence, scalars, or [BLOCK_M] and [BLOCK_N] in the slots kernel.
     """
-    visible = (query < num_queries)[:, None] & (key < num_keys)[None, :]
+    visible = tl.broadcast_to((key < num_keys)[None, :], query.shape[0], key.shape[0])
     if CAUSAL:
         visible = visible & (key[None, :] <= query[:, None] + (num_keys - num_queries))
     return visible

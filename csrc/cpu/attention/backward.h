@@ -41,7 +41,7 @@ struct BackwardScratch {
   ScoreTile<V> weights;       // [queries of a tile, keys of a block]: S, then P D
   ScoreTile<V> dscores;       // [queries of a tile, keys of a block]: dP, then dS
   BiasScratch<V> bias;
-  scalar* dropout;  // [keys of a block]: D of one query
+  DropoutFactors<scalar> dropout;
   int64_t bytes;
 
   BackwardScratch(const AttentionProblem& problem, char* base) {
@@ -62,7 +62,7 @@ struct BackwardScratch {
     weights.data = scratch.take<scalar>(num_queries * weights.row);
     dscores.data = scratch.take<scalar>(num_queries * dscores.row);
     bias = BiasScratch<V>::take(scratch, problem, num_queries, num_keys);
-    dropout = scratch.take<scalar>(round_up(num_keys, kKeysPerPhiloxCall));
+    dropout = DropoutFactors<scalar>::take(scratch, problem, num_keys);
     bytes = scratch.size();
   }
 };
@@ -140,13 +140,11 @@ void backward_tile(
   }
   for (int64_t i = 0; i < tile.num_queries(); ++i) {
     const int64_t query = tile.start_query + i;
-    if (problem.dropout.is_active) {
-      dropout_factors(problem, tile, query, scratch.dropout);
-    }
+    const scalar* factors = problem.dropout.is_active ? scratch.dropout.of_query(problem, tile, i) : nullptr;
     const bool sees_a_key = lse[i] != -__builtin_inf();
     backward_row<V>(
         scratch.weights[i], scratch.dscores[i], sees_a_key ? visible_keys(problem, tile, query) : 0, tile.num_keys(),
-        lse[i], scratch.delta[i], problem.dropout.is_active ? scratch.dropout : nullptr, with_dscores);
+        lse[i], scratch.delta[i], factors, with_dscores);
   }
 
   if (pass.dv.data != nullptr) {

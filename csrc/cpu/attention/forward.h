@@ -37,7 +37,7 @@ struct ForwardScratch {
   BiasScratch<V> bias;
   scalar* row_weights;  // [queries of a tile]: 1 / l for queries that count, else 0
   scalar* centrality;   // [keys of a block]
-  scalar* dropout;      // [keys of a block]: D of one query
+  DropoutFactors<scalar> dropout;
   int64_t bytes;
 
   ForwardScratch(const AttentionProblem& problem, char* base) {
@@ -57,7 +57,7 @@ struct ForwardScratch {
     bias = BiasScratch<V>::take(scratch, problem, num_tile_queries, num_keys);
     row_weights = scratch.take<scalar>(kQueriesPerTile);
     centrality = scratch.take<scalar>(num_keys + V::width);
-    dropout = scratch.take<scalar>(round_up(num_keys, kKeysPerPhiloxCall));
+    dropout = DropoutFactors<scalar>::take(scratch, problem, num_keys);
     bytes = scratch.size();
   }
 };
@@ -128,9 +128,9 @@ void forward_tile(const ForwardPass& pass, const TilePlace& tile, int64_t start_
   }
   if (problem.dropout.is_active) {
     for (int64_t i = 0; i < tile.num_queries(); ++i) {
-      dropout_factors(problem, tile, tile.start_query + i, scratch.dropout);
+      const typename V::scalar* factors = scratch.dropout.of_query(problem, tile, i);
       for (int64_t j = 0; j < tile.num_keys(); ++j) {
-        scratch.scores[i][j] *= scratch.dropout[j];
+        scratch.scores[i][j] *= factors[j];
       }
     }
   }

@@ -298,7 +298,7 @@ def packed_attention(
             positions_k None in self-attention: positions_q.
         centrality_query_mask: which queries count in the centrality; the attention itself ignores it. None: all.
         dropout_p: probability of dropping an attention weight, in [0, 1).
-        dropout_seed: int64 `[1]` on the device, from which Philox4x32-10 draws the same mask in every backend. None:
+        dropout_seed: int64 `[1]` on the device, from which Philox4x32-7 draws the same mask in every backend. None:
             drawn with torch.randint.
         return_lse, return_centrality: return an AttentionOutput that has these parts beside `out`.
 
