@@ -305,16 +305,27 @@ def _chunk(launch: Launch, workload: CrossEntropy) -> Execution:
 
 
 def _importance(launch: Launch, workload: Prune) -> Execution:
-    columns = launch.arguments["COLUMNS"]
-    return Execution(
-        launch.grid[0], {"stamp_token_importance_kernel.start": _tiles(launch.arguments["WIDTH"], columns)}
-    )
+    return Execution(launch.grid[0], {"importance_of_rows.start": _column_rounds(launch)})
+
+
+def _column_rounds(launch: Launch) -> int:
+    return _tiles(launch.arguments["WIDTH"], launch.arguments["COLUMNS"])
 
 
 def _kept_offsets(launch: Launch, workload: Prune) -> Execution:
     """One program passes over the sequences."""
     rounds = _tiles(launch.arguments["num_sequences"], launch.arguments["BLOCK"])
-    return Execution(1, {"stamp_kept_offsets_kernel.start": rounds}, dependent_rounds=rounds)
+    return Execution(1, {"write_kept_offsets.start": rounds}, dependent_rounds=rounds)
+
+
+def _importance_and_offsets(launch: Launch, workload: Prune) -> Execution:
+    """The offsets of the kept tokens in one program, the importance in the others."""
+    programs, offsets = launch.grid[0], _kept_offsets(launch, workload)
+    rounds: dict[str, Rounds] = {
+        "importance_of_rows.start": _column_rounds(launch) * (programs - 1) / programs,
+        "write_kept_offsets.start": offsets.dependent_rounds / programs,
+    }
+    return Execution(programs, rounds, dependent_rounds=offsets.dependent_rounds)
 
 
 def _select_short(launch: Launch, workload: Prune) -> Execution:
@@ -352,6 +363,7 @@ _EXECUTIONS: dict[str, Callable[[Launch, Any], Execution]] = {
     "stamp_cross_entropy_chunk_kernel": _chunk,
     "stamp_token_importance_kernel": _importance,
     "stamp_kept_offsets_kernel": _kept_offsets,
+    "stamp_prune_importance_and_offsets_kernel": _importance_and_offsets,
     "stamp_select_tokens_short_kernel": _select_short,
     "stamp_gather_rows_kernel": _gather,
 }

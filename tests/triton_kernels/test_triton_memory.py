@@ -51,6 +51,7 @@ PRUNING = {
     "stamp_token_importance_kernel",
     "stamp_protected_items_kernel",
     "stamp_kept_offsets_kernel",
+    "stamp_prune_importance_and_offsets_kernel",
     "stamp_gather_rows_kernel",
 }
 SELECTION = {"short": "stamp_select_tokens_short_kernel", "long": "stamp_select_tokens_long_kernel"}
@@ -264,6 +265,7 @@ def test_pruning(monkeypatch, accesses, name, codes_per_item, kernel):
         ((None, None, counts), 2, protect, None, batch.total + 3),
     ):
         arguments = (batch.cu_seqlens, batch.max_seqlen, *budget, min_keep, mask, codes_per_item, total_kept)
+        launcher("token_importance")(x[0], importance, batch.cu_seqlens, 1, True)
         launcher("select_tokens")(importance, *arguments)
         launcher("prune")(x, importance, of_tokens, *arguments[:2], 1, True, *arguments[2:])
     if batch.total > 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from stamp_kernels.common.budget import keep_ratio_to_q32
-from stamp_kernels.triton_kernels.pruning import configs
+from stamp_kernels.triton_kernels.pruning import configs, selection
 from stamp_kernels.triton_kernels.pruning.configs import SelectionConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,6 +88,13 @@ def test_importance_per_visible_query():
     """Sequences of up to four tokens, whose importances are multiples of 1 / 12 and differ by more than rounding."""
     batch = RaggedBatch((4, 2, 0, 3, 1, 4), tail=1)
     assert_prunes_as_the_reference(batch, per_visible_query=True, budget=(None, 2, None))
+
+
+def test_offsets_of_several_blocks_of_sequences(monkeypatch):
+    monkeypatch.setattr(selection, "_OFFSETS_BLOCK", 16)
+    batch = RaggedBatch(tuple(torch.randint(0, 9, (50,)).tolist()), tail=1)
+    assert_prunes_as_the_reference(batch)
+    assert_prunes_as_the_reference(batch, protect=torch.rand(batch.total) < 0.2)
 
 
 def test_two_runs_give_the_same_bits():

@@ -5,6 +5,8 @@
 With PER_VISIBLE_QUERY, importance_j is divided by the number of queries that see j.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,30 +16,22 @@ from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.triton_kernels.device import launch_grid
 from stamp_kernels.triton_kernels.launching import launch
 from stamp_kernels.triton_kernels.pruning.configs import importance_config
-from stamp_kernels.triton_kernels.rows import ceil_div, contiguous, power_of_two_divisor, sequence_ends
+from stamp_kernels.triton_kernels.rows import ceil_div, power_of_two_divisor, sequence_ends
 
 
-@triton.jit(do_not_specialize=["stride_row", "num_sequences", "total"])
-def stamp_token_importance_kernel(
-    importance_ptr,  # fp32 or fp64 [T]
-    hidden_ptr,  # [T, WIDTH]
-    centrality_ptr,  # fp32 or fp64 [T]
-    cu_seqlens_ptr,  # int32 [B + 1]; None: every row is a token
-    stride_row,  # of hidden
-    num_sequences,
-    total,
+@triton.jit
+def importance_of_rows(
+    block, importance_ptr, hidden_ptr, centrality_ptr, cu_seqlens_ptr, stride_row, num_sequences, total,
     WIDTH: tl.constexpr, STRIDE_DIVISOR: tl.constexpr, NORM_ORDER: tl.constexpr, PER_VISIBLE_QUERY: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The importance of ROWS rows: 0 on tail rows, which are not read.
+    """The importance of ROWS rows, those of `block`: 0 on tail rows, which are not read.
 
     COLUMNS columns of a row at a time are added to sums per column, whose sum comes at the end: the order depends only
     on the width.
-
-    Grid: [ceil(T / ROWS)].
     """
     dtype: tl.constexpr = importance_ptr.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = block * ROWS + tl.arange(0, ROWS)
     num_tokens = total
     if cu_seqlens_ptr is not None:
         num_tokens = tl.load(cu_seqlens_ptr + num_sequences)
@@ -60,30 +54,52 @@ def stamp_token_importance_kernel(
     tl.store(importance_ptr + row, tl.where(is_token, importance, 0.0), mask=row < total)
 
 
-def token_importance(
-    hidden: Tensor, centrality: Tensor, cu_seqlens: Tensor | None, norm_order: int, per_visible_query: bool
-) -> Tensor:
-    """The op `stamp::token_importance`: `[T]` in fp32 (fp64 where hidden is), 0 on tail rows. No host sync."""
+@triton.jit(do_not_specialize=["stride_row", "num_sequences", "total"])
+def stamp_token_importance_kernel(
+    importance_ptr,  # fp32 or fp64 [T]
+    hidden_ptr,  # [T, WIDTH]
+    centrality_ptr,  # fp32 or fp64 [T]
+    cu_seqlens_ptr,  # int32 [B + 1]; None: every row is a token
+    stride_row,  # of hidden
+    num_sequences,
+    total,
+    WIDTH: tl.constexpr, STRIDE_DIVISOR: tl.constexpr, NORM_ORDER: tl.constexpr, PER_VISIBLE_QUERY: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The importance of ROWS rows.
+
+    Grid: [ceil(T / ROWS)].
+    """
+    importance_of_rows(
+        tl.program_id(0), importance_ptr, hidden_ptr, centrality_ptr, cu_seqlens_ptr, stride_row, num_sequences, total,
+        WIDTH, STRIDE_DIVISOR, NORM_ORDER, PER_VISIBLE_QUERY, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+class ImportanceLaunch(NamedTuple):
+    """What a launch that computes the importance has besides the sequences.
+
+    Attributes:
+        importance: `[T]` in fp32 (fp64 where hidden is), to be written.
+        num_blocks: `importance_of_rows` is for each of these blocks.
+        arguments: of the kernel, and options of the launch.
+    """
+
+    importance: Tensor
+    num_blocks: int
+    arguments: dict[str, Any]
+
+
+def importance_launch(hidden: Tensor, centrality: Tensor, norm_order: int, per_visible_query: bool) -> ImportanceLaunch:
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    centrality, cu_seqlens = contiguous(centrality, cu_seqlens)
     total, width = hidden.shape
-    num_sequences = 0
-    if cu_seqlens is not None:
-        check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total)
-        num_sequences = cu_seqlens.shape[0] - 1
     importance = hidden.new_empty(total, dtype=compute_dtype(hidden.dtype))
-    if total == 0:
-        return importance
     config = importance_config(width, element_size=hidden.element_size())
-    launch(
-        stamp_token_importance_kernel,
-        launch_grid(ceil_div(total, config.rows)),
+    arguments = dict(
         importance_ptr=importance,
         hidden_ptr=hidden,
-        centrality_ptr=centrality,
-        cu_seqlens_ptr=cu_seqlens,
+        centrality_ptr=centrality.contiguous(),
         stride_row=hidden.stride(0),
-        num_sequences=num_sequences,
         total=total,
         WIDTH=width,
         STRIDE_DIVISOR=power_of_two_divisor(hidden.stride(0), 16),
@@ -93,4 +109,25 @@ def token_importance(
         COLUMNS=config.columns,
         num_warps=config.num_warps,
     )
+    return ImportanceLaunch(importance, ceil_div(total, config.rows), arguments)
+
+
+def token_importance(
+    hidden: Tensor, centrality: Tensor, cu_seqlens: Tensor | None, norm_order: int, per_visible_query: bool
+) -> Tensor:
+    """The op `stamp::token_importance`: `[T]` in fp32 (fp64 where hidden is), 0 on tail rows. No host sync."""
+    num_sequences = 0
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+        check_cu_seqlens_contents("cu_seqlens", cu_seqlens, hidden.shape[0])
+        num_sequences = cu_seqlens.shape[0] - 1
+    importance, num_blocks, arguments = importance_launch(hidden, centrality, norm_order, per_visible_query)
+    if num_blocks > 0:
+        launch(
+            stamp_token_importance_kernel,
+            launch_grid(num_blocks),
+            cu_seqlens_ptr=cu_seqlens,
+            num_sequences=num_sequences,
+            **arguments,
+        )
     return importance

@@ -15,7 +15,7 @@ from stamp_kernels.common.contents import (
 )
 from stamp_kernels.triton_kernels.device import launch_grid
 from stamp_kernels.triton_kernels.launching import launch
-from stamp_kernels.triton_kernels.pruning.configs import selection_config
+from stamp_kernels.triton_kernels.pruning.configs import SelectionConfig, selection_config
 from stamp_kernels.triton_kernels.pruning.selection_kernels import (
     Chosen,
     Offsets,
@@ -28,39 +28,44 @@ from stamp_kernels.triton_kernels.pruning.selection_kernels import (
 )
 from stamp_kernels.triton_kernels.rows import ceil_div, contiguous
 
+# Two rounds for 2,000 sequences. The kernel that shares its launch with the importance has 48 registers then, and ten
+# programs on a multiprocessor, which have 80 KB of loads in flight: more than memory's rate takes.
 _OFFSETS_BLOCK = 1024
 
 
+class SelectionPlan(NamedTuple):
+    """A selection of which only the importance is missing.
+
+    Attributes:
+        offsets: `offsets.kept` is to be written before `choose`, by `write_kept_offsets`.
+        arguments: of all kernels of selection.
+        offsets_block: the BLOCK of `write_kept_offsets`.
+    """
+
+    offsets: Offsets
+    protect: Tensor | None
+    config: SelectionConfig
+    is_long: bool
+    arguments: dict[str, Any]
+    offsets_block: int
+
+
 class Selected(NamedTuple):
-    """What `select` returns; kept_positions, int32 `[total_kept]`, is None unless asked for."""
+    """What `choose` returns; kept_positions, int32 `[total_kept]`, is None unless asked for."""
 
     indices: Tensor
-    cu_seqlens: Tensor
     inverse: Tensor
     kept_positions: Tensor | None
 
 
-def select(
-    importance: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    budget: BudgetArguments,
-    *,
-    positions: Tensor | None = None,
-    with_positions: bool = False,
-) -> Selected:
-    """`select_tokens`, and with `with_positions` the positions of the kept tokens.
+def plan_selection(total: int, cu_seqlens: Tensor, max_seqlen: int, budget: BudgetArguments) -> SelectionPlan:
+    """What selection allocates and computes before the importance is known. One launch with `protect`, else none.
 
-    Two launches, three with `protect`. No host sync; allocations depend only on shapes and `total_kept`.
-
-    Args:
-        positions: int32 `[T]`; None: a token's index in its sequence.
+    No host sync; allocations depend only on shapes and `total_kept`.
     """
-    importance, cu_seqlens, keep_counts, protect, positions = contiguous(
-        importance, cu_seqlens, budget.keep_counts, budget.protect, positions
-    )
+    cu_seqlens, keep_counts, protect = contiguous(cu_seqlens, budget.keep_counts, budget.protect)
     codes_per_item, total_kept = budget.codes_per_item, budget.total_kept
-    total, num_sequences = importance.shape[0], cu_seqlens.shape[0] - 1
+    num_sequences = cu_seqlens.shape[0] - 1
     contents_checked = contents_are_checked(cu_seqlens.device)
     if contents_checked:
         check_cu_seqlens_contents("cu_seqlens", cu_seqlens, total, max_seqlen)
@@ -68,13 +73,12 @@ def select(
         if keep_counts is not None:
             check_keep_counts(keep_counts)
     config, is_long = selection_config(max_seqlen // codes_per_item)
-    grid = launch_grid(max(1, ceil_div(num_sequences, config.sequences)))
     num_protected = None
     if protect is not None:
         num_protected = cu_seqlens.new_empty(num_sequences)
         launch(
             stamp_protected_items_kernel,
-            grid,
+            _selection_grid(num_sequences, config),
             num_protected_ptr=num_protected,
             protect_ptr=protect,
             cu_seqlens_ptr=cu_seqlens,
@@ -92,7 +96,7 @@ def select(
         if int(kept.sum()) > total_kept:
             raise RuntimeError(f"total_kept is {total_kept}, but the sequences keep {int(kept.sum())} tokens")
     offsets = Offsets(source=cu_seqlens, kept=torch.empty_like(cu_seqlens))
-    arguments: dict[str, Any] = dict(
+    arguments = dict(
         offsets=offsets,
         counts=SequenceCounts(num_protected, keep_counts),
         budget=budget.ratio_q32 if budget.ratio_q32 is not None else budget.keep_count or 0,
@@ -102,14 +106,28 @@ def select(
         BUDGET_IS_RATIO=budget.ratio_q32 is not None,
         CODES_PER_ITEM=codes_per_item,
     )
-    launch(stamp_kept_offsets_kernel, launch_grid(1), **arguments, BLOCK=_OFFSETS_BLOCK, num_warps=4)
+    return SelectionPlan(offsets, protect, config, is_long, arguments, _OFFSETS_BLOCK)
+
+
+def choose(
+    plan: SelectionPlan, importance: Tensor, *, positions: Tensor | None = None, with_positions: bool = False
+) -> Selected:
+    """The tokens that stay, and with `with_positions` their positions. One launch; no host sync.
+
+    Args:
+        importance: `[T]`, contiguous.
+        positions: int32 `[T]`, contiguous; None: a token's index in its sequence.
+    """
+    total, total_kept = importance.shape[0], plan.arguments["total_kept"]
+    cu_seqlens, config = plan.offsets.source, plan.config
     out = Chosen(
         indices=importance.new_empty(total_kept, dtype=torch.int64),
         inverse=cu_seqlens.new_empty(total),
         positions=cu_seqlens.new_empty(total_kept) if with_positions else None,
     )
-    arguments |= dict(out=out, tokens=Tokens(importance, protect, positions), total=total)
-    if is_long:
+    grid = _selection_grid(plan.arguments["num_sequences"], config)
+    arguments = plan.arguments | dict(out=out, tokens=Tokens(importance, plan.protect, positions), total=total)
+    if plan.is_long:
         # Without maxnreg ptxas stops at 80 registers on sm_80, for a third program on a processor, and spills 8 bytes.
         launch(
             stamp_select_tokens_long_kernel,
@@ -128,7 +146,11 @@ def select(
             ITEMS=config.items,
             num_warps=config.num_warps,
         )
-    return Selected(out.indices, offsets.kept, out.inverse, out.positions)
+    return Selected(out.indices, out.inverse, out.positions)
+
+
+def _selection_grid(num_sequences: int, config: SelectionConfig) -> tuple[int, int, int]:
+    return launch_grid(max(1, ceil_div(num_sequences, config.sequences)))
 
 
 def select_tokens(
@@ -137,6 +159,12 @@ def select_tokens(
     max_seqlen: int,
     budget: BudgetArguments,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens."""
-    selected = select(importance, cu_seqlens, max_seqlen, budget)
-    return selected.indices, selected.cu_seqlens, selected.inverse
+    """The op `stamp::select_tokens`: (indices [total_kept], cu_seqlens [B + 1], inverse [T]) of the kept tokens.
+
+    Two launches, three with `protect`.
+    """
+    importance = importance.contiguous()
+    plan = plan_selection(importance.shape[0], cu_seqlens, max_seqlen, budget)
+    launch(stamp_kept_offsets_kernel, launch_grid(1), **plan.arguments, BLOCK=plan.offsets_block, num_warps=4)
+    selected = choose(plan, importance)
+    return selected.indices, plan.offsets.kept, selected.inverse

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 # No kernel is compiled again for other values of these.
-_VARYING = ["budget", "min_keep", "num_sequences", "total", "total_kept"]
+VARYING = ["budget", "min_keep", "num_sequences", "total", "total_kept"]
 
 
 class Chosen(NamedTuple):
@@ -139,7 +139,7 @@ def kept_items(counts, num_items, sequence, exists, budget, min_keep, BUDGET_IS_
     return num_protected + tl.minimum(unprotected, tl.maximum(wanted, min_keep)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def stamp_protected_items_kernel(
     num_protected_ptr,  # int32 [B]
     protect_ptr,  # bool [T]
@@ -167,23 +167,14 @@ def stamp_protected_items_kernel(
     tl.store(num_protected_ptr + sequence, num_protected, mask=exists)
 
 
-@triton.jit(do_not_specialize=_VARYING)
-def stamp_kept_offsets_kernel(
-    offsets: Offsets,
-    counts: SequenceCounts,
-    budget: tl.int64,
-    min_keep: tl.int64,
-    num_sequences,
-    total_kept,
-    BUDGET_IS_RATIO: tl.constexpr,
-    CODES_PER_ITEM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+@triton.jit
+def write_kept_offsets(
+    offsets, counts, budget, min_keep, num_sequences, total_kept,
+    BUDGET_IS_RATIO: tl.constexpr, CODES_PER_ITEM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Where the kept tokens of each sequence begin: `min(total_kept, kept tokens of the sequences before)`.
 
-    The one program passes over the sequences, BLOCK at a time, and carries the sum along.
-
-    Grid: [1].
+    One program passes over the sequences, BLOCK at a time, and carries the sum along.
     """
     tl.store(offsets.kept, 0)
     kept_before = 0
@@ -197,6 +188,27 @@ def stamp_kept_offsets_kernel(
         kept_until = tl.minimum(kept_before + tl.cumsum(kept, axis=0), total_kept)
         tl.store(offsets.kept + sequence + 1, kept_until, mask=exists)
         kept_before += tl.sum(kept, axis=0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def stamp_kept_offsets_kernel(
+    offsets: Offsets,
+    counts: SequenceCounts,
+    budget: tl.int64,
+    min_keep: tl.int64,
+    num_sequences,
+    total_kept,
+    BUDGET_IS_RATIO: tl.constexpr,
+    CODES_PER_ITEM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where the kept tokens of each sequence begin.
+
+    Grid: [1].
+    """
+    write_kept_offsets(
+        offsets, counts, budget, min_keep, num_sequences, total_kept, BUDGET_IS_RATIO, CODES_PER_ITEM, BLOCK
+    )
 
 
 # Which
@@ -259,7 +271,7 @@ def fill_tails(out, offsets, num_sequences, total, total_kept, BLOCK: tl.constex
         tl.store(out.inverse + row + lane, tl.full([BLOCK], -1, tl.int32), mask=row + lane < total)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def stamp_select_tokens_short_kernel(
     out: Chosen,
     tokens: Tokens,
@@ -319,7 +331,7 @@ def stamp_select_tokens_short_kernel(
     fill_tails(out, offsets, num_sequences, total, total_kept, SEQUENCES * ITEMS)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def stamp_select_tokens_long_kernel(
     out: Chosen,
     tokens: Tokens,
