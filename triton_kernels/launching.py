@@ -80,8 +80,8 @@ class _Call:
     Attributes:
         values: selects the arguments in the order of the kernel's parameters.
         constexprs, others, options: select the arguments that are constexprs, the others of the kernel, and options.
-        forms: by the types of `others` and of their members, which are those of tuples instead of the tuples. None:
-            Triton must know.
+        forms: by the types of `others`, the lengths of plain tuples among them, and the types of the members, which
+            are those of tuples instead of the tuples. None: Triton must know.
     """
 
     def __init__(self, kernel: JITFunction, names: Sequence[str]) -> None:
@@ -92,15 +92,13 @@ class _Call:
         self.constexprs = _selection([parameter.name for parameter in kernel.params if parameter.is_constexpr])
         self.others = _selection([parameter.name for parameter in self.others_parameters])
         self.options = _selection([name for name in names if name not in parameters])
-        self.forms: dict[tuple[type, ...], _Form | None] = {}
+        self.forms: dict[tuple[type | int, ...], _Form | None] = {}
 
-    def add_form(self, others: Sequence[Any], types: tuple[type, ...]) -> _Form | None:
+    def add_form(self, others: Sequence[Any], types: tuple[type | int, ...]) -> _Form | None:
         pointers, ints, specialised = [], [], []
         position = 0
         for parameter, value in zip(self.others_parameters, others, strict=True):
             is_tuple = isinstance(value, tuple)
-            if is_tuple and not hasattr(value, "_fields"):  # the type does not say how many members it has
-                return self.forms.setdefault(types, None)
             for member in value if is_tuple else (value,):
                 if isinstance(member, Tensor | TensorWrapper):
                     pointers.append(position)
@@ -157,12 +155,15 @@ def launch(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
         call = _CALLS.setdefault((id(kernel), names), _Call(kernel, names))
     others = call.others(arguments)
     members: list[Any] = []
+    lengths = []
     for value in others:
         if isinstance(value, tuple):
             members += value
+            if type(value) is tuple:  # the type of others, NamedTuples, says how many members they have
+                lengths.append(len(value))
         else:
             members.append(value)
-    types = (*map(type, others), *map(type, members))
+    types = (*map(type, others), *lengths, *map(type, members))
     form = call.forms.get(types)
     if form is None:
         form = None if types in call.forms else call.add_form(others, types)

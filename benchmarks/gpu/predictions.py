@@ -290,7 +290,12 @@ def _tile(launch: Launch) -> str:
     """The sizes of blocks among a launch's constants."""
     tile = launch.arguments.get("tile")
     sizes = launch.arguments if tile is None else tile._asdict()
-    return "x".join(str(sizes[name]) for name in _TILE_SIZES if name in sizes)
+    return "x".join(_text(sizes[name]) for name in _TILE_SIZES if name in sizes)
+
+
+def _text(size: int | tuple[int, ...]) -> str:
+    """A tuple has the size for each of several tensors."""
+    return "+".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 _TILE_SIZES = (

@@ -335,9 +335,10 @@ def _select_short(launch: Launch, workload: Prune) -> Execution:
 
 def _gather(launch: Launch, workload: Prune | Gather) -> Execution:
     """Reads as many rows as it writes at most, and fewer where the map has -1."""
-    y, x = launch.arguments["y_ptr"].base, launch.arguments["x_ptr"].base  # reinterpreted as integers
-    row_map = launch.arguments["row_map_ptr"]
-    return Execution(prod(launch.grid), num_bytes=y.nbytes + min(x.nbytes, y.nbytes) + row_map.nbytes)
+    num_bytes = launch.arguments["row_map_ptr"].nbytes
+    for y, x in zip(launch.arguments["y"], launch.arguments["x"], strict=True):  # reinterpreted as integers
+        num_bytes += y.base.nbytes + min(x.base.nbytes, y.base.nbytes)
+    return Execution(prod(launch.grid), num_bytes=num_bytes)
 
 
 def _without_loops(launch: Launch, workload: Workload) -> Execution:

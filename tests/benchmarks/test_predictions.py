@@ -124,9 +124,17 @@ def test_rounds_of_the_cross_entropy():
 def test_gather_reads_only_rows_that_it_writes():
     x, y = torch.empty(3000, 64, device="meta"), torch.empty(1000, 64, device="meta")
     row_map = torch.empty(1000, dtype=torch.int64, device="meta")
-    arguments = dict(x_ptr=SimpleNamespace(base=x), y_ptr=SimpleNamespace(base=y), row_map_ptr=row_map)
+    arguments = dict(x=(SimpleNamespace(base=x),) * 2, y=(SimpleNamespace(base=y),) * 2, row_map_ptr=row_map)
     found = execution(launch("stamp_gather_rows_kernel", (32, 1, 1), **arguments), Gather("made", rows=3000))
-    assert found == Execution(32, num_bytes=2 * 1000 * 64 * 4 + 8000)
+    assert found == Execution(32, num_bytes=2 * 2 * 1000 * 64 * 4 + 8000)
+
+
+def test_offsets_share_the_launch_of_the_importance():
+    """4 programs for the importance, of three rounds each; one for the offsets, of two rounds."""
+    arguments = dict(WIDTH=3000, COLUMNS=1024, num_sequences=1500, BLOCK=1024)
+    found = execution(launch("stamp_prune_importance_and_offsets_kernel", (5, 1, 1), **arguments), TIMED[0])
+    assert found.programs == 5 and found.dependent_rounds == 2
+    assert found.rounds == {"importance_of_rows.start": 3 * 4 / 5, "write_kept_offsets.start": 2 / 5}
 
 
 @pytest.mark.parametrize("name", ["stamp_new_kernel", "stamp_attention_fwd_general_kernel"])

@@ -34,7 +34,9 @@ class Tile(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["count", "source"])
-def kernel(out, source: Rows, optional, count, size, scale, flag, tile: tl.constexpr, BLOCK: tl.constexpr):
+def kernel(
+    out, source: Rows, optional, count, size, several, more, scale, flag, tile: tl.constexpr, BLOCK: tl.constexpr
+):
     """Reads every argument in some way; what it computes has no meaning."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(source.ptr + i * source.stride, mask=i < count, other=0.0) * scale + size
@@ -42,6 +44,10 @@ def kernel(out, source: Rows, optional, count, size, scale, flag, tile: tl.const
         x += source.start
     if optional is not None:
         x += tl.load(optional + i)
+    for j in tl.static_range(len(several)):
+        x += tl.load(several[j] + i)
+    for j in tl.static_range(len(more)):
+        x += tl.load(more[j] + i)
     if flag:
         x += tile.rows
     tl.store(out + i, x)
@@ -49,8 +55,8 @@ def kernel(out, source: Rows, optional, count, size, scale, flag, tile: tl.const
 
 MEMORY = torch.zeros(256, dtype=torch.float32)
 BASE: dict[str, Any] = dict(
-    out=MEMORY, source=Rows(MEMORY, 16, None), optional=MEMORY, count=5, size=3, scale=0.5, flag=True,
-    tile=Tile(4, True), BLOCK=16, num_warps=4, num_stages=1, maxnreg=None,
+    out=MEMORY, source=Rows(MEMORY, 16, None), optional=MEMORY, count=5, size=3, several=(MEMORY,), more=(MEMORY,),
+    scale=0.5, flag=True, tile=Tile(4, True), BLOCK=16, num_warps=4, num_stages=1, maxnreg=None,
 )  # fmt: skip
 INTS = (-1, 0, 1, 3, 16, 17, INT32 - 1, INT32, -INT32, -INT32 - 1, 2 * INT32 + 16, INT64 - 16, INT64)
 TENSORS = (MEMORY[4:], MEMORY[1:], MEMORY[2:], MEMORY.half()[8:], MEMORY.half()[1:], MEMORY.bfloat16())
@@ -62,6 +68,8 @@ CHANGES = {
         *(Rows(MEMORY, 16, start) for start in (*INTS, True, 2.0)),
     ),
     "optional": (None, *TENSORS),
+    "several": ((), (MEMORY, MEMORY), (MEMORY, MEMORY, MEMORY), *((x,) for x in TENSORS), ((MEMORY,),)),
+    "more": ((), (MEMORY, MEMORY), (MEMORY, MEMORY[1:]), (triton.reinterpret(MEMORY, torch.int32),)),
     "count": (*INTS, True, 2.0),
     "size": (*INTS, True, 3.0),
     "scale": (1.0, 1, 16, 2),

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import stamp_kernels.reference.pruning as reference
 import stamp_kernels.triton_kernels.pruning.gather as kernels
-from stamp_kernels.triton_kernels.pruning.configs import gather_config
+from stamp_kernels.triton_kernels.pruning.configs import MAX_TENSORS, RowMemory, gather_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -67,6 +67,13 @@ def test_more_rows_than_a_program_moves():
     assert_gathers_as_the_reference([torch.randn(700, 2), torch.randn(700, 40)], row_map(700, 600, torch.int32))
 
 
+@pytest.mark.parametrize("num_tensors", [1, MAX_TENSORS, MAX_TENSORS + 1])
+def test_any_number_of_tensors(num_tensors):
+    """Some of them empty, and of widths that take several columns of programs."""
+    x = [torch.randn(12, *shape) for shape in ((3000,), (), (0,), (5,), (7, 3), (1,), (2048,))[:num_tensors]]
+    assert_gathers_as_the_reference([*x, torch.zeros(12, 0)], row_map(12, 9, torch.int64))
+
+
 @both_maps
 @pytest.mark.parametrize(("rows", "num_rows"), [(0, 0), (0, 5), (5, 0), (1, 1)])
 def test_without_rows(rows, num_rows, map_dtype):
@@ -97,9 +104,16 @@ def test_rows_outside_the_map_are_not_read():
     ],
 )
 def test_widest_access(row_bytes, stride_bytes, address, element_size, divisor):
-    config = gather_config(row_bytes, stride_bytes, address)
-    assert (config.element_size, config.stride_divisor) == (element_size, divisor)
-    assert config.width * element_size == row_bytes and config.stride * element_size == stride_bytes
+    config = gather_config((RowMemory(row_bytes, stride_bytes, address),))
+    assert (config.element_sizes, config.stride_divisors) == ((element_size,), (divisor,))
+    assert config.widths[0] * element_size == row_bytes and config.strides[0] * element_size == stride_bytes
+
+
+def test_widest_tensor_limits_the_rows():
+    wide, narrow = RowMemory(2048, 2048, 0), RowMemory(8, 8, 0)
+    assert gather_config((narrow,)).rows == 256
+    assert gather_config((wide,)).rows == gather_config((wide, narrow)).rows == 4
+    assert gather_config((narrow, wide)).widths == (1, 256)
 
 
 @pytest.mark.parametrize(

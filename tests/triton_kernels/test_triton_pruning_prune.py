@@ -10,6 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from guarded import checked_accesses
+
 from stamp_kernels.common.budget import keep_ratio_to_q32
 from stamp_kernels.triton_kernels.pruning import configs, selection
 from stamp_kernels.triton_kernels.pruning.configs import SelectionConfig
@@ -95,6 +97,15 @@ def test_offsets_of_several_blocks_of_sequences(monkeypatch):
     batch = RaggedBatch(tuple(torch.randint(0, 9, (50,)).tolist()), tail=1)
     assert_prunes_as_the_reference(batch)
     assert_prunes_as_the_reference(batch, protect=torch.rand(batch.total) < 0.2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
+@pytest.mark.parametrize("protect", [False, True])
+def test_number_of_launches(protect):
+    batch = BATCHES["ragged"]
+    with checked_accesses() as launches:
+        assert_prunes_as_the_reference(batch, protect=torch.rand(batch.total) < 0.2 if protect else None)
+    assert launches.total() == (4 if protect else 3), launches
 
 
 def test_two_runs_give_the_same_bits():

@@ -22,15 +22,34 @@ class SelectionConfig(NamedTuple):
     num_warps: int
 
 
-class GatherConfig(NamedTuple):
-    """How rows are moved: as integers of `element_size` bytes, `width` of them in a row."""
+class RowMemory(NamedTuple):
+    """Where the rows of one tensor are, in bytes.
 
-    element_size: int
-    width: int
+    Attributes:
+        row: the length of a row.
+        stride: from one source row to the next.
+        alignment: an address that is aligned like the first rows of source and result.
+    """
+
+    row: int
     stride: int
-    stride_divisor: int
+    alignment: int
+
+
+class GatherConfig(NamedTuple):
+    """How a program moves `rows` rows of several tensors.
+
+    The rest is for each tensor: its rows are moved as integers of `element_sizes` bytes, `widths` of them in a row,
+    `columns` of them at a time. From one source row to the next there are `strides` integers, a multiple of
+    `stride_divisors`.
+    """
+
     rows: int
-    columns: int
+    element_sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+    columns: tuple[int, ...]
+    strides: tuple[int, ...]
+    stride_divisors: tuple[int, ...]
 
 
 # By the number of items of the longest sequence. A thread has at most 8 keys, so that they stay in registers. Up to 256
@@ -45,9 +64,13 @@ SELECTION_CONFIGS = (
 # Where the longest sequence has more items than any of these.
 LONG_SELECTION_CONFIG = SelectionConfig(sequences=1, items=2048, num_warps=8)
 
-# A program has four warps, and each thread four accesses of 16 bytes. More than 256 rows would only help narrow rows.
+# A program has four warps, and each thread four accesses of 16 bytes, or 16 accesses of what is not so wide. More than
+# 256 rows would only help narrow rows.
 _GATHER_BYTES = 4 * 32 * 4 * 16
+_GATHER_ELEMENTS = 4 * 32 * 16
 _MAX_GATHER_ROWS = 256
+# Every tensor of a launch takes registers of its own.
+MAX_TENSORS = 4
 
 
 @functools.lru_cache(maxsize=1024)
@@ -66,11 +89,17 @@ def selection_config(max_items: int) -> tuple[SelectionConfig, bool]:
     return LONG_SELECTION_CONFIG, True
 
 
-def gather_config(row_bytes: int, stride_bytes: int, address: int) -> GatherConfig:
-    """The widest access that the length of a row, the row stride and the address of the first row are aligned to."""
-    alignment = power_of_two_divisor(row_bytes | stride_bytes | address, 16)
-    element_size = min(8, alignment)
-    width = row_bytes // element_size
-    columns = min(next_power_of_2(width), _GATHER_BYTES // element_size)
-    rows = min(_MAX_GATHER_ROWS, _GATHER_BYTES // (columns * element_size))
-    return GatherConfig(element_size, width, stride_bytes // element_size, alignment // element_size, rows, columns)
+@functools.lru_cache(maxsize=1024)
+def gather_config(tensors: tuple[RowMemory, ...]) -> GatherConfig:
+    """The widest accesses that the rows of each tensor are aligned to."""
+    rows = _MAX_GATHER_ROWS
+    of_tensors = []
+    for row, stride, address in tensors:
+        alignment = power_of_two_divisor(row | stride | address, 16)
+        element_size = min(8, alignment)
+        width = row // element_size
+        elements = min(_GATHER_BYTES // element_size, _GATHER_ELEMENTS)
+        columns = min(next_power_of_2(width), elements)
+        rows = min(rows, elements // columns)
+        of_tensors.append((element_size, width, columns, stride // element_size, alignment // element_size))
+    return GatherConfig(rows, *zip(*of_tensors, strict=True))

@@ -1,10 +1,10 @@
 """Pruning: importance, selection and gather in one op, from a block's hidden states and centrality to the kept rows.
 
-With `protect` the protected items are counted first. Then come:
+With `protect` the protected items are counted first. Then there are three launches:
 
-1. one launch for the importance, and in one program more for the offsets of the kept tokens, which do not depend on it;
-2. one launch for the selection, which also writes the positions;
-3. a gather for each tensor.
+1. the importance, and in one program more the offsets of the kept tokens, which do not depend on it;
+2. the selection, which also writes the positions;
+3. the gather of all tensors.
 """
 
 import triton
@@ -79,5 +79,5 @@ def prune(
     )
     positions = None if positions is None else positions.contiguous()
     selected = choose(plan, importance, positions=positions, with_positions=True)
-    rows = [gather_rows(tensor, selected.indices) for tensor in x]
+    rows = gather_rows(x, selected.indices)
     return rows, selected.kept_positions, selected.indices, plan.offsets.kept, selected.inverse
