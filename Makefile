@@ -35,7 +35,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
 
-install: $(INSTALLED) ## .venv with everything, both compiled libraries built in place
+install: $(INSTALLED) ## .venv with everything, the compiled library built in place
 
 # torch first, so that pip chooses no other build of it. recbole without its dependencies, for its MovieLens-100K file.
 $(INSTALLED): $(SOURCES)
@@ -54,13 +54,13 @@ test: install ## all tests
 lint: install ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 	$(BIN)/mypy
 
 format: install ## rewrite the sources in the committed style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
 
 # Cases depend on the seed alone.
 fuzz: install ## random calls of everything against float64 oracles: MINUTES=3 SEED=0

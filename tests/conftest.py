@@ -14,7 +14,6 @@ from devices import CAPABILITIES
 
 from stamp_kernels._backend import use_backend
 from stamp_kernels.ops._capability import use_capability
-from stamp_kernels.ops._library import served_by
 
 hypothesis.settings.register_profile("stamp", deadline=None, max_examples=30, derandomize=True)
 hypothesis.settings.load_profile("stamp")
@@ -46,31 +45,6 @@ def capability(request):
         yield request.param
 
 
-# The compiled CUDA library replaces the Triton kernels that these files test. Where it serves, only the first case of
-# each file runs compiled: together the files would compile 424 specialisations that nobody launches there, not 14.
-REPLACED_ON_A_GPU = {
-    "test_triton_pruning_gather.py": "test_rows_of_any_width",
-    "test_triton_pruning_importance.py": "test_named_batches",
-    "test_triton_pruning_prune.py": "test_named_batches",
-    "test_triton_pruning_selection.py": "test_named_batches",
-}
-
-
-def all_but_one_of_each_replaced(items):
-    """The items in these files except the first case of each file's test."""
-    kept = set()
-    left = []
-    for item in items:
-        file = item.path.name
-        if file not in REPLACED_ON_A_GPU:
-            continue
-        if file not in kept and item.originalname == REPLACED_ON_A_GPU[file]:
-            kept.add(file)
-        else:
-            left.append(item)
-    return left
-
-
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
@@ -79,9 +53,6 @@ def pytest_collection_modifyitems(items):
             if "gpu" in item.keywords:
                 item.add_marker(skip)
         return
-    of_triton = [item for item in items if item.path.parent.name == "triton_kernels"]
-    for item in of_triton:  # interpreted elsewhere, compiled here
-        item.add_marker(pytest.mark.gpu)
-    if served_by("CUDA")["prune"] == "compiled":
-        for item in all_but_one_of_each_replaced(of_triton):
-            item.add_marker(pytest.mark.skip(reason="interpreted elsewhere: the compiled CUDA library serves it"))
+    for item in items:
+        if item.path.parent.name == "triton_kernels":  # interpreted elsewhere, compiled here
+            item.add_marker(pytest.mark.gpu)

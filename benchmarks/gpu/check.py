@@ -16,7 +16,7 @@ from arithmetic. A whole stage ends after 200 or 240 seconds, whatever its parts
     stage  part          expected  limit  where the time goes
     1      environment         12     25  Python and torch start twice, 4 s each; CUDA starts
     1      warm                15     45  153 recordings: 8 s on two cores with everything in Triton's cache
-    1      correctness         45     70  4 s to start; 99 cases, 0.4 s each: up to six runs, a reference, a graph
+    1      correctness         37     70  4 s to start; 81 cases, 0.4 s each: up to six runs, a reference, a graph
     1      sanitizer           20     40  torch starts under two tools at once
     1      timings             75     90  7 s to start; 29 workloads and 36 peers, 1 s each for two graphs
     2      environment         12     25

@@ -8,8 +8,6 @@ For each workload of CHECKED, in bf16, then fp16, then fp32:
   no NaN, even if the memory that the op allocates holds NaN;
 - a second run gives the same bits;
 - in bf16, a CUDA graph of the whole step, replayed on other contents, gives the same bits as the step.
-
-Ops that the compiled library serves are checked again on Triton, which serves them where that library is absent.
 """
 
 from collections.abc import Iterator
@@ -23,17 +21,15 @@ from recordable import CHECKED_DTYPES
 from records import Record
 from rehearsal import rehearsed
 from torch import Tensor
-from workloads import CHECKED, Gather, ImportanceAndSelection, Prune, Workload
+from workloads import CHECKED, Workload
 
 from stamp_kernels import use_backend
-from stamp_kernels.ops._served_by_triton import ServedByTriton
 
 Outputs = dict[str, Tensor]
 
 # ||out - ref|| / ||ref||, as in tests/closeness.py. What kernels keep in fp32 has the fp32 bound in every dtype.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 IN_FP32 = ("lse", "centrality", "importance", "loss", "step_losses")
-SERVED_BY_A_LIBRARY = (Prune, Gather, ImportanceAndSelection)
 
 
 class WrongError(Exception):
@@ -98,9 +94,9 @@ def different_in_graph(device: Device, workload: Workload, dtype: torch.dtype, x
 
 
 def check(
-    device: Device, workload: Workload, dtype: torch.dtype, served: AbstractContextManager[object], suffix: str = ""
+    device: Device, workload: Workload, dtype: torch.dtype, served: AbstractContextManager[object]
 ) -> Iterator[Record]:
-    """Yields one measurement, then raises if anything is wrong. The suffix says what serves the op."""
+    """Yields one measurement, then raises if anything is wrong."""
     x = workload.inputs(device.device, dtype)
     with served:
         with poisoned_memory():
@@ -116,7 +112,7 @@ def check(
             wrong += [f"{name} differs in a graph" for name in different_in_graph(device, workload, dtype, x)]
     # JSON has no infinity: write a string.
     shown = {name: error if error < torch.inf else "inf" for name, error in errors.items()}
-    about = {"workload": workload.name, "suffix": suffix, "dtype": dtype_name(dtype)}
+    about = {"workload": workload.name, "dtype": dtype_name(dtype)}
     yield {**about, "errors": shown, "bounds": bounds, "wrong": wrong}
     if wrong:
         raise WrongError("; ".join(wrong))
@@ -128,9 +124,6 @@ def cases_on(device: Device, rehearse: bool) -> Iterator[Case]:
             name = f"{workload.name} {dtype_name(dtype)}"
             served = device.serve(workload, dtype)
             yield Case(name, partial(check, device, workload, dtype, served))
-            if isinstance(workload, SERVED_BY_A_LIBRARY) and device.has_launcher(workload):
-                on_triton = partial(check, device, workload, dtype, ServedByTriton(), suffix=" on Triton")
-                yield Case(f"{name} on Triton", on_triton)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def facts(device: Device) -> Iterator[Record]:
 
 
 def servers(device: Device) -> Iterator[Record]:
-    """The backend of each op: the compiled library, Triton or the reference."""
+    """The backend of each op: Triton, or in a rehearsal the compiled library."""
     yield {"served_by": served_by("CUDA" if device.device.type == "cuda" else "CPU")}
 
 

@@ -101,8 +101,9 @@ class _Recorded(TorchDispatchMode):
 
 def serve_meta_tensors() -> None:
     """`meta` tensors get the kernels of CUDA tensors, in place of the fakes."""
-    for name, kernel in _library._UNSETTLED_ON_CUDA.items():
-        _library._LIBRARY.impl(name, kernel, "Meta", allow_override=True)
+    for op in _library.TRITON_LAUNCHERS:
+        name = op._schema.name.removeprefix("stamp::")
+        _library._LIBRARY.impl(name, _library.kernel_for_cuda(op), "Meta", allow_override=True)
 
 
 def allocate_in_cpp() -> None:

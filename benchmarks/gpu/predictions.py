@@ -9,7 +9,7 @@ A launch takes a start and the longest of four times:
 - latency: the loads of its longest program that wait for each other, in kernels of few programs.
 
 A matrix product or another operator of torch between the launches takes a start and the longer one of memory and
-products. All kernels are Triton's, also where the compiled library serves an op on a GPU.
+products.
 
 `make aot WRITE=1` writes the table, so that its difference in git shows what a change of a kernel does. Nothing in it
 was measured; expect errors of 40 %.

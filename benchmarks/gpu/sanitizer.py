@@ -1,9 +1,9 @@
-"""The CUDA C++ kernels under compute-sanitizer: accesses out of bounds (memcheck), races in shared memory (racecheck).
+"""Pruning under compute-sanitizer: accesses out of bounds (memcheck), races in shared memory (racecheck).
 
     python benchmarks/gpu/sanitizer.py --results FILE [--rehearse]
 
-Each tool runs sanitized.py, which launches every one of those kernels on short, long and odd shapes. Both tools run at
-the same time, since most of their time is the start of torch.
+Each tool runs sanitized.py, which launches the kernels of pruning, whose addresses depend on the data, on short, long
+and odd shapes. Both tools run at the same time, since most of their time is the start of torch.
 """
 
 import os
@@ -24,7 +24,7 @@ from records import Record
 TOOLS = ("memcheck", "racecheck")
 SCRIPT = Path(__file__).with_name("sanitized.py")
 NAME = "compute-sanitizer"
-# Only kernels in our namespace, since torch has many. API errors are off: some of torch's calls fail without harm.
+# Only our kernels, since torch has many. API errors are off: some of torch's calls fail without harm.
 OPTIONS = ("--kernel-name", "kernel_substring=stamp", "--report-api-errors", "no", "--error-exitcode", "9")
 SHOWN_CHARACTERS = 2000
 # Each tensor gets its own allocation, so that the tool knows its bounds.

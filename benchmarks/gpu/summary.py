@@ -79,7 +79,7 @@ def _correctness(records: list[Record]) -> str:
         worst = max(shares, key=lambda name: shares[name])
         error = float(record["errors"][worst])
         mark = "WRONG " if record["wrong"] else ""
-        name = record["workload"] + record["suffix"]
+        name = record["workload"]
         rows.setdefault(name, {})[record["dtype"]] = f"{mark}{worst} {error:.1e} {shares[worst]:.2f}"
     if not rows:
         return ""

@@ -1,16 +1,12 @@
 """The `stamp` namespace of the dispatcher. Only this file registers anything in it.
 
-An op gets its schema, its fake (shapes for torch.compile) and its kernels here. The compiled libraries bring kernels
-for the device in their name. Where they have none, Triton serves CUDA; the reference serves the rest.
-
-For the CPU this is decided at import. For CUDA it is decided at the first call with CUDA tensors: importing the package
-loads no CUDA library, queries no device and cannot fail because of either.
+An op gets its schema, its fake (shapes for torch.compile) and its kernels here. The compiled library brings kernels for
+the CPU, Triton serves CUDA, and the reference serves what they leave out. The first call with CUDA tensors imports
+Triton; the import of the package does not.
 """
 
 import functools
 import sys
-import threading
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +14,6 @@ from typing import Any, Literal
 import torch
 
 from stamp_kernels.ops._autograd import loop_over_batch
-from stamp_kernels.ops._cuda_library import CudaChoice, choose_cuda_library, cuda_facts, load_cuda_library
 
 # Kept for the life of the process: a Library that is garbage-collected removes its ops.
 _LIBRARY = torch.library.Library("stamp", "DEF")
@@ -36,10 +31,7 @@ TRITON_LAUNCHERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 Server = Literal["compiled", "triton", "reference"]
 
-_SERVED: dict[str, dict[str, Server]] = {"CPU": {}, "CUDA": {}}  # what is decided so far
-_CUDA_LOCK = threading.Lock()  # protects the next two variables and _SERVED["CUDA"]
-_cuda_choice: CudaChoice | None = None  # None: not decided
-_UNSETTLED_ON_CUDA: dict[str, Callable[..., Any]] = {}  # by op: the kernel to use if the compiled library has none
+_SERVED: dict[str, dict[str, Server]] = {"CPU": {}, "CUDA": {}}
 
 
 def _load_cpu_library() -> None:
@@ -114,83 +106,25 @@ def _naming_triton(op: torch._ops.OpOverload, launcher: Callable[..., Any]) -> C
         except ImportError as error:
             if (error.name or "").partition(".")[0] != "triton":
                 raise
-            raise ImportError(_without_triton(op, error), name=error.name) from error
+            raise ImportError(
+                f"{op} runs on Triton on a GPU, and Triton cannot be imported ({error}): install it with `pip install "
+                "triton`, in the version that this torch was released with",
+                name=error.name,
+            ) from error
 
     return run
 
 
-def _without_triton(op: torch._ops.OpOverload, error: ImportError) -> str:
-    message = (
-        f"{op} runs on Triton here, and Triton cannot be imported ({error}): install it with `pip install triton`, in "
-        "the version that this torch was released with"
-    )
-    if _cuda_choice is not None and _cuda_choice.reason is not None:
-        message += f". The compiled CUDA library does not serve: {_cuda_choice.reason}"
-    return message
-
-
-def _settle_cuda() -> None:
-    """Decide who serves CUDA, unless that is decided, and register the kernels.
-
-    This may happen while a CUDA graph is captured: a capture allows loading a library and reading a device's
-    properties, since that is work on the CPU. If several threads call at once, one decides and the others wait.
-    """
-    global _cuda_choice
-    with _CUDA_LOCK:
-        first = _cuda_choice is None
-        choice = _cuda_choice or load_cuda_library(choose_cuda_library(cuda_facts()))
-        for name, kernel in list(_UNSETTLED_ON_CUDA.items()):
-            _SERVED["CUDA"][name] = _server_on_cuda(name)
-            if not _has_kernel(name, "CUDA"):
-                _LIBRARY.impl(name, kernel, "CUDA")
-            del _UNSETTLED_ON_CUDA[name]
-        _cuda_choice = choice
-    if first and choice.reason is not None:  # last, since a warning may be raised as an exception
-        warnings.warn(
-            f"stamp_kernels runs on Triton, not in its compiled CUDA library: {choice.reason}.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def _server_on_cuda(name: str) -> Server:
-    """Who serves an op, while Triton's kernels are not registered."""
-    if _has_kernel(name, "CUDA"):
-        return "compiled"
-    return "triton" if getattr(torch.ops.stamp, name).default in TRITON_LAUNCHERS else "reference"
-
-
-def _settle_and_repeat(op: torch._ops.OpOverload) -> Callable[..., Any]:
-    """The kernel of the first call with CUDA tensors: it decides who serves them and calls that kernel.
-
-    It is registered for CompositeExplicitAutograd, which means every device without a kernel of its own, and stays
-    registered. As soon as there is a kernel for CUDA the dispatcher prefers it, so later calls do not come here. If
-    this one were registered for CUDA, it would have to be removed before the final one is registered, and a call from
-    another thread in between would find no kernel.
-    """
-
-    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        key = keyset.highestPriorityTypeId()
-        if key != torch._C.DispatchKey.CUDA:
-            raise NotImplementedError(f"{op} has kernels for dense CPU and CUDA tensors, none for {key.name}")
-        _settle_cuda()
-        return op.redispatch(keyset, *args)
-
-    return run
+def kernel_for_cuda(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """What serves an op for CUDA tensors: its Triton launcher if it has one, otherwise its reference."""
+    launcher = TRITON_LAUNCHERS.get(op)
+    if launcher is None:
+        return _outside_autocast(REFERENCES[op])
+    return _outside_autocast(_on_device_of_first_tensor(_naming_triton(op, launcher)))
 
 
 def served_by(key: Literal["CPU", "CUDA"]) -> dict[str, Server]:
-    """Who serves each op on a device: its compiled library, Triton, or the reference.
-
-    For CUDA before the first call: who will serve it. To find out, this loads the compiled library if it can serve and
-    initialises CUDA if there is a GPU. It does not warn.
-    """
-    if key == "CUDA":
-        with _CUDA_LOCK:
-            if _cuda_choice is None:
-                load_cuda_library(choose_cuda_library(cuda_facts()))
-            unsettled = {name: _server_on_cuda(name) for name in _UNSETTLED_ON_CUDA}
-            return dict(sorted({**_SERVED["CUDA"], **unsettled}.items()))
+    """Who serves each op on a device: the compiled library, Triton, or the reference."""
     return dict(sorted(_SERVED[key].items()))
 
 
@@ -264,9 +198,9 @@ def define_op(
     Args:
         schema: name, arguments and returns, as torch.library takes them.
         check: raises a RuntimeError for arguments on which the kernels cannot rely, see `ops._boundary`. It runs before
-            the reference and before the launcher; the compiled libraries have checks of their own.
+            the reference and before the launcher; the compiled library has checks of its own.
         reference: plain PyTorch kernel, for the CPU and CUDA where nothing else serves.
-        triton: launcher of Triton kernels, which serves CUDA where no compiled kernel does.
+        triton: launcher of Triton kernels, which serves CUDA.
         fake: the same arguments to outputs of the right shape, dtype and device, without contents.
         flops: FLOP formula, for torch.utils.flop_counter. None: no matrix product worth counting.
         differentiable: serves inputs that require grad, by the Function that the public function calls too. (A public
@@ -296,12 +230,10 @@ def define_op(
     _SERVED["CPU"][name] = "compiled" if _has_kernel(name, "CPU") else "reference"
     if not _has_kernel(name, "CPU"):
         _LIBRARY.impl(name, _outside_autocast(reference), "CPU")
-    on_cuda = reference
+    _SERVED["CUDA"][name] = "reference" if triton is None else "triton"
     if triton is not None:
         TRITON_LAUNCHERS[op] = triton
-        on_cuda = _on_device_of_first_tensor(_naming_triton(op, triton))
-    _UNSETTLED_ON_CUDA[name] = _outside_autocast(on_cuda)
-    _LIBRARY.impl(name, _settle_and_repeat(op), "CompositeExplicitAutograd", with_keyset=True)
+    _LIBRARY.impl(name, kernel_for_cuda(op), "CUDA")
     if flops is not None:
         _register_flops(getattr(torch.ops.stamp, name), _with_groups(op, groups, flops))
     return op
