@@ -125,7 +125,7 @@ def test_no_family_imports_another():
 
 
 def test_no_family_includes_another():
-    """What is outside the families, such as core and common, includes none."""
+    """What is outside the families, such as core, includes none."""
     assert_none(includes(), lambda x: family(x.imported) not in (None, family(x.importer)))
 
 

@@ -1,7 +1,7 @@
 """Checks of the arguments of the ops that Python serves, for what their kernels rely on.
 
 Anyone can call `torch.ops.stamp.*` with anything. The public functions check what users pass; these checks stand
-before each Triton launcher and reference kernel, in the words of the compiled library (`csrc/common/checks.h`). They
+before each Triton launcher and reference kernel, in the words of the compiled library (`csrc/cpu/core/checks.h`). They
 read shapes, strides, dtypes, storages and plain numbers, never contents, and take about a microsecond for each tensor.
 
 Each raises a RuntimeError that names the argument, what it was and what is allowed.

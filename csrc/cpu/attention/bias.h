@@ -10,9 +10,9 @@
 
 #include <cstdint>
 
-#include "common/arithmetic.h"
 #include "cpu/attention/kernels.h"
 #include "cpu/attention/tiles.h"
+#include "cpu/core/arithmetic.h"
 #include "cpu/core/scratch.h"
 
 namespace stamp::cpu {

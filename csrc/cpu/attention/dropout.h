@@ -4,17 +4,17 @@
 //     word = philox(seed, (group(i), group(j), head, sequence))[2 * bit 3 of i + bit 3 of j]
 //     group(n) = n / 16 * 8 + n % 8, the place of n among the indices whose bit 3 is 0
 //
-// so that the four words of a counter belong to two queries and two keys, 8 apart: on a GPU one thread holds them. i and
-// j are local indices, so the mask does not depend on the tiles. Internal linkage, for the reason given in
+// so that the four words of a counter belong to two queries and two keys, 8 apart: on a GPU one thread holds them. i
+// and j are local indices, so the mask does not depend on the tiles. Internal linkage, for the reason given in
 // cpu/core/simd.h.
 
 #pragma once
 
 #include <cstdint>
 
-#include "common/arithmetic.h"
 #include "cpu/attention/kernels.h"
 #include "cpu/attention/tiles.h"
+#include "cpu/core/arithmetic.h"
 #include "cpu/core/scratch.h"
 
 namespace stamp::cpu {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "common/arithmetic.h"
 #include "cpu/attention/kernels.h"
+#include "cpu/core/arithmetic.h"
 #include "cpu/core/dtypes.h"
 #include "cpu/core/matrix_product.h"
 #include "cpu/core/simd.h"

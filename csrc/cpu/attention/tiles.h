@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "common/arithmetic.h"
 #include "cpu/attention/kernels.h"
+#include "cpu/core/arithmetic.h"
 
 namespace stamp::cpu {
 namespace {

@@ -4,9 +4,30 @@
 #include <cstring>
 
 #include <torch/csrc/stable/ops.h>
-#include "common/contents.h"
 
 namespace stamp::cpu {
+namespace {
+
+// Offsets [num_sequences + 1]: from 0 to at most `total`, never decreasing, with steps of at most max_seqlen.
+void check_cu_seqlens(
+    const char* name, const int32_t* offsets, int64_t num_sequences, int64_t total, int64_t max_seqlen) {
+  STD_TORCH_CHECK(offsets[0] == 0, name, "[0] must be 0, got ", offsets[0]);
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    STD_TORCH_CHECK(
+        offsets[i] <= offsets[i + 1], name, " must never decrease, got ", offsets[i], " then ", offsets[i + 1],
+        " at index ", i);
+  }
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    STD_TORCH_CHECK(
+        offsets[i + 1] - offsets[i] <= max_seqlen, name, ": sequence ", i, " has length ", offsets[i + 1] - offsets[i],
+        ", more than the given max_seqlen ", max_seqlen);
+  }
+  STD_TORCH_CHECK(
+      offsets[num_sequences] <= total, name, "[-1] must be at most the number of rows ", total, ", got ",
+      offsets[num_sequences]);
+}
+
+}  // namespace
 
 Tensor held_contiguous(const Tensor& x, std::vector<Tensor>& held) {
   held.push_back(torch::stable::contiguous(x));

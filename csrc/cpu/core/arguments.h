@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "common/checks.h"
+#include "cpu/core/checks.h"
 #include "cpu/core/dtypes.h"
 
 namespace stamp::cpu {

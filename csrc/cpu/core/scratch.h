@@ -8,7 +8,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include "common/arithmetic.h"
+#include "cpu/core/arithmetic.h"
 
 namespace stamp::cpu {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "common/arithmetic.h"
+#include "cpu/core/arithmetic.h"
 
 namespace stamp::cpu {
 

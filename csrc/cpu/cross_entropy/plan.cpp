@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "common/arithmetic.h"
+#include "cpu/core/arithmetic.h"
 #include "cpu/cross_entropy/kernels.h"
 
 namespace stamp::cpu {

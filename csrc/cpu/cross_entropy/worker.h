@@ -6,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-#include "common/arithmetic.h"
+#include "cpu/core/arithmetic.h"
 #include "cpu/cross_entropy/arguments.h"
 #include "cpu/cross_entropy/plan.h"
 

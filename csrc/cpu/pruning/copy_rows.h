@@ -9,7 +9,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "common/rows.h"
+#include "cpu/pruning/rows.h"
 
 namespace stamp::cpu {
 namespace {

@@ -12,8 +12,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/row_copies.h"
 #include "cpu/pruning/copy_rows.h"
+#include "cpu/pruning/gather_arguments.h"
 
 namespace stamp::cpu {
 namespace {
@@ -26,7 +26,7 @@ std::vector<Tensor> gather_rows(
     const char* name, const std::vector<Tensor>& sources, const char* map_name, const Tensor& map_tensor,
     bool may_stream) {
   check_row_map_tensor(map_name, map_tensor, sizeof(index_t) == sizeof(int64_t) ? ScalarType::Long : ScalarType::Int);
-  check_row_sources(name, sources, map_name, map_tensor);
+  check_row_sources(name, sources);
   const Tensor map_contiguous = torch::stable::contiguous(map_tensor);
   const index_t* map = map_contiguous.const_data_ptr<index_t>();
   const int64_t num_rows = map_contiguous.size(0);

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "common/dtypes.h"
+#include "cpu/core/dtypes.h"
 
 namespace stamp::cpu {
 

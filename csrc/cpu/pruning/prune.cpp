@@ -9,8 +9,8 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "common/row_copies.h"
 #include "cpu/pruning/copy_rows.h"
+#include "cpu/pruning/gather_arguments.h"
 #include "cpu/pruning/select_items.h"
 #include "cpu/pruning/selection_plan.h"
 #include "cpu/pruning/token_importance.h"
@@ -59,7 +59,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> prune(
     int64_t max_seqlen, int64_t norm_order, bool per_visible_query, std::optional<int64_t> ratio_q32,
     std::optional<int64_t> keep_count, const OptionalTensor& keep_counts, int64_t min_keep,
     const OptionalTensor& protect, int64_t codes_per_item, std::optional<int64_t> total_kept) {
-  check_row_sources("x", x, "cu_seqlens", cu_seqlens);
+  check_row_sources("x", x);
   const ImportanceArguments importance = {x[0], centrality, norm_order, per_visible_query};
   check_importance_arguments(importance);
   const int64_t total = x[0].size(0);

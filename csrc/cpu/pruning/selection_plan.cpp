@@ -4,11 +4,29 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "common/contents.h"
-#include "common/kept_offsets.h"
 #include "cpu/core/tasks.h"
+#include "cpu/pruning/kept_offsets.h"
 
 namespace stamp::cpu {
+namespace {
+
+void check_keep_counts(const Budget& budget, int64_t num_sequences) {
+  int64_t smallest = 0;
+  for (int64_t i = 0; i < num_sequences; ++i) {
+    if (budget.kind == BudgetKind::kCounts32) {
+      smallest = std::min<int64_t>(smallest, static_cast<const int32_t*>(budget.keep_counts)[i]);
+    } else if (budget.kind == BudgetKind::kCounts64) {
+      smallest = std::min(smallest, static_cast<const int64_t*>(budget.keep_counts)[i]);
+    }
+  }
+  STD_TORCH_CHECK(smallest >= 0, "keep_count must not be negative, got ", smallest);
+}
+
+void check_total_kept(int64_t total_kept, int64_t kept) {
+  STD_TORCH_CHECK(kept <= total_kept, "total_kept is ", total_kept, ", but the sequences keep ", kept, " tokens");
+}
+
+}  // namespace
 
 SelectionPlan plan_selection(
     int64_t total, const Tensor& cu_seqlens, int64_t max_seqlen, const BudgetArguments& arguments) {

@@ -11,8 +11,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "common/budget_arguments.h"
 #include "cpu/core/arguments.h"
+#include "cpu/pruning/budget_arguments.h"
 
 namespace stamp::cpu {
 

@@ -6,7 +6,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "common/importance_arguments.h"
+#include "cpu/pruning/importance_arguments.h"
 #include "cpu/pruning/kernels.h"
 
 namespace stamp::cpu {

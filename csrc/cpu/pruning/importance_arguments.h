@@ -1,4 +1,4 @@
-// The importance arguments of an op and their checks, the same on every device.
+// The importance arguments of an op and their checks.
 
 #pragma once
 
@@ -8,9 +8,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "common/checks.h"
+#include "cpu/core/checks.h"
 
-namespace stamp {
+namespace stamp::cpu {
 
 struct ImportanceArguments {
   Tensor hidden;      // [total, width]
@@ -22,7 +22,6 @@ struct ImportanceArguments {
 inline void check_importance_arguments(const ImportanceArguments& arguments) {
   check_tensor("hidden", arguments.hidden, {"total", "width"}, kFloatingDTypes);
   check_tensor("centrality", arguments.centrality, {arguments.hidden.size(0)}, {ScalarType::Float, ScalarType::Double});
-  check_device("centrality", arguments.centrality, "hidden", arguments.hidden);
   STD_TORCH_CHECK(
       arguments.norm_order == 1 || arguments.norm_order == 2, "norm_order must be 1 or 2, got ", arguments.norm_order);
 }
@@ -30,7 +29,6 @@ inline void check_importance_arguments(const ImportanceArguments& arguments) {
 // The original positions of the tokens that prune takes: int32 [total].
 inline void check_positions(const Tensor& positions, const Tensor& hidden) {
   check_tensor("positions", positions, {hidden.size(0)}, {ScalarType::Int});
-  check_device("positions", positions, "hidden", hidden);
 }
 
-}  // namespace stamp
+}  // namespace stamp::cpu

@@ -1,6 +1,6 @@
-// Checks of an op's arguments at its boundary, the same on every device: what the kernels rely on for memory safety.
-// Each raises an error that names the argument, what it was and what is allowed. They read shapes, strides, dtypes and
-// plain numbers, never contents, and take nanoseconds.
+// Checks of an op's arguments at its boundary: what the kernels rely on for memory safety. Each raises an error that
+// names the argument, what it was and what is allowed. They read shapes, strides, dtypes and plain numbers, never
+// contents, and take nanoseconds. The dispatcher has made sure that all tensors are on the CPU.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-namespace stamp {
+namespace stamp::cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -133,13 +133,6 @@ inline void check_tensor(const char* name, const Tensor& x, Shape shape, DTypes 
   check_storage(name, x);
 }
 
-// x must be on the device of `other`. On the CPU the dispatcher has made sure of that.
-inline void check_device(const char* name, const Tensor& x, const char* other_name, const Tensor& other) {
-  STD_TORCH_CHECK(
-      x.is_cuda() == other.is_cuda() && x.get_device_index() == other.get_device_index(), name,
-      " must be on the device of ", other_name);
-}
-
 // Offsets: int32 [num_sequences + 1].
 inline void check_cu_seqlens_tensor(const char* name, const Tensor& cu_seqlens) {
   check_tensor(name, cu_seqlens, {"num_sequences + 1"}, {ScalarType::Int});
@@ -157,4 +150,4 @@ inline void check_at_least(const char* name, int64_t value, int64_t minimum) {
   STD_TORCH_CHECK(value >= minimum, name, " must be at least ", minimum, ", got ", value);
 }
 
-}  // namespace stamp
+}  // namespace stamp::cpu

@@ -1,12 +1,10 @@
-// How many items each sequence keeps, the same on every device.
+// How many items each sequence keeps.
 
 #pragma once
 
 #include <cstdint>
 
-#include "common/arithmetic.h"
-
-namespace stamp {
+namespace stamp::cpu {
 
 enum class BudgetKind : int32_t { kRatio, kCount, kCounts32, kCounts64 };
 
@@ -20,8 +18,7 @@ struct Budget {
 };
 
 // p + min(n, max(min_keep, budget)) items, for a sequence with p protected items and n others.
-STAMP_HOST_DEVICE inline int64_t num_kept_items(
-    const Budget& budget, int64_t sequence, int64_t num_items, int64_t num_protected) {
+inline int64_t num_kept_items(const Budget& budget, int64_t sequence, int64_t num_items, int64_t num_protected) {
   const int64_t num_unprotected = num_items - num_protected;
   int64_t count = 0;
   switch (budget.kind) {
@@ -42,4 +39,4 @@ STAMP_HOST_DEVICE inline int64_t num_kept_items(
   return num_protected + (num_unprotected < count ? num_unprotected : count);
 }
 
-}  // namespace stamp
+}  // namespace stamp::cpu

@@ -1,5 +1,4 @@
-// The arguments of a gather of rows: which tensors it copies, what it returns, and the checks of its map. Every device
-// uses them.
+// The arguments of a gather of rows: which tensors it copies, what it returns, and the checks of its map.
 
 #pragma once
 
@@ -10,10 +9,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "common/checks.h"
-#include "common/rows.h"
+#include "cpu/core/checks.h"
+#include "cpu/pruning/rows.h"
 
-namespace stamp {
+namespace stamp::cpu {
 
 // Whether each row is contiguous, so that it can be copied as one piece. The distance between rows may be larger.
 inline bool rows_are_contiguous(const Tensor& x) {
@@ -27,9 +26,8 @@ inline bool rows_are_contiguous(const Tensor& x) {
   return true;
 }
 
-// The sources of a gather: tensors [rows, ...] with the same number of rows, on the device of `map`.
-inline void check_row_sources(
-    const char* name, const std::vector<Tensor>& sources, const char* map_name, const Tensor& map) {
+// The sources of a gather: tensors [rows, ...] with the same number of rows.
+inline void check_row_sources(const char* name, const std::vector<Tensor>& sources) {
   STD_TORCH_CHECK(!sources.empty(), name, " must have at least one tensor, got an empty list");
   for (const Tensor& source : sources) {
     STD_TORCH_CHECK(source.dim() > 0, name, " must have tensors with at least one dimension, got a scalar");
@@ -37,7 +35,6 @@ inline void check_row_sources(
         source.size(0) == sources[0].size(0), name, " must have tensors with the same number of rows, got ",
         source.size(0), " and ", sources[0].size(0));
     check_storage(name, source);
-    check_device(name, source, map_name, map);
   }
 }
 
@@ -95,4 +92,4 @@ void check_row_map(const index_t* map, int64_t size, int64_t num_source_rows, co
   }
 }
 
-}  // namespace stamp
+}  // namespace stamp::cpu

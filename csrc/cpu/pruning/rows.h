@@ -1,10 +1,10 @@
-// Rows of bytes in memory, as the gather of every device reads and writes them.
+// Rows of bytes in memory, as the gather reads and writes them.
 
 #pragma once
 
 #include <cstdint>
 
-namespace stamp {
+namespace stamp::cpu {
 
 struct Rows {
   const char* source;
@@ -13,4 +13,4 @@ struct Rows {
   int64_t row_bytes;
 };
 
-}  // namespace stamp
+}  // namespace stamp::cpu

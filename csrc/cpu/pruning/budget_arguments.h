@@ -1,4 +1,4 @@
-// From the budget arguments of an op to the budget that the kernels of every device read.
+// From the budget arguments of an op to the budget that the kernels read.
 
 #pragma once
 
@@ -10,10 +10,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "common/budget.h"
-#include "common/checks.h"
+#include "cpu/core/checks.h"
+#include "cpu/pruning/budget.h"
 
-namespace stamp {
+namespace stamp::cpu {
 
 // Exactly one of ratio_q32, keep_count and keep_counts is given.
 struct BudgetArguments {
@@ -40,11 +40,9 @@ inline void check_budget_arguments(const BudgetArguments& arguments, const Tenso
   check_at_least("total_kept", arguments.total_kept.value_or(0), 0);
   if (arguments.keep_counts.has_value()) {
     check_tensor("keep_counts", *arguments.keep_counts, {cu_seqlens.size(0) - 1}, {ScalarType::Int, ScalarType::Long});
-    check_device("keep_counts", *arguments.keep_counts, "cu_seqlens", cu_seqlens);
   }
   if (arguments.protect.has_value()) {
     check_tensor("protect", *arguments.protect, {total}, kMaskDTypes);
-    check_device("protect", *arguments.protect, "cu_seqlens", cu_seqlens);
   }
 }
 
@@ -77,4 +75,4 @@ inline const uint8_t* protect_of(const BudgetArguments& arguments, std::vector<T
   return static_cast<const uint8_t*>(held.back().const_data_ptr());
 }
 
-}  // namespace stamp
+}  // namespace stamp::cpu

@@ -1,4 +1,4 @@
-// The offsets of the kept tokens, computed in CPU memory: for the CPU's ops, and for the checks of a GPU's.
+// The offsets of the kept tokens.
 
 #pragma once
 
@@ -6,9 +6,9 @@
 
 #include <torch/headeronly/util/Exception.h>
 
-#include "common/budget.h"
+#include "cpu/pruning/budget.h"
 
-namespace stamp {
+namespace stamp::cpu {
 
 inline int64_t count_protected_items(const uint8_t* protect, int64_t num_items, int64_t codes_per_item) {
   int64_t count = 0;
@@ -43,4 +43,4 @@ inline int64_t fill_kept_offsets(
   return kept;
 }
 
-}  // namespace stamp
+}  // namespace stamp::cpu
