@@ -78,6 +78,8 @@ def _outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Keeps autocast from torch's matrix products inside a kernel: the public functions have cast the inputs."""
 
     def run(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():  # the guard would exclude keys that are excluded
+            return kernel(*args)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
             return kernel(*args)
 
@@ -138,24 +140,27 @@ def _with_groups(
     fields: dict[type[tuple[Any, ...]], tuple[str, ...]]
     fields = {group: group._fields for group in groups}  # type: ignore[attr-defined]  # of NamedTuples
     group_of_first = {of_group[0]: group for group, of_group in fields.items()}
-    spans = []  # (start, end, group or None) of each argument of `function`
+    parameters = [f"x{i}" for i in range(len(names))]
+    values = []  # of the arguments of `function`, as source code
     start = 0
     while start < len(names):
         group = group_of_first.pop(names[start], None)
-        end = start + 1 if group is None else start + len(fields[group])
-        if group is not None and tuple(names[start:end]) != fields[group]:
+        if group is None:
+            values.append(parameters[start])
+            start += 1
+            continue
+        end = start + len(fields[group])
+        if tuple(names[start:end]) != fields[group]:
             raise TypeError(f"{op} has the arguments {names[start:end]} where {group.__name__} has {fields[group]}")
-        spans.append((start, end, group))
+        values.append(f"new({group.__name__}, ({', '.join(parameters[start:end])},))")
         start = end
     if group_of_first:
         raise TypeError(f"{op} has no argument {list(group_of_first)}")
-
-    @functools.wraps(function)
-    def grouped(*args: Any) -> Any:
-        # As `group(*args[i:j])`, in half the time.
-        return function(*[args[i] if group is None else tuple.__new__(group, args[i:j]) for i, j, group in spans])
-
-    return grouped
+    # Source code, as namedtuple generates it, takes half the time of a loop over the groups at every call, and
+    # `tuple.__new__(group, (...))` half the time of `group(...)`.
+    source = f"lambda {', '.join(parameters)}: function({', '.join(values)})"
+    scope = {"function": function, "new": tuple.__new__, **{group.__name__: group for group in groups}}
+    return functools.wraps(function)(eval(source, scope))
 
 
 def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,6 +172,19 @@ def _checked(check: Callable[..., None], kernel: Callable[..., Any]) -> Callable
         return kernel(*args)
 
     return run
+
+
+def imported_once(load: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+    """The launcher that `load` imports. It is imported at the first call: `import stamp_kernels` needs no Triton.
+
+    An import statement in the launcher would take a microsecond at every call.
+    """
+    loaded = functools.cache(load)
+
+    def launcher(*args: Any) -> Any:
+        return loaded()(*args)
+
+    return launcher
 
 
 def _register_flops(op: torch._ops.OpOverloadPacket, formula: Callable[..., int]) -> None:

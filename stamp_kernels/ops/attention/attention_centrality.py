@@ -1,5 +1,6 @@
 """Attention centrality: the attention that each key receives, without an attention map in memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from stamp_kernels.common.arguments import BiasArguments, Sequences
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._checks import check_flags, check_tensor
-from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.attention import _boundary
 from stamp_kernels.ops.attention._inputs import (
     check_q_and_k,
@@ -42,10 +43,11 @@ def _flops(q: Tensor, k: Tensor, lse: Tensor, sequences: Sequences, *_: object) 
     return 2 * num_query_key_pairs(sequences) * q.shape[1] * q.shape[2]
 
 
-def _triton(*args: Any) -> Tensor:
+@imported_once
+def _triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.attention.centrality import attention_centrality  # imports Triton
 
-    return attention_centrality(*args)
+    return attention_centrality
 
 
 # cu_seqlens_k None means self-attention: keys have the offsets and positions of the queries.

@@ -1,5 +1,6 @@
 """Packed attention: softmax attention over packed sequences, with T5's bias, dropout and centrality."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -12,7 +13,7 @@ from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._autocast import cast_for_autocast
 from stamp_kernels.ops._autograd import OpFunction, call_below_autograd, first_order, without_repeats
 from stamp_kernels.ops._checks import check_flags, check_range, check_tensor
-from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.attention import _boundary
 from stamp_kernels.ops.attention._inputs import (
     check_q_and_k,
@@ -127,16 +128,18 @@ def _backward_flops(
     return 2 * products * num_query_key_pairs(sequences) * q.shape[1] * q.shape[2]
 
 
-def _forward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+@imported_once
+def _forward_triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.attention.forward import packed_attention_forward  # imports Triton
 
-    return packed_attention_forward(*args)
+    return packed_attention_forward
 
 
-def _backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@imported_once
+def _backward_triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.attention.backward import packed_attention_backward  # imports Triton
 
-    return packed_attention_backward(*args)
+    return packed_attention_backward
 
 
 def _differentiable_forward(

@@ -85,7 +85,7 @@ def check_with_gradients(
 def check_shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, ignore_index: int) -> None:
     """What `stamp::shift_targets` takes."""
     check_tensor("labels", labels, ("total",), _LABELS, labels.device)
-    check_num_rows("labels", labels)
+    check_num_rows("labels", labels.shape[0])
     check_cu_seqlens("cu_seqlens", cu_seqlens, labels.device)
     check_at_least("steps", steps, 1)
     check_at_least("stride", stride, 1)
@@ -94,8 +94,8 @@ def check_shift_targets(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: 
 def _check_shared(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, options: LossOptions) -> None:
     device = targets.device
     check_tensor("targets", targets, ("N", "K"), INT64, device)
-    check_num_rows("targets", targets)
     num_rows, num_steps = targets.shape
+    check_num_rows("targets", num_rows)
     if num_steps == 0:
         refuse(f"targets must have at least one step (column), got shape {list(targets.shape)}")
     _check_per_step("hidden", hidden, num_steps, (num_rows, "D"), FLOATING, device)

@@ -1,5 +1,6 @@
 """The ops of the multi-token cross-entropy, and the autograd.Functions around them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,6 +130,13 @@ def _with_gradients_flops(
     return _gradients_flops(hidden, weight, targets, options, needs)
 
 
+@functools.cache  # an import statement takes a microsecond at every call
+def _launchers() -> Any:
+    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy  # imports Triton
+
+    return multi_token_cross_entropy
+
+
 def _is_for_the_reference(hidden: Tensor) -> bool:
     """Whether Triton has no kernel for it: fp64, which exists for gradcheck, and states without features."""
     return hidden.dtype == torch.float64 or hidden.shape[-1] == 0
@@ -137,25 +145,19 @@ def _is_for_the_reference(hidden: Tensor) -> bool:
 def _forward_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if _is_for_the_reference(hidden):
         return reference.multi_token_cross_entropy_forward(hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
-
-    return launchers.multi_token_cross_entropy_forward(hidden, *args)
+    return _launchers().multi_token_cross_entropy_forward(hidden, *args)
 
 
 def _backward_triton(grad_loss: Tensor, hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _is_for_the_reference(hidden):
         return reference.multi_token_cross_entropy_backward(grad_loss, hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
-
-    return launchers.multi_token_cross_entropy_backward(grad_loss, hidden, *args)
+    return _launchers().multi_token_cross_entropy_backward(grad_loss, hidden, *args)
 
 
 def _with_gradients_triton(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if _is_for_the_reference(hidden):
         return reference.multi_token_cross_entropy_with_gradients(hidden, *args)
-    from stamp_kernels.triton_kernels.cross_entropy import multi_token_cross_entropy as launchers  # imports Triton
-
-    return launchers.multi_token_cross_entropy_with_gradients(hidden, *args)
+    return _launchers().multi_token_cross_entropy_with_gradients(hidden, *args)
 
 
 def _differentiable_forward(

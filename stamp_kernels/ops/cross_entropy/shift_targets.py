@@ -1,5 +1,6 @@
 """The targets of multi-step prediction."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.ops._checks import check_count, check_cu_seqlens, check_int, check_tensor
-from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.cross_entropy import _boundary
 from stamp_kernels.reference import cross_entropy as reference
 
@@ -18,10 +19,11 @@ def _fake(labels: Tensor, cu_seqlens: Tensor, steps: int, stride: int, ignore_in
     return labels.new_empty((labels.shape[0], steps), dtype=torch.int64)
 
 
-def _triton(*args: Any) -> Tensor:
+@imported_once
+def _triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.cross_entropy.shift_targets import shift_targets  # imports Triton
 
-    return shift_targets(*args)
+    return shift_targets
 
 
 _shift_targets = define_op(

@@ -38,7 +38,7 @@ def check_token_importance(
 def check_select_tokens(importance: Tensor, cu_seqlens: Tensor, max_seqlen: int, budget: BudgetArguments) -> None:
     """What `stamp::select_tokens` takes."""
     check_tensor("importance", importance, ("total",), FLOATING, importance.device)
-    check_num_rows("importance", importance)
+    check_num_rows("importance", importance.shape[0])
     _check_selection(importance.shape[0], cu_seqlens, max_seqlen, budget, importance.device)
 
 
@@ -75,7 +75,7 @@ def check_prune(
 
 def _check_importance(name: str, hidden: Tensor, centrality: Tensor, norm_order: int) -> None:
     check_tensor(name, hidden, ("total", "width"), FLOATING, hidden.device)
-    check_num_rows(name, hidden)
+    check_num_rows(name, hidden.shape[0])
     check_tensor("centrality", centrality, (hidden.shape[0],), _CENTRALITY, hidden.device)
     if norm_order not in (1, 2):
         refuse(f"norm_order must be 1 or 2, got {norm_order}")

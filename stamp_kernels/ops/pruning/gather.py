@@ -1,7 +1,7 @@
 """Gather: the rows that a selection keeps, and their gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeAlias, overload
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.ops._autograd import OpFunction, call_below_autograd, first_order, without_repeats
 from stamp_kernels.ops._checks import check_tensor
-from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.reference import pruning as reference
@@ -28,16 +28,18 @@ def _gather_rows(x: list[Tensor], row_map: Tensor) -> list[Tensor]:
     return [reference.gather_rows(tensor, row_map) for tensor in x]
 
 
-def _forward_triton(*args: Any) -> list[Tensor]:
+@imported_once
+def _forward_triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.pruning.gather import gather_tokens_forward  # imports Triton
 
-    return gather_tokens_forward(*args)
+    return gather_tokens_forward
 
 
-def _backward_triton(*args: Any) -> list[Tensor]:
+@imported_once
+def _backward_triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.pruning.gather import gather_tokens_backward  # imports Triton
 
-    return gather_tokens_backward(*args)
+    return gather_tokens_backward
 
 
 _forward = define_op(

@@ -1,5 +1,6 @@
 """Token importance: the norm of a hidden state times the attention that its token receives."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_cu_seqlens, check_tensor
-from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.reference import pruning as reference
 
@@ -24,10 +25,11 @@ def _fake(
     return hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype))
 
 
-def _triton(*args: Any) -> Tensor:
+@imported_once
+def _triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.pruning.importance import token_importance  # imports Triton
 
-    return token_importance(*args)
+    return token_importance
 
 
 _token_importance = define_op(

@@ -1,5 +1,6 @@
 """Prune: importance, selection and gather in one op, with the fewest launches."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -10,7 +11,7 @@ from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.exported import exported
 from stamp_kernels.ops._autograd import OpFunction, call_below_autograd, first_order, without_repeats
 from stamp_kernels.ops._checks import check_count, check_tensor
-from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
 from stamp_kernels.ops.pruning.gather import (
@@ -76,10 +77,11 @@ def _fake(
     )
 
 
-def _triton(*args: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+@imported_once
+def _triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.pruning.prune import prune  # imports Triton
 
-    return prune(*args)
+    return prune
 
 
 def _differentiable(x: list[Tensor], *arguments: Any) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Selection: which tokens of each packed sequence stay."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.exported import exported
 from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_tensor
-from stamp_kernels.ops._library import define_op
+from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
 from stamp_kernels.reference import pruning as reference
@@ -49,10 +50,11 @@ def _fake(
     )
 
 
-def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+@imported_once
+def _triton() -> Callable[..., Any]:
     from stamp_kernels.triton_kernels.pruning.selection import select_tokens  # imports Triton
 
-    return select_tokens(*args)
+    return select_tokens
 
 
 _select_tokens = define_op(
