@@ -75,10 +75,12 @@ def first_order(public_name: str) -> Callable[[Callable[..., Any]], Callable[...
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors  # read once, as activation checkpointing demands
-            with torch.no_grad():
-                gradients: tuple[Tensor | None, ...] = backward(ctx, saved, *grads)
+            gradients: tuple[Tensor | None, ...]
             if not torch.is_grad_enabled():
+                gradients = backward(ctx, saved, *grads)
                 return gradients
+            with torch.no_grad():
+                gradients = backward(ctx, saved, *grads)
             # Not only those that require grad: of nested transforms of torch.func, the inner one does not say what the
             # outer ones differentiate.
             sources = [x for x in (*grads, *saved) if x is not None and x.is_floating_point()]

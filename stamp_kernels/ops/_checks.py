@@ -16,6 +16,7 @@ _INTS = (int, torch.SymInt)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INT32 = (torch.int32,)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -60,19 +61,28 @@ def _sizes_match(sizes: Sequence[int], shape: Sequence[int | str | None]) -> boo
     if len(sizes) != len(shape):
         return False
     for size, allowed_size in zip(sizes, shape, strict=True):  # a generator for all() would take twice as long
-        if isinstance(allowed_size, _INTS) and size != allowed_size:
+        if type(allowed_size) is not str and allowed_size is not None and size != allowed_size:
             return False
     return True
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
-    check_tensor(name, cu_seqlens, shape=["batch + 1"], dtypes=[torch.int32], device=device)
+    # The conditions are those of check_tensor, which knows what to say.
+    if not (
+        isinstance(cu_seqlens, Tensor)
+        and cu_seqlens.dim() == 1
+        and cu_seqlens.dtype == torch.int32
+        and cu_seqlens.device == device
+    ):
+        check_tensor(name, cu_seqlens, shape=("batch + 1",), dtypes=INT32, device=device)
     if cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} must have batch + 1 >= 1 entries, got shape {list(cu_seqlens.shape)}")
 
 
 def check_count(name: str, value: SupportsIndex | None, minimum: int = 0) -> int:
     """An int of at least `minimum`. Returns it, of Python's type where it was NumPy's."""
+    if type(value) is int and minimum <= value < 2**63:
+        return value
     count = check_int(name, value)
     check_range(name, count, minimum)
     return count
@@ -110,5 +120,5 @@ def check_vocab_ranges(
 
 def check_flags(**flags: bool) -> None:
     for name, flag in flags.items():
-        if not isinstance(flag, bool):
+        if flag is not True and flag is not False:
             raise ValueError(f"{name} must be True or False, got {flag!r}")

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BiasArguments, Sequences
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops._checks import FLOATING_DTYPES, INT32, check_count, check_cu_seqlens, check_range, check_tensor
 from stamp_kernels.relative_position import RelativePositionBias
 
 MAX_HEAD_DIM = 256
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
+_NO_BIAS = BiasArguments(None, True, 0, None, None)
 
 
 def num_query_key_pairs(sequences: Sequences) -> int:
@@ -21,12 +22,19 @@ def num_query_key_pairs(sequences: Sequences) -> int:
 
 
 def check_q_and_k(q: Tensor, k: Tensor, *, is_self_attention: bool) -> None:
-    check_tensor("q", q, shape=["total_q", "num_heads_q", "head_dim"], dtypes=FLOATING_DTYPES)
-    total_q, num_heads, head_dim = q.shape
-    total_k = total_q if is_self_attention else "total_k"
-    check_tensor("k", k, shape=[total_k, "num_heads_kv", head_dim], dtypes=[q.dtype], device=q.device)
-    num_heads_kv = k.shape[1]
-    if q.dtype == torch.float64 and q.device.type != "cpu" and not reference_is_forced():
+    # The conditions are those of check_tensor, which knows what to say.
+    q_sizes, k_sizes, dtype = q.shape, k.shape, q.dtype
+    if len(q_sizes) != 3 or dtype not in FLOATING_DTYPES:
+        check_tensor("q", q, shape=("total_q", "num_heads_q", "head_dim"), dtypes=FLOATING_DTYPES)
+    total_q, num_heads, head_dim = q_sizes
+    if (
+        len(k_sizes) != 3 or k_sizes[2] != head_dim or (is_self_attention and k_sizes[0] != total_q)
+        or k.dtype != dtype or k.device != q.device
+    ):  # fmt: skip
+        total_k = total_q if is_self_attention else "total_k"
+        check_tensor("k", k, shape=(total_k, "num_heads_kv", head_dim), dtypes=(dtype,), device=q.device)
+    num_heads_kv = k_sizes[1]
+    if dtype == torch.float64 and q.device.type != "cpu" and not reference_is_forced():
         raise ValueError("q must have dtype float32, float16 or bfloat16 on this device, got torch.float64")
     if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
@@ -47,7 +55,7 @@ def checked_sequences(
         raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
     if cu_seqlens_k is None:
         return Sequences(cu_seqlens_q, None, max_seqlen_q, max_seqlen_q)
-    check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=[torch.int32], device=device)
+    check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=INT32, device=device)
     return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, check_count("max_seqlen_k", max_seqlen_k))
 
 
@@ -58,14 +66,18 @@ def checked_bias(
     q: Tensor,
     k: Tensor,
 ) -> BiasArguments:
+    if relative_bias is None and positions_q is None and positions_k is None:
+        return _NO_BIAS
+    device = q.device
     if relative_bias is not None:
         if not isinstance(relative_bias, RelativePositionBias):
             raise ValueError(f"relative_bias must be a RelativePositionBias, got {type(relative_bias).__name__}")
-        shape: list[int | str | None] = ["num_buckets", q.shape[1]]
-        check_tensor("relative_bias.table", relative_bias.table, shape=shape, dtypes=FLOATING_DTYPES, device=q.device)
-    for name, positions, rows in (("positions_q", positions_q, q), ("positions_k", positions_k, k)):
-        if positions is not None:
-            check_tensor(name, positions, shape=[rows.shape[0]], dtypes=[torch.int32], device=q.device)
+        shape = ("num_buckets", q.shape[1])
+        check_tensor("relative_bias.table", relative_bias.table, shape=shape, dtypes=FLOATING_DTYPES, device=device)
+    if positions_q is not None:
+        check_tensor("positions_q", positions_q, shape=q.shape[:1], dtypes=INT32, device=device)
+    if positions_k is not None:
+        check_tensor("positions_k", positions_k, shape=k.shape[:1], dtypes=INT32, device=device)
     return bias_arguments(relative_bias, positions_q, positions_k)
 
 
@@ -74,13 +86,15 @@ def bias_arguments(
 ) -> BiasArguments:
     """The bias as the ops take it. Only the bias reads positions."""
     if relative_bias is None:
-        return BiasArguments(None, True, 0, None, None)
+        return _NO_BIAS
     return BiasArguments(
         relative_bias.table, relative_bias.bidirectional, relative_bias.max_distance, positions_q, positions_k
     )
 
 
 def check_v(v: Tensor, k: Tensor) -> None:
+    if isinstance(v, Tensor) and v.shape == k.shape and v.dtype == k.dtype and v.device == k.device:
+        return
     check_tensor("v", v)
     if v.dim() == 3 and v.shape[:2] == k.shape[:2] and v.shape[2] != k.shape[2]:
         raise ValueError(

@@ -214,16 +214,14 @@ class _PackedAttention(OpFunction):
     def backward(
         ctx: Any, saved: tuple[Any, ...], grad_out: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        needs = AttentionNeeds(*ctx.needs_input_grad[:4])
+        needs = ctx.needs_input_grad[:4]
         grads: list[Tensor | None] = [None] * 4
         if grad_out is not None and any(needs):
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias_table, *positions, dropout_seed = saved
-            sequences = Sequences(cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
-            bias = BiasArguments(bias_table, *ctx.bias_options, *positions)
-            dropout = DropoutArguments(ctx.dropout_p, dropout_seed)
             computed = call_below_autograd(
-                _backward, grad_out, q, k, v, out, lse, *sequences, ctx.causal, ctx.scale, *bias, *dropout, *needs
-            )
+                _backward, grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, ctx.causal,
+                ctx.scale, bias_table, *ctx.bias_options, *positions, ctx.dropout_p, dropout_seed, *needs,
+            )  # fmt: skip
             grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
         return *grads, *[None] * 7
 
@@ -329,14 +327,17 @@ def packed_attention(
         dropout_seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     else:
         check_tensor("dropout_seed", dropout_seed, shape=[1], dtypes=[torch.int64], device=q.device)
-    q, k, v, cu_seqlens_q, cu_seqlens_k, positions_q, positions_k = without_repeats(
-        q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias.positions_q, bias.positions_k
-    )
+    if torch.compiler.is_compiling():
+        q, k, v, cu_seqlens_q, cu_seqlens_k, positions_q, positions_k = without_repeats(
+            q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias.positions_q, bias.positions_k
+        )
+        sequences = sequences._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        bias = bias._replace(positions_q=positions_q, positions_k=positions_k)
     arguments = (
-        sequences._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k),
+        sequences,
         causal,
         checked_scale(scale, q.shape[-1]),
-        bias._replace(positions_q=positions_q, positions_k=positions_k),
+        bias,
         centrality_query_mask,
         DropoutArguments(dropout_p, dropout_seed),
         return_centrality,
