@@ -37,8 +37,6 @@ _settings = operator.attrgetter(
     "compilation.instrumentation_mode",
     *(["compilation.fpsan_homomorphic_casts"] if hasattr(triton.knobs.compilation, "fpsan_homomorphic_casts") else []),
 )
-_dtype = operator.attrgetter("dtype")
-_address = operator.methodcaller("data_ptr")
 
 
 class _Compiled(NamedTuple):
@@ -50,28 +48,53 @@ class _Compiled(NamedTuple):
     metadata: Any
 
 
-class _Form:
+def _function(num_parameters: int, items: Sequence[str]) -> Callable[..., tuple[Any, ...]]:
+    """A function of x0, x1, ... that returns a tuple of the items.
+
+    It is made from source code, as Triton makes what binds arguments, since loops would take twice the time.
+    """
+    parameters = ", ".join(f"x{i}" for i in range(num_parameters))
+    function: Callable[..., tuple[Any, ...]] = eval(f"lambda {parameters}: ({''.join(f'{item}, ' for item in items)})")
+    return function
+
+
+class _Form(NamedTuple):
     """The launches of a kernel whose arguments have the same types.
 
     Attributes:
-        pointers, ints, specialised: select from the members those that are tensors, ints, and ints that Triton may
-            specialise the kernel on.
-        compiled: by what else Triton compiles for.
+        key: of the members, what Triton compiles for besides their types.
+        compiled: by that, and by what is no argument.
     """
 
-    def __init__(self, pointers: Sequence[int], ints: Sequence[int], specialised: Sequence[int]) -> None:
-        self.pointers, self.ints, self.specialised = map(_selection, (pointers, ints, specialised))
-        self.compiled: dict[Hashable, _Compiled] = {}
+    key: Callable[..., tuple[Hashable, ...]]
+    compiled: dict[Hashable, _Compiled]
 
-    def key(self, members: Sequence[Any]) -> tuple[Hashable, ...]:
-        """What Triton compiles for, of the members."""
-        pointers = self.pointers(members)
-        return (
-            *map(_dtype, pointers),
-            *[address & 15 for address in map(_address, pointers)],
-            *[x >> 31 for x in self.ints(members)],  # 0 and -1 fit 32 bits, from 2^32 on it takes 64 without a sign
-            *[1 if x == 1 else -(x & 15) for x in self.specialised(members)],
-        )
+
+class _Layout(NamedTuple):
+    """The launches of a kernel whose arguments are tuples of the same types and lengths, or none.
+
+    Attributes:
+        members: of the arguments that are no constexprs; those of tuples instead of the tuples.
+        specialised: of each member, whether Triton may specialise the kernel on an int.
+        forms: by the types of the members. None: Triton must know.
+    """
+
+    members: Callable[..., tuple[Any, ...]]
+    specialised: list[bool]
+    forms: dict[tuple[type, ...], _Form | None]
+
+    def add_form(self, members: Sequence[Any], types: tuple[type, ...]) -> _Form | None:
+        items = []
+        for i, (member, specialised) in enumerate(zip(members, self.specialised, strict=True)):
+            if isinstance(member, Tensor | TensorWrapper):
+                items += [f"x{i}.dtype", f"x{i}.data_ptr() & 15"]
+            elif type(member) is int:
+                items.append(f"x{i} >> 31")  # 0 and -1 fit 32 bits, from 2^32 on it takes 64 without a sign
+                if specialised:
+                    items.append(f"1 if x{i} == 1 else -(x{i} & 15)")
+            elif not (member is None or isinstance(member, bool | float)):
+                return self.forms.setdefault(types, None)
+        return self.forms.setdefault(types, _Form(_function(len(members), items), {}))
 
 
 class _Call:
@@ -80,8 +103,7 @@ class _Call:
     Attributes:
         values: selects the arguments in the order of the kernel's parameters.
         constexprs, others, options: select the arguments that are constexprs, the others of the kernel, and options.
-        forms: by the types of `others`, the lengths of plain tuples among them, and the types of the members, which
-            are those of tuples instead of the tuples. None: Triton must know.
+        layouts: by the types of `others` and the lengths of plain tuples among them.
     """
 
     def __init__(self, kernel: JITFunction, names: Sequence[str]) -> None:
@@ -92,24 +114,18 @@ class _Call:
         self.constexprs = _selection([parameter.name for parameter in kernel.params if parameter.is_constexpr])
         self.others = _selection([parameter.name for parameter in self.others_parameters])
         self.options = _selection([name for name in names if name not in parameters])
-        self.forms: dict[tuple[type | int, ...], _Form | None] = {}
+        self.layouts: dict[tuple[type | int, ...], _Layout] = {}
 
-    def add_form(self, others: Sequence[Any], types: tuple[type | int, ...]) -> _Form | None:
-        pointers, ints, specialised = [], [], []
-        position = 0
-        for parameter, value in zip(self.others_parameters, others, strict=True):
-            is_tuple = isinstance(value, tuple)
-            for member in value if is_tuple else (value,):
-                if isinstance(member, Tensor | TensorWrapper):
-                    pointers.append(position)
-                elif type(member) is int:
-                    ints.append(position)
-                    if is_tuple or not parameter.do_not_specialize:  # members of tuples are always specialised
-                        specialised.append(position)
-                elif not (member is None or isinstance(member, bool | float)):
-                    return self.forms.setdefault(types, None)
-                position += 1
-        return self.forms.setdefault(types, _Form(pointers, ints, specialised))
+    def add_layout(self, others: Sequence[Any], types: tuple[type | int, ...]) -> _Layout:
+        items, specialised = [], []
+        for i, (parameter, value) in enumerate(zip(self.others_parameters, others, strict=True)):
+            if type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_fields")):
+                items.append(f"*x{i}")
+                specialised += [True] * len(value)  # whatever the parameter says
+            else:
+                items.append(f"x{i}")
+                specialised.append(not parameter.do_not_specialize)
+        return self.layouts.setdefault(types, _Layout(_function(len(others), items), specialised, {}))
 
 
 _CALLS: dict[tuple[int, tuple[str, ...]], _Call] = {}  # by the kernel's id; a _Call keeps its kernel
@@ -154,26 +170,22 @@ def launch(kernel: Any, grid: tuple[int, int, int], **arguments: Any) -> None:
             return
         call = _CALLS.setdefault((id(kernel), names), _Call(kernel, names))
     others = call.others(arguments)
-    members: list[Any] = []
-    lengths = []
-    for value in others:
-        if isinstance(value, tuple):
-            members += value
-            if type(value) is tuple:  # the type of others, NamedTuples, says how many members they have
-                lengths.append(len(value))
-        else:
-            members.append(value)
-    types = (*map(type, others), *lengths, *map(type, members))
-    form = call.forms.get(types)
+    types: tuple[type | int, ...] = tuple(map(type, others))
+    if tuple in types:  # the type does not say how many members it has
+        types += tuple([len(value) for value in others if type(value) is tuple])
+    layout = call.layouts.get(types) or call.add_layout(others, types)
+    members = layout.members(*others)
+    member_types = tuple(map(type, members))
+    form = layout.forms.get(member_types)
     if form is None:
-        form = None if types in call.forms else call.add_form(others, types)
+        form = None if member_types in layout.forms else layout.add_form(members, member_types)
         if form is None:
             kernel[grid](**arguments)
             return
     active = driver.active
     device = active.get_current_device()
     key = (
-        active, device, _settings(triton.knobs), call.options(arguments), call.constexprs(arguments), form.key(members)
+        active, device, _settings(triton.knobs), call.options(arguments), call.constexprs(arguments), form.key(*members)
     )  # fmt: skip
     compiled = form.compiled.get(key)
     if compiled is not None:
