@@ -28,8 +28,10 @@ H100 = DeviceProperties((9, 0), 227 * 1024, 132)
 _stand_in = H100
 
 
-@functools.cache
-def _properties_of_gpu(device: torch.device) -> DeviceProperties:
+@functools.cache  # also because the name of a device's type takes half a microsecond
+def _properties_of_gpu(device: torch.device) -> DeviceProperties | None:
+    if device.type != "cuda":
+        return None
     properties = torch.cuda.get_device_properties(device)
     return DeviceProperties(
         (properties.major, properties.minor),
@@ -40,7 +42,7 @@ def _properties_of_gpu(device: torch.device) -> DeviceProperties:
 
 def device_properties(device: torch.device) -> DeviceProperties:
     """The properties of the GPU. Other devices have those of an H100, or what `stand_in` says."""
-    return _properties_of_gpu(device) if device.type == "cuda" else _stand_in
+    return _properties_of_gpu(device) or _stand_in
 
 
 @contextmanager

@@ -119,9 +119,8 @@ def with_keys(sequences: Sequences, bias: BiasArguments) -> tuple[Sequences, Bia
     """The same arguments with the keys' offsets and positions filled in where self-attention leaves them out."""
     if sequences.cu_seqlens_k is not None:
         return sequences, bias
-    positions_k = bias.positions_q if bias.positions_k is None else bias.positions_k
     cu_seqlens, _, max_seqlen_q, max_seqlen_k = sequences
-    return (
-        Sequences(cu_seqlens, cu_seqlens, max_seqlen_q, max_seqlen_k),
-        BiasArguments(bias.bias_table, bias.bias_bidirectional, bias.bias_max_distance, bias.positions_q, positions_k),
-    )
+    sequences = Sequences(cu_seqlens, cu_seqlens, max_seqlen_q, max_seqlen_k)
+    if bias.positions_k is None and bias.positions_q is not None:
+        bias = bias._replace(positions_k=bias.positions_q)
+    return sequences, bias

@@ -311,7 +311,7 @@ def packed_attention_backward(
     num_sequences = sequences.num_sequences
     bias_table = bias.bias_table
     dropout_p, dropout_seed = dropout
-    grad_out, q, k, v, out = (rows_with_vector_strides(x) for x in (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = map(rows_with_vector_strides, (grad_out, q, k, v, out))
     lse = lse.contiguous()
 
     dq = q.new_empty(q.shape if needs.need_dq else 0)

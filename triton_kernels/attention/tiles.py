@@ -48,7 +48,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor | None) -> "Rows":
-        return cls(None, 0, 0) if x is None else cls(x, *x.stride()[:2])
+        if x is None:
+            return cls(None, 0, 0)
+        stride_row, stride_head, _ = x.stride()
+        return tuple.__new__(cls, (x, stride_row, stride_head))  # as `cls(...)`, in half the time
 
 
 class Offsets(NamedTuple):
@@ -91,8 +94,8 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, causal: bool, block_m: int, block_n: int, **extra: int) -> "Tile":
-        head_dim = q.shape[2]
-        return cls(head_dim, padded_head_dim(head_dim), q.shape[1] // k.shape[1], causal, block_m, block_n, **extra)
+        _, num_heads, head_dim = q.shape
+        return cls(head_dim, padded_head_dim(head_dim), num_heads // k.shape[1], causal, block_m, block_n, **extra)
 
 
 def rows_with_vector_strides(x: Tensor) -> Tensor:
