@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import tempfile
+from math import ceil, prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +74,7 @@ class MachineCode(NamedTuple):
         instructions_outside: the number of instructions in no loop.
         num_warps: warps of a block.
         expected: mnemonics, one of which must occur; empty where no product has 16-bit factors.
+        repeated: products of which several warps compute the same part, in words.
     """
 
     registers: int
@@ -83,6 +85,7 @@ class MachineCode(NamedTuple):
     instructions_outside: int
     num_warps: int
     expected: tuple[str, ...]
+    repeated: tuple[str, ...] = ()
 
     @property
     def main_loops(self) -> dict[int, Loop]:
@@ -105,6 +108,7 @@ class MachineCode(NamedTuple):
             found.append(f"spills {self.spilled} bytes")
         if self.expected and not any(self.matrix_instructions.get(mnemonic) for mnemonic in self.expected):
             found.append(f"no {' or '.join(self.expected)} but {self.matrix_instructions}")
+        found += self.repeated
         return found
 
 
@@ -129,6 +133,7 @@ def machine_code(kernel: CompiledKernel) -> MachineCode:
         instructions_outside=instructions_outside,
         num_warps=kernel.metadata.num_warps,
         expected=_expected_instructions(kernel),
+        repeated=repeated_products(kernel.asm["ttgir"]),
     )
 
 
@@ -225,3 +230,38 @@ def _expected_instructions(kernel: CompiledKernel) -> tuple[str, ...]:
         return "UTCHMMA", "HMMA"
     has_warp_group_tile = kernel.metadata.num_warps >= 4 and any(int(rows) >= 64 for rows, _ in products)
     return ("HGMMA",) if arch == 90 and has_warp_group_tile else ("HMMA",)
+
+
+def repeated_products(ttgir: str) -> tuple[str, ...]:
+    """The products of which several warps compute the same part, from a kernel in Triton's GPU dialect.
+
+    The layout of a result says which warp has which part of it. The result of tcgen05 is in tensor memory, and its
+    layout is that of the load from there.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.(\w+<\{.*\}>)$", ttgir, re.MULTILINE))
+    results = re.findall(
+        r"= (?:tt\.dot|ttng\.warp_group_dot|ttng\.tmem_load) .*-> \(?tensor<([\dx]+)x\w+, (#\w+)>", ttgir
+    )
+    found = []
+    for shape, name in dict.fromkeys(results):
+        copies = _warps_of_each_part([int(size) for size in shape.split("x")], layouts[name])
+        if copies > 1:
+            found.append(f"{copies} warps compute each part of a {shape} product")
+    return tuple(dict.fromkeys(found))
+
+
+def _warps_of_each_part(shape: list[int], layout: str) -> int:
+    """How many warps have the same part of a result. `layout` is a definition of ttgir without its name."""
+    kind, _, text = layout.partition("<")
+    fields = {name: ast.literal_eval(value) for name, value in re.findall(r"(\w+) = (\[[^=]*\]|\d+)(?:,|\})", text)}
+    if kind == "linear":  # one vector for each bit of the warp's number: where the part of the warp is
+        return 2 ** sum(not any(vector) for vector in fields["warp"])
+    if kind == "nvidia_mma":
+        of_warp = fields["instrShape"]
+        if fields["versionMajor"] == 3:  # wgmma: rows of a warp, columns, and the length of the sums
+            of_warp = of_warp[:-1]
+        of_warp = [1] * (len(shape) - len(of_warp)) + of_warp
+    else:  # blocked
+        of_warp = [a * b for a, b in zip(fields["sizePerThread"], fields["threadsPerWarp"], strict=True)]
+    warps = zip(shape, of_warp, fields["warpsPerCTA"], strict=True)
+    return prod(max(1, count // ceil(size / part)) for size, part, count in warps)

@@ -190,13 +190,11 @@ def _sum_over_heads(launch: Launch, workload: Attention) -> Execution:
 
 
 def _list_rows(launch: Launch, workload: CrossEntropy) -> Execution:
-    """Program i counts the i blocks before its own: the last one takes longest."""
-    blocks, num_steps = launch.grid[0], launch.arguments["num_steps"]
-    rounds: dict[str, Rounds] = {
-        "stamp_cross_entropy_list_rows_kernel.start": (blocks - 1) / 2,
-        "_have_targets.step": num_steps,
-    }
-    return Execution(prod(launch.grid), rounds, dependent_rounds=blocks * num_steps)
+    """The loads of all targets of a row are on their way at once. Then come the counts of the blocks before."""
+    rounds = _tiles(launch.grid[0] - 1, launch.arguments["BLOCK"])
+    return Execution(
+        prod(launch.grid), {"stamp_cross_entropy_list_rows_kernel.start": rounds}, dependent_rounds=1 + rounds
+    )
 
 
 def _row_tiles(launch: Launch, workload: CrossEntropy) -> int:
@@ -242,6 +240,12 @@ def _cross_entropy_reduce(launch: Launch, workload: CrossEntropy) -> Execution:
         "stamp_cross_entropy_fwd_reduce_kernel.start": rounds,
     }
     return Execution(1, by_name, dependent_rounds=num_steps * rounds)
+
+
+def _row_terms(launch: Launch, workload: CrossEntropy) -> Execution:
+    """With a cap, the logits of the targets."""
+    rounds = _tiles(launch.arguments["layout"].width, launch.arguments["BLOCK_K"])
+    return Execution(prod(launch.grid), {"target_logits.start": rounds})
 
 
 def _hidden_gradient(launch: Launch, workload: CrossEntropy) -> Execution:
@@ -291,13 +295,12 @@ def _weight_gradient(launch: Launch, workload: CrossEntropy) -> Execution:
 
 
 def _chunk(launch: Launch, workload: CrossEntropy) -> Execution:
-    """A row; two passes over its classes, of which each reads the fp32 logits."""
+    """A row; two passes over its classes, of which each reads the logits and the second one writes in their place."""
     rounds = _tiles(launch.arguments["NUM_CLASSES"], launch.arguments["BLOCK"])
-    logits, dlogits = launch.arguments["logits"].ptr, launch.arguments["dlogits"].ptr
     return Execution(
         launch.grid[0],
         {"stamp_cross_entropy_chunk_kernel.start": rounds},
-        num_bytes=2 * logits.nbytes + dlogits.nbytes,
+        num_bytes=3 * launch.arguments["logits"].ptr.nbytes,
     )
 
 
@@ -354,11 +357,12 @@ _EXECUTIONS: dict[str, Callable[[Launch, Any], Execution]] = {
     "stamp_attention_bwd_key_kernel": _backward_key,
     "stamp_attention_bias_kernel": _without_loops,
     "stamp_attention_bwd_bias_kernel": _without_loops,
+    "stamp_cross_entropy_count_rows_kernel": _without_loops,
     "stamp_cross_entropy_list_rows_kernel": _list_rows,
     "stamp_cross_entropy_fwd_kernel": _cross_entropy_forward,
     "stamp_cross_entropy_fwd_combine_kernel": _cross_entropy_combine,
     "stamp_cross_entropy_fwd_reduce_kernel": _cross_entropy_reduce,
-    "stamp_cross_entropy_bwd_row_terms_kernel": _without_loops,
+    "stamp_cross_entropy_bwd_row_terms_kernel": _row_terms,
     "stamp_cross_entropy_bwd_hidden_kernel": _hidden_gradient,
     "stamp_cross_entropy_bwd_weight_kernel": _weight_gradient,
     "stamp_cross_entropy_chunk_kernel": _chunk,

@@ -17,7 +17,13 @@ from machine_code import WORKLOADS, Row, differences, read_table
 from stamp_kernels import triton_kernels
 from stamp_kernels.triton_kernels.aot import TARGETS, blocks_per_multiprocessor, compile_only
 from stamp_kernels.triton_kernels.attention import centrality
-from stamp_kernels.triton_kernels.machine_code import Loop, MachineCode, find_loops, parse_disassembly
+from stamp_kernels.triton_kernels.machine_code import (
+    Loop,
+    MachineCode,
+    find_loops,
+    parse_disassembly,
+    repeated_products,
+)
 
 MODULES = [module.name for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}.")]
 # One for each kernel and for what changes its code most; `make aot` compiles all.
@@ -60,6 +66,7 @@ def test_products_into_an_output_need_no_meta_kernel():
         assert torch.addmm(out, factor, factor, out_dtype=torch.float32, beta=0, out=out) is out
 
 
+REPEATED = "2 warps compute each part of a 64x64 product"
 GOOD = MachineCode(
     registers=128, shared=32768, spilled=0, matrix_instructions={"HGMMA": 12}, loops=(), instructions_outside=100,
     num_warps=4, expected=("HGMMA",),
@@ -75,11 +82,48 @@ GOOD = MachineCode(
         (90, dict(spilled=8), ["spills 8 bytes"]),
         (90, dict(matrix_instructions={"HMMA": 24}), ["no HGMMA but {'HMMA': 24}"]),
         (90, dict(matrix_instructions={}, expected=()), []),
+        (90, dict(repeated=(REPEATED,)), [REPEATED]),
     ],
     ids=str,
 )
 def test_problems(arch, changed, problems):
     assert GOOD._replace(**changed).problems(arch) == problems
+
+
+def mma(version, warps, instruction):
+    return (
+        f"nvidia_mma<{{versionMajor = {version}, versionMinor = 0, warpsPerCTA = {warps}, instrShape = {instruction}}}>"
+    )
+
+
+def linear(*warps):
+    """Layouts of results in tensor memory; the vectors are those of the bits of the warp's number."""
+    warp = [list(vector) for vector in warps]
+    return f"linear<{{register = [[0, 1], [0, 2]], lane = [[1, 0], [2, 0]], warp = {warp}, block = []}}>"
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape", "layout", "warps"),
+    [
+        ("ttng.warp_group_dot", "64x64", mma(3, [8, 1], [16, 64, 16]), 2),  # both warp groups of a 64-row tile
+        ("ttng.warp_group_dot", "128x64", mma(3, [8, 1], [16, 64, 16]), 1),
+        ("ttng.warp_group_dot", "64x128", mma(3, [4, 2], [16, 64, 16]), 1),
+        ("ttng.warp_group_dot", "64x64", mma(3, [4, 2], [16, 64, 16]), 2),
+        ("tt.dot", "64x64", mma(2, [4, 2], [16, 8]), 1),
+        ("tt.dot", "64x64", mma(2, [8, 1], [16, 8]), 2),
+        ("tt.dot", "16x16", mma(2, [1, 4], [16, 8]), 2),
+        ("tt.dot", "16x16", mma(2, [4, 4], [16, 8]), 8),
+        ("tt.dot", "4x16x16", mma(2, [4, 1, 1], [1, 16, 8]), 1),
+        ("ttng.tmem_load", "64x64", linear((16, 0), (32, 0), (0, 32)), 1),
+        ("ttng.tmem_load", "64x16", linear((16, 0), (32, 0), (0, 0)), 2),
+        ("tt.dot", "32x32", "blocked<{sizePerThread = [4, 4], threadsPerWarp = [4, 8], warpsPerCTA = [4, 1]}>", 2),
+    ],
+)
+def test_warps_that_repeat_a_product(operator, shape, layout, warps):
+    ttgir = (
+        f"#mma = #ttg.{layout}\n      %z = {operator} %a, %b : !ttg.memdesc<64x64xbf16> -> tensor<{shape}xf32, #mma>\n"
+    )
+    assert repeated_products(ttgir) == ((f"{warps} warps compute each part of a {shape} product",) if warps > 1 else ())
 
 
 ROW = Row(
