@@ -1,5 +1,7 @@
 """What the launchers of the cross-entropy prepare: row chunks, lists of rows, vectors, step weights, products."""
 
+import itertools
+
 import pytest
 import torch
 from test_triton_cross_entropy import DEVICE, LAYOUTS
@@ -33,8 +35,11 @@ def test_no_two_warps_compute_the_same_rows(properties):
         for has_one_softmax in (False, True):
             hidden = configs.hidden_gradient_config(properties, width, element_size=2, has_one_softmax=has_one_softmax)
             tiles.append((hidden.block_n, hidden.block_d, hidden.num_warps))
-        weight = configs.weight_gradient_config(properties, width, element_size=2)
-        tiles.append((weight.block_v, weight.block_d, weight.num_warps))
+        for has_bias, has_ranges in itertools.product((False, True), repeat=2):
+            weight = configs.weight_gradient_config(
+                properties, width, element_size=2, has_bias=has_bias, has_ranges=has_ranges
+            )
+            tiles.append((weight.block_v, weight.block_d, weight.num_warps))
         for rows, columns, num_warps in tiles:
             if major == 9 or (major != 10 and columns <= rows):
                 assert 16 * num_warps <= rows, (width, rows, columns, num_warps)

@@ -22,7 +22,7 @@ from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes
 from stamp_kernels.triton_kernels.cross_entropy.tiles import PerStep, RowLists
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
 from stamp_kernels.triton_kernels.launching import launch
-from stamp_kernels.triton_kernels.rows import ceil_div
+from stamp_kernels.triton_kernels.rows import ceil_div, next_power_of_2
 
 
 def backward(
@@ -46,9 +46,10 @@ def backward(
         scale: the gradient of a row's loss of a step, fp32 `[N, K]`, or `[K]` where all rows have the same.
         dtype: that of the hidden states, or fp32 for gradients that are scaled later.
     """
+    of_softmaxes = softmaxes.arguments()
     arguments = dict(
-        **softmaxes.arguments(),
-        terms=_row_terms(softmaxes, lists, lse, scale, options),
+        **of_softmaxes,
+        terms=_row_terms(softmaxes, of_softmaxes, lists, lse, scale, options),
         lists=lists,
         num_softmaxes=softmaxes.num_softmaxes,
         softcap=options.softcap,
@@ -61,16 +62,26 @@ def backward(
     return dhidden, dweight, dbias
 
 
-def _row_terms(softmaxes: Softmaxes, lists: RowLists, lse: Tensor, scale: Tensor, options: LossOptions) -> RowTerms:
+def _row_terms(
+    softmaxes: Softmaxes,
+    arguments: dict[str, Any],
+    lists: RowLists,
+    lse: Tensor,
+    scale: Tensor,
+    options: LossOptions,
+) -> RowTerms:
     num_blocks = ceil_div(softmaxes.num_rows, ENTRIES_PER_PROGRAM.value)
     of_softmaxes = (softmaxes.num_softmaxes, num_blocks * ENTRIES_PER_PROGRAM.value)
     of_steps = (softmaxes.num_steps, num_blocks * ENTRIES_PER_PROGRAM.value)
+    is_capped = options.softcap is not None
+    target_factor = lse.new_empty(of_steps)
     terms = RowTerms(
         lse=lse.new_empty(of_softmaxes),
         factor=lse.new_empty(of_softmaxes),
         offset=lse.new_empty(of_softmaxes),
         target=lse.new_empty(of_steps, dtype=torch.int32),
-        target_factor=lse.new_empty(of_steps),
+        target_factor=target_factor,
+        target_slope=lse.new_empty(of_steps) if is_capped else target_factor,
         unit=torch.linalg.vector_norm(scale, ord=torch.inf),
     )
     launch(
@@ -82,10 +93,9 @@ def _row_terms(softmaxes: Softmaxes, lists: RowLists, lse: Tensor, scale: Tensor
         scale=PerStep(scale, 0 if scale.dim() == 1 else scale.stride(0), scale.stride(-1)),
         lists=lists,
         loss_options=options._replace(vocab_ranges=None),
-        **softmaxes.range_arguments(),
-        num_rows=softmaxes.num_rows,
-        layout=softmaxes.layout(),
+        **arguments if is_capped else arguments | dict(hidden=None, classes=None, stride_hidden_step=0),
         BLOCK=ENTRIES_PER_PROGRAM.value,
+        BLOCK_K=min(64, max(16, next_power_of_2(softmaxes.width))) if is_capped else 16,
         num_warps=8,
     )
     return terms
@@ -97,9 +107,10 @@ def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any], dtype: tor
     config = hidden_gradient_config(
         properties, width, element_size=hidden.element_size(), has_one_softmax=softmaxes.has_hidden_per_step
     )
-    if properties.capability[0] == 9:
+    is_wide = width > config.block_d
+    if properties.capability[0] == 9 and not (is_wide and arguments["softcap"] is not None):
         # Inside a loop over softmaxes, even over one, the loop over classes is shorter: 248 instructions, not 257, at
-        # width 128, and 67, not 77, at 1,024. On sm_86 and sm_100 that spills.
+        # width 128, and 84, not 100, at 512. On sm_86 and sm_100 that spills, and with a cap above width 256.
         layout = layout._replace(hidden_per_step=softmaxes.num_hidden > 1)
     row_tiles, feature_blocks = ceil_div(softmaxes.num_rows, config.block_n), ceil_div(width, config.block_d)
     splits = num_splits(
@@ -126,7 +137,14 @@ def _weight_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     weight, width, num_classes = softmaxes.weight, softmaxes.width, softmaxes.num_classes
     properties = device_properties(weight.device)
-    config = weight_gradient_config(properties, width, element_size=weight.element_size())
+    has_all_classes = all(span == (0, num_classes) for span in softmaxes.ranges)
+    config = weight_gradient_config(
+        properties,
+        width,
+        element_size=weight.element_size(),
+        has_bias=needs.need_bias,
+        has_ranges=not has_all_classes,
+    )
     class_tiles, feature_blocks = ceil_div(num_classes, config.block_v), ceil_div(width, config.block_d)
     splits = num_splits(
         class_tiles * feature_blocks * softmaxes.num_weights,
@@ -147,7 +165,7 @@ def _weight_gradients(
         dbias_ptr=dbias,
         num_classes=num_classes,
         WEIGHT_PER_STEP=softmaxes.num_weights > 1,
-        ALL_CLASSES=all(span == (0, num_classes) for span in softmaxes.ranges),
+        ALL_CLASSES=has_all_classes,
         tile=config.tile,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -59,6 +59,8 @@ class RowTerms(NamedTuple):
         offset: fp32 `[num_softmaxes, num_entries]`.
         target: int32 `[K, num_entries]`; -1: none.
         target_factor: fp32 `[K, num_entries]`.
+        target_slope: fp32 `[K, num_entries]`; `target_factor` times the slope of the cap at the target's logit. Without
+            a cap it is the same tensor. The logits take more registers than the sums of the hidden gradient leave.
         unit: fp32 `[]`, the largest |gradient of a row's loss|.
     """
 
@@ -67,6 +69,7 @@ class RowTerms(NamedTuple):
     offset: Tensor
     target: Tensor
     target_factor: Tensor
+    target_slope: Tensor
     unit: Tensor
 
 
@@ -78,9 +81,11 @@ def stamp_cross_entropy_bwd_row_terms_kernel(
     scale: PerStep,  # fp32 [N, K], or [K] with a row stride of 0: gradients of the rows' losses
     lists: RowLists,
     loss_options: LossOptions,  # without vocab_ranges
+    hidden: Rows,  # [N, WIDTH] or [K, N, WIDTH]; None without softcap
+    classes: Classes,  # None without softcap
     ranges_ptr,  # int32 [num_softmaxes, 2], or None
-    num_rows, first_class, end_class,
-    layout: tl.constexpr, BLOCK: tl.constexpr,
+    stride_hidden_step, num_rows, first_class, end_class,
+    layout: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The terms of BLOCK entries of a list. Entries past its end get terms that make no gradient.
 
@@ -99,6 +104,18 @@ def stamp_cross_entropy_bwd_row_terms_kernel(
     row_lse = tl.full([BLOCK], float("inf"), tl.float32)
     factor = tl.zeros([BLOCK], tl.float32)
     scale_sum = tl.zeros([BLOCK], tl.float32)
+    if loss_options.softcap is not None:
+        bias = None
+        if classes.bias is not None:
+            bias = classes.bias + softmax_index * divisible(classes.stride_bias_step, layout.class_divisor)
+        softmax = Softmax(
+            hidden=hidden.ptr + hidden_index * divisible(stride_hidden_step, layout.stride_divisor),
+            stride_row=divisible(hidden.stride_row, layout.stride_divisor),
+            weight=classes.weight + softmax_index * divisible(classes.stride_step, layout.stride_divisor),
+            stride_class=divisible(classes.stride_class, layout.stride_divisor),
+            bias=bias,
+            softcap=loss_options.softcap,
+        )
     for i in tl.static_range(STEPS_PER_SOFTMAX):
         step = softmax_index * STEPS_PER_SOFTMAX + i
         target, is_valid = load_target(targets, row, is_listed, step, loss_options.ignore_index)
@@ -113,7 +130,11 @@ def stamp_cross_entropy_bwd_row_terms_kernel(
         is_target = is_valid & (target >= first_class) & (target < end_class)
         of_step = tl.cast(step, tl.int64) * num_entries + entry
         tl.store(terms.target + of_step, tl.where(is_target, target, -1).to(tl.int32))
-        tl.store(terms.target_factor + of_step, (1.0 - loss_options.label_smoothing) * step_scale)
+        target_factor = (1.0 - loss_options.label_smoothing) * step_scale
+        tl.store(terms.target_factor + of_step, target_factor)
+        if loss_options.softcap is not None:
+            z = target_logits(softmax, row, target, is_target, layout.width, BLOCK_K)
+            tl.store(terms.target_slope + of_step, target_factor * cap_slope(z, loss_options.softcap))
     of_softmax = tl.cast(softmax_index, tl.int64) * num_entries + entry
     tl.store(terms.lse + of_softmax, row_lse)
     tl.store(terms.factor + of_softmax, factor)
@@ -133,12 +154,16 @@ def _add_hidden_gradient(
 ):  # fmt: skip
     """dx [BLOCK_N, BLOCK_D] plus dz W over the classes `start_class ... end_class - 1`, without the targets' part.
 
-    Without MASKED the classes are whole tiles.
+    Without MASKED the classes are whole tiles. With MASKED the classes past the end are the last one again, without a
+    gradient: masked loads would take more registers.
     """
     BLOCK_V: tl.constexpr = tile.block_v
     for start in range(start_class, end_class, BLOCK_V):
         class_ = start + tl.arange(0, BLOCK_V)
-        exists = (class_ < end_class) if MASKED else tl.full([BLOCK_V], True, tl.int1)
+        has_gradient = class_ < end_class
+        exists = tl.full([BLOCK_V], True, tl.int1)
+        if MASKED:
+            class_ = tl.minimum(class_, end_class - 1)
         w = load_features(
             softmax.weight, class_, softmax.stride_class, exists, start_feature, layout.width, tile.block_d
         )  # [BLOCK_V, BLOCK_D]
@@ -156,7 +181,7 @@ def _add_hidden_gradient(
         if softmax.softcap is not None:
             dz *= cap_slope(z, softmax.softcap)
         if MASKED:
-            dz = tl.where(exists[None, :], dz, 0.0)
+            dz = tl.where(has_gradient[None, :], dz, 0.0)
         # dx += dz W, [BLOCK_N, BLOCK_D]
         dx = tl.dot(dz.to(w.dtype), w, dx, input_precision="ieee")
     return dx
@@ -191,9 +216,7 @@ def stamp_cross_entropy_bwd_hidden_kernel(
     start = tl.program_id(0) * BLOCK_N
     num_listed = tl.load(lists.lengths + hidden_index)
     row, is_listed, exists = listed_rows(lists, hidden_index, start, num_listed, num_rows, BLOCK_N)
-    entry = start + tl.arange(0, BLOCK_N)
     num_entries = _num_entries(num_rows)
-    unit = tl.load(terms.unit)
     first_softmax = hidden_index if layout.hidden_per_step else 0 * hidden_index
     end_softmax = hidden_index + 1 if layout.hidden_per_step else num_softmaxes
     end_softmax = tl.where(start < num_listed, end_softmax, first_softmax)  # rows without a target have nothing to do
@@ -220,19 +243,17 @@ def stamp_cross_entropy_bwd_hidden_kernel(
         )
         # dx -= target_factor W_y for each target y
         for i in range(layout.steps_per_softmax):
-            of_step = tl.cast(softmax_index * layout.steps_per_softmax + i, tl.int64) * num_entries + entry
+            of_step = tl.cast(softmax_index * layout.steps_per_softmax + i, tl.int64) * num_entries + start
+            of_step += tl.arange(0, BLOCK_N)
             target = tl.load(terms.target + of_step)
-            target_factor = tl.load(terms.target_factor + of_step)
+            target_factor = tl.load(terms.target_slope + of_step)
             is_target = (target >= 0) & (split == 0)
-            if softcap is not None:
-                z = target_logits(softmax, row, target, is_target, layout.width, tile.block_k)
-                target_factor *= cap_slope(z, softcap)
             w = load_features(
                 softmax.weight, target, stride_class, is_target, start_feature, layout.width, BLOCK_D
             )  # [BLOCK_N, BLOCK_D]
             dx -= target_factor[:, None] * w.to(tl.float32)
 
-        of_softmax = tl.cast(softmax_index, tl.int64) * num_entries + entry
+        of_softmax = tl.cast(softmax_index, tl.int64) * num_entries + start + tl.arange(0, BLOCK_N)
         lse, factor = tl.load(terms.lse + of_softmax), tl.load(terms.factor + of_softmax)
         offset = tl.zeros([BLOCK_N], tl.float32) if PLAIN else tl.load(terms.offset + of_softmax)
         classes_per_split = tl.cdiv(tl.cdiv(end_class - first_class, BLOCK_V), num_splits) * BLOCK_V
@@ -252,6 +273,7 @@ def stamp_cross_entropy_bwd_hidden_kernel(
     row, _, exists = listed_rows(lists, hidden_index, start, num_listed, num_rows, BLOCK_N, BLOCK_N * BLOCK_D >= 32768)
     row += (tl.cast(split, tl.int64) * num_hidden + hidden_index) * num_rows
     pointers = dhidden_ptr + (row * layout.width)[:, None] + feature[None, :]
+    unit = tl.load(terms.unit)
     dx = (dx * (unit / layout.gain)).to(dhidden_ptr.dtype.element_ty)
     tl.store(pointers, dx, mask=exists[:, None] & (feature < layout.width)[None, :])
 
@@ -367,7 +389,10 @@ def stamp_cross_entropy_bwd_weight_kernel(
     if dweight_ptr is not None:
         feature = start_feature + tl.arange(0, BLOCK_D)
         num_weights = tl.num_programs(1)
-        class_row = (tl.cast(split, tl.int64) * num_weights + weight_index) * num_classes + class_
+        # In other arithmetic than above, so that the compiler does not keep it during the loops, in spilled registers.
+        class_row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+        exists = class_row < num_classes
+        class_row += (tl.cast(split, tl.int64) * num_weights + weight_index) * num_classes
         pointers = dweight_ptr + (class_row * layout.width)[:, None] + feature[None, :]
         dw = (dw * (unit / layout.gain)).to(dweight_ptr.dtype.element_ty)
         tl.store(pointers, dw, mask=exists[:, None] & (feature < layout.width)[None, :])

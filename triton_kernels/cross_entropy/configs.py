@@ -151,11 +151,19 @@ def hidden_gradient_config(
 
 
 @functools.lru_cache(maxsize=1024)
-def weight_gradient_config(properties: DeviceProperties, width: int, *, element_size: int) -> GradientConfig:
+def weight_gradient_config(
+    properties: DeviceProperties, width: int, *, element_size: int, has_bias: bool, has_ranges: bool
+) -> GradientConfig:
     """Four warps are one warp group of an H100, and three such blocks share a processor.
 
     Choices that name an architecture avoid spills that the compiler showed there, or repeated work: see
-    `warps_for_rows`.
+    `warps_for_rows`. The sums of the bias are a tile of logits. Beside 256 features of a gradient there are registers
+    for half of such a tile with wgmma, and for a whole one with mma.sync if no tile is on its way. The range of the
+    classes takes registers too.
+
+    Args:
+        has_bias: whether the bias gets a gradient too.
+        has_ranges: whether the classes of a softmax are not all classes of its weight.
     """
     block_d = max(16, next_power_of_2(width))
     architecture = properties.capability[0]
@@ -163,7 +171,9 @@ def weight_gradient_config(properties: DeviceProperties, width: int, *, element_
         config = GradientConfig(32, 32, min(block_d, 64), min(block_d, 64), num_warps=4, num_stages=1)
     elif block_d > 128:
         block_v = 128 if architecture == 9 else 64
-        config = GradientConfig(64, block_v, 256, 64, num_warps=8, num_stages=1 if architecture == 10 else 2)
+        block_n = 32 if architecture == 9 and (has_bias or has_ranges) else 64
+        has_one_stage = architecture == 10 or (has_bias and (architecture != 9 or block_d > 256))
+        config = GradientConfig(block_n, block_v, 256, 64, num_warps=8, num_stages=1 if has_one_stage else 2)
     else:
         num_stages = 2 if architecture == 10 else 3
         num_warps = warps_for_rows(properties, 64, block_d)

@@ -23,6 +23,7 @@ class CrossEntropy(Workload):
         rows, width, vocabulary, steps: N, D, V, K.
         hidden_per_step: hidden states `[K, N, D]`.
         codebooks: the vocabulary is K codebooks in order, one per step (`vocab_ranges`).
+        has_bias: a bias `[V]`, input "bias".
         options: further arguments of the function.
     """
 
@@ -32,6 +33,7 @@ class CrossEntropy(Workload):
     steps: int = 1
     hidden_per_step: bool = False
     codebooks: bool = False
+    has_bias: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     leaves: tuple[str, ...] = ("hidden", "weight")
 
@@ -58,18 +60,25 @@ class CrossEntropy(Workload):
         if self.codebooks:
             targets = targets + self.num_classes * torch.arange(self.steps, device=device)
         targets = torch.where(random.uniform(self.rows, self.steps) < IGNORED_SHARE, -100, targets)
-        return dict(
+        inputs = dict(
             hidden=random.normal(*shape, dtype=dtype),
             weight=random.normal(self.vocabulary, self.width, dtype=dtype) / math.sqrt(self.width),
             targets=targets,
         )
+        return inputs | dict(bias=random.normal(self.vocabulary, dtype=dtype)) if self.has_bias else inputs
 
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         ranges = None
         if self.codebooks:
             ranges = [(k * self.num_classes, (k + 1) * self.num_classes) for k in range(self.steps)]
         result = multi_token_cross_entropy(
-            x["hidden"], x["weight"], x["targets"], vocab_ranges=ranges, return_step_losses=True, **dict(self.options)
+            x["hidden"],
+            x["weight"],
+            x["targets"],
+            bias=x.get("bias"),
+            vocab_ranges=ranges,
+            return_step_losses=True,
+            **dict(self.options),
         )
         return dict(loss=result.loss, step_losses=result.step_losses)
 
@@ -110,6 +119,8 @@ TIMED: tuple[Workload, ...] = (
 )
 
 _MINIMAL = (("memory", "minimal"),)
+_SOFTCAP = (("softcap", 30.0),)
+_EVERYTHING = (("label_smoothing", 0.1), ("z_loss", 1e-3), ("softcap", 20.0), ("step_weights", (1.0, 0.5, 0.25)))
 
 COMPILED: tuple[Workload, ...] = (
     CrossEntropy("CE.D64.V256", rows=4096, width=64, vocabulary=256),
@@ -117,10 +128,19 @@ COMPILED: tuple[Workload, ...] = (
     CrossEntropy("CE.D200.V4096", rows=8192, width=200, vocabulary=4096),
     CrossEntropy("CE.D256.V4096", rows=8192, width=256, vocabulary=4096),
     CrossEntropy("CE.D512.minimal", rows=8192, width=512, vocabulary=32_000, options=_MINIMAL),
+    # So many programs that no sum is split: the gradients are stored in 16 bits.
+    CrossEntropy("CE.D200.softcap", rows=32_768, width=200, vocabulary=32_768, options=_SOFTCAP),
+    CrossEntropy("CE.D256.softcap", rows=32_768, width=256, vocabulary=32_768, options=_SOFTCAP),
+    CrossEntropy("CE.D256.unsplit", rows=32_768, width=256, vocabulary=32_768),
+    CrossEntropy("CE.D512.minimal.softcap", rows=32_768, width=512, vocabulary=32_768, options=_MINIMAL + _SOFTCAP),
+    CrossEntropy(
+        "CE.4x4096.shared.softcap", rows=32_768, width=256, vocabulary=16_384, steps=4, codebooks=True, options=_SOFTCAP
+    ),
+    CrossEntropy(
+        "CE.D256.bias", rows=32_768, width=256, vocabulary=32_768, has_bias=True, leaves=("hidden", "weight", "bias")
+    ),
     ShiftTargets("shift", lengths=fixed(256, 240)),
 )
-
-_EVERYTHING = (("label_smoothing", 0.1), ("z_loss", 1e-3), ("softcap", 20.0), ("step_weights", (1.0, 0.5, 0.25)))
 
 CHECKED: tuple[Workload, ...] = (
     CrossEntropy("check.CE.free", rows=500, width=64, vocabulary=2200, steps=3, options=_EVERYTHING),
