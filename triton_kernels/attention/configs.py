@@ -156,7 +156,8 @@ def backward_config(
       queries at a time;
     - heads of 72 to 128: sm_90 and sm_100 take 128 keys on 8 warps in the key kernel, a warp group for each 64. The
       query kernel of sm_90 needs 8 warps only where a search for buckets takes the registers of 4 (16 bytes spilled).
-      From registers a bias or dropout makes both tiles 32 x 32: larger ones spill 16 to 240 bytes;
+      From registers the key kernel has 32 x 32, and so has the query kernel with a bias or dropout: larger tiles spill
+      16 to 240 bytes;
     - above 128 shared memory is the limit: 163,840 bytes for 128 queries on sm_90, 98,304 for the 32 queries that every
       device has; with a bias 32 spill 8 to 32 bytes. The key kernel takes 131,072 with 64 queries, so it has 32 queries
       where a block has less: sm_86, sm_89 and sm_120.
@@ -179,10 +180,9 @@ def backward_config(
             for_queries = for_queries._replace(max_registers=168)  # three programs on a multiprocessor, not two
         for_keys = TileConfig(32, 64, 4, num_stages)
     elif head_dim <= 128:
-        if from_registers and has_either:
-            for_queries = for_keys = TileConfig(32, 32, 4, 2)
-        elif from_registers:
-            for_queries, for_keys = TileConfig(128, 32, 8, 1), TileConfig(32, 64, 4, 1)
+        if from_registers:
+            for_queries = TileConfig(32, 32, 4, 2) if has_either else TileConfig(128, 32, 8, 1)
+            for_keys = TileConfig(32, 32, 4, 2)
         else:
             if major == 9 and has_search and max_seqlen_q <= 64:
                 for_queries = TileConfig(32, 32, 4, 2)
@@ -205,12 +205,13 @@ def backward_config(
             block_n = max(block_n, min_block_n)
         shrinkage = config.block_m * config.block_n // (block_m * block_n)
         # A warp has at most 64 columns of an accumulator, and at most 4,096 elements of all of them. In a shrunk tile
-        # it has at most 16 x 32 pairs, or half of them where a search for buckets takes registers.
+        # it has at most 16 x 32 pairs; half of them where a search for buckets, or factors, take registers too.
         block_d = padded_head_dim(head_dim)
         accumulated = 2 * block_n * block_d if loops_over_queries else block_m * block_d
         num_warps = max(config.num_warps // shrinkage, block_d // 64, min(accumulated // 4096, config.num_warps), 1)
         if shrinkage > 1:
-            num_warps = max(num_warps, block_m * block_n // (256 if has_search else 512))
+            has_half = has_search or (from_registers and has_either)
+            num_warps = max(num_warps, block_m * block_n // (256 if has_half else 512))
         is_one_round = max_seqlen_q <= block_m if loops_over_queries else max_seqlen_k <= block_n
         max_registers = config.max_registers if shrinkage == 1 else None
         if num_warps < 4 or head_dim > 128 or (major != 9 and has_either):

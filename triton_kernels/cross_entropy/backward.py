@@ -97,6 +97,7 @@ def _row_terms(
         BLOCK=ENTRIES_PER_PROGRAM.value,
         BLOCK_K=min(64, max(16, next_power_of_2(softmaxes.width))) if is_capped else 16,
         num_warps=8,
+        maxnreg=255,  # otherwise ptxas stays at 128 for a second program on a multiprocessor, and spills 8 or 16 bytes
     )
     return terms
 
@@ -128,6 +129,7 @@ def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any], dtype: tor
         tile=config.tile,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=255 if properties.capability[0] == 8 else None,  # as for the row terms
     )
     return _sum_of_splits(dhidden)[..., :width]
 
