@@ -144,6 +144,7 @@ TIMED: tuple[Attention, ...] = (
 
 COMPILED: tuple[Attention, ...] = (
     Attention("L16.bias.dropout", lengths=fixed(64, 16), bias=True, dropout_p=0.1),
+    Attention("L24.bias.centrality", lengths=fixed(64, 24), bias=True, centrality="fused", backward=False),
     Attention("L80.bias.positions.dropout", lengths=fixed(64, 80), bias=True, positions=True, dropout_p=0.1),
     Attention("L200.bias.positions.dropout", lengths=fixed(64, 200), bias=True, positions=True, dropout_p=0.1),
     Attention("L240.separate", lengths=fixed(64, 240), centrality="separate", backward=False),
