@@ -141,25 +141,41 @@ def attention_centrality(
     q, k, lse = rows_with_vector_strides(q), rows_with_vector_strides(k), lse.contiguous()
     sequences, bias = with_keys(sequences, bias)
     cu_seqlens_q, cu_seqlens_k, query_mask = contiguous(sequences.cu_seqlens_q, sequences.cu_seqlens_k, query_mask)
+    cu_seqlens = Offsets(cu_seqlens_q, cu_seqlens_k)
+    return sum_over_queries(q, k, lse, cu_seqlens, causal, scale * LOG2_E.value, Bias.of(bias, q.device), query_mask)
+
+
+def sum_over_queries(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens: Offsets,
+    causal: bool,
+    scale_log2: float,
+    bias: Bias,
+    query_mask: Tensor | None,
+) -> Tensor:
+    """The centrality, of arguments as the kernels take them."""
+    num_sequences = cu_seqlens.k.shape[0] - 1
     total_q, num_heads, head_dim = q.shape
     total_k = k.shape[0]
     config = centrality_config(device_properties(q.device), head_dim, element_size=q.element_size())
     centrality = lse.new_empty(total_k)
     launch(
         stamp_attention_centrality_kernel,
-        launch_grid(num_tiles(total_k, sequences.num_sequences, config.block_n)),
+        launch_grid(num_tiles(total_k, num_sequences, config.block_n)),
         centrality_ptr=centrality,
         q_rows=Rows.of(q),
         k_rows=Rows.of(k),
         lse_ptr=lse,
         query_mask_ptr=query_mask,
-        cu_seqlens=Offsets(cu_seqlens_q, cu_seqlens_k),
-        bias=Bias.of(bias, q.device),
-        num_sequences=sequences.num_sequences,
+        cu_seqlens=cu_seqlens,
+        bias=bias,
+        num_sequences=num_sequences,
         total_q=total_q,
         total_k=total_k,
         num_heads=num_heads,
-        scale_log2=scale * LOG2_E.value,
+        scale_log2=scale_log2,
         tile=Tile.of(q, k, causal, config.block_m, config.block_n),
         **launch_options(config),
     )

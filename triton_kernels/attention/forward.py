@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.common.arguments import BiasArguments, DropoutArguments, Sequences, with_keys
-from stamp_kernels.triton_kernels.attention.centrality import attention_centrality, sum_over_heads
+from stamp_kernels.triton_kernels.attention.centrality import sum_over_heads, sum_over_queries
 from stamp_kernels.triton_kernels.attention.configs import forward_config, launch_options
 from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, groups_of, keep_tile
 from stamp_kernels.triton_kernels.attention.relative_bias import Bias, bias_tile, tile_positions
@@ -360,7 +360,9 @@ def packed_attention_forward(
         launch(stamp_attention_fwd_general_kernel, grid, **arguments)
         if not return_centrality:
             return out, lse, lse.new_empty(0)
-        centrality = attention_centrality(q, k, lse, sequences, causal, scale, bias, query_mask)
+        centrality = sum_over_queries(
+            q, k, lse, arguments["cu_seqlens"], causal, arguments["scale_log2"], arguments["bias"], query_mask
+        )
         return out, lse, centrality
 
     by_head = lse.new_empty(num_heads, total_k) if return_centrality else None
