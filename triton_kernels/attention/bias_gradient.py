@@ -20,12 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamp_kernels.triton_kernels.attention.relative_bias import (
-    FAR,
-    bucket_tile,
-    entry_of,
-    ranges_of_buckets,
-)
+from stamp_kernels.triton_kernels.attention.relative_bias import FAR, bucket_tile, entry_of, ranges_of_buckets
 from stamp_kernels.triton_kernels.constants import device_constant
 from stamp_kernels.triton_kernels.device import launch_grid
 from stamp_kernels.triton_kernels.launching import launch
@@ -147,23 +142,23 @@ def add_to_bucket_sums(sums, d_scores, queries, keys, num_queries, num_keys, ran
     BLOCK_N: tl.constexpr = d_scores.shape[1]
     STRIPS: tl.constexpr = sums.buckets.shape[0]
     buckets, distances, lowest = sums.buckets, sums.distances, sums.lowest
-    least_of_first = keys.start - queries.start
     of_pair = bucket_tile(bias, queries, keys)
-    queries, keys = _existing(bias.positions_q, queries, num_queries), _existing(bias.positions_k, keys, num_keys)
-    least, greatest = keys.lowest - queries.highest, keys.highest - queries.lowest
+    extent_q = _extent(bias.positions_q, queries, num_queries)
+    extent_k = _extent(bias.positions_k, keys, num_keys)
+    least, greatest = extent_k.lowest - extent_q.highest, extent_k.highest - extent_q.lowest
     if (least >= bias.max_distance) | (greatest <= -bias.max_distance):
         bucket = tl.load(bias.buckets + entry_of(bias, least))
         buckets = _add_to_bucket(buckets, bucket, d_scores)
     elif bias.positions_q is None and bias.positions_k is None:
         by_distance, wrapped = _sums_by_distance(d_scores)
         # No later block reaches the distances that the previous block and this one share.
-        lowest = least_of_first - tl.arange(0, STRIPS) * STRIP
+        lowest = keys.start - queries.start - tl.arange(0, STRIPS) * STRIP
         buckets += _sums_over_ranges(distances + wrapped, lowest - BLOCK_N, ranges)
         distances = by_distance
     else:
-        previous = tl.gather(keys.position, tl.maximum(tl.arange(0, BLOCK_N) - 1, 0), axis=0)
-        if tl.max((previous > keys.position).to(tl.int32), axis=0) == 0:
-            buckets += _sums_of_rising(d_scores, queries, keys, ranges)
+        previous = tl.gather(extent_k.position, tl.maximum(tl.arange(0, BLOCK_N) - 1, 0), axis=0)
+        if tl.max((previous > extent_k.position).to(tl.int32), axis=0) == 0:
+            buckets += _sums_of_rising(d_scores, extent_q, extent_k, ranges)
         else:
             buckets = _add_by_bucket(buckets, d_scores, of_pair, least, greatest, ranges)
     return PartialSums(buckets=buckets, distances=distances, lowest=lowest)
@@ -176,7 +171,7 @@ def total_by_bucket(sums, ranges):
 
 
 @triton.jit
-def _existing(positions_ptr, tokens, length):
+def _extent(positions_ptr, tokens, length):
     """The Extent of TilePositions."""
     BLOCK: tl.constexpr = tokens.offset.shape[0]
     if positions_ptr is None:
