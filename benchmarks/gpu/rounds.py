@@ -5,8 +5,8 @@ the names of `machine_code.Loop`: function and variable of the source. Everythin
 the launch and from the workload, so other tiles, grids and machine code need no change here; a loop that is new or has
 another name does.
 
-Simplifications: both sides of a branch within a loop are counted; programs without work are not; a tenth of the targets
-is ignored, as in `CrossEntropy.inputs`; no workload has tail rows.
+Simplifications: both sides of a branch are counted; programs without work are not; a tenth of the targets is ignored,
+as in `CrossEntropy.inputs`; no workload has tail rows.
 """
 
 from collections import Counter
@@ -77,8 +77,8 @@ def _keys_seen(query: int, pair: _Pair, causal: bool) -> int:
 
 
 def _search_rounds(num_sequences: int) -> int:
-    """Rounds of `locate_tile`, each over 128 candidates."""
-    rounds, count = 0, num_sequences + 1
+    """Rounds of `_search_tile`, each over 128 candidates."""
+    rounds, count = 0, num_sequences
     while count > 1:
         rounds, count = rounds + 1, _tiles(count, 128)
     return rounds
@@ -91,7 +91,11 @@ def _attention_execution(
     """Adds what the kernels share. `tile_rounds` is the number of tiles of scores of a program."""
     tile = launch.arguments["tile"]
     flops = products * 2 * tile.block_m * tile.block_n * tile.block_d * tile_rounds * programs
-    shared = {"locate_tile.while": _search_rounds(len(workload.lengths)), "_zero_tail.start": 0}
+    shared = {
+        "_search_tile.while": _search_rounds(len(workload.lengths)),
+        "zero_tail.start": 0,
+        "zero_tail_values.start": 0,
+    }
     return Execution(programs, shared | rounds, flops=flops, **more)
 
 

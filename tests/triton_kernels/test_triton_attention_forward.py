@@ -33,8 +33,9 @@ from stamp_kernels.triton_kernels.attention.configs import forward_config
 from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, groups_of, keep_tile
 from stamp_kernels.triton_kernels.attention.relative_bias import distance_buckets
 from stamp_kernels.triton_kernels.attention.tiles import (
+    Grid,
+    TileOrder,
     locate_tile,
-    num_tiles,
     rows_with_vector_strides,
     sequence_rows,
 )
@@ -312,42 +313,48 @@ def test_same_bits_alone_and_in_a_batch(max_seqlen):
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
-def _locate(located_ptr, tiles_ptr, cu_seqlens_ptr, num_sequences, total, BLOCK: tl.constexpr):
+def _locate(located_ptr, tiles_ptr, order: TileOrder, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
     i = tl.program_id(0)
-    index, block = locate_tile(tl.load(tiles_ptr + i), cu_seqlens_ptr, num_sequences, BLOCK)
-    first, length = sequence_rows(index, cu_seqlens_ptr, num_sequences, total)
+    index, block = locate_tile(tl.load(tiles_ptr + i), order, cu_seqlens_ptr, num_sequences, BLOCK)
+    first, length = sequence_rows(index, cu_seqlens_ptr)
     tl.store(located_ptr + i * 4, index)
     tl.store(located_ptr + i * 4 + 1, block)
     tl.store(located_ptr + i * 4 + 2, first)
     tl.store(located_ptr + i * 4 + 3, length)
 
 
-def _located(batch, tiles):
-    """(sequence, block, first, length) of each of the tiles of 4 rows."""
+def _located(batch, order, tiles, block):
+    """(sequence, block, first, length) of each of the tiles."""
     located = torch.empty(len(tiles), 4, dtype=torch.int32, device=DEVICE)
-    tiles = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
-    _locate[(len(tiles),)](located, tiles, batch.cu_seqlens.to(DEVICE), batch.num_sequences, batch.total, BLOCK=4)
+    if len(tiles) > 0:
+        tiles = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
+        cu_seqlens = batch.cu_seqlens.to(DEVICE)
+        _locate[(len(tiles),)](located, tiles, order, cu_seqlens, batch.num_sequences, BLOCK=block)
     return located.tolist()
 
 
-@pytest.mark.parametrize("num_sequences", [0, 1, 3, 128])
-def test_tiles_cover_every_row_once(num_sequences):
+@pytest.mark.parametrize("num_sequences", [0, 1, 3, 128, 200])
+@pytest.mark.parametrize("order", ["by sequence", "search"])
+def test_tiles_cover_every_row_of_a_sequence_once(order, num_sequences):
     lengths = torch.randint(0, 9, (num_sequences,)).tolist()
-    batch = RaggedBatch((*lengths[:-1], 40) if lengths else (), tail=5)
+    batch = RaggedBatch(lengths, tail=5)
+    max_seqlen = 8 if order == "by sequence" else 400
+    grid = Grid.of(batch.total, batch.num_sequences, max_seqlen, 4)
+    if num_sequences > 0:
+        assert grid.order == TileOrder(2 if order == "by sequence" else None, None)
     covered = torch.zeros(batch.total, dtype=torch.int32)
-    ends = [*batch.cu_seqlens[1:].tolist(), batch.total]
-    for sequence, block, first, length in _located(batch, range(num_tiles(batch.total, batch.num_sequences, 4))):
-        assert first == batch.cu_seqlens[sequence] and first + length == ends[sequence]
+    for sequence, block, first, length in _located(batch, grid.order, range(grid.num_tiles), 4):
+        assert first == batch.cu_seqlens[sequence] and first + length == batch.cu_seqlens[sequence + 1]
         covered[first + 4 * block : first + min(4 * block + 4, length)] += 1
-    assert (covered == 1).all()
+    assert (covered == (torch.arange(batch.total) < batch.cu_seqlens[-1])).all()
 
 
 @pytest.mark.parametrize("num_sequences", [5000, 20_000])
-def test_tiles_of_thousands_of_sequences(num_sequences):
+def test_search_among_thousands_of_sequences(num_sequences):
     batch = RaggedBatch(tuple((torch.arange(num_sequences) % 7).tolist()), tail=5)
-    starts = [start // 4 + i for i, start in enumerate(batch.cu_seqlens.tolist())]
+    starts = [start // 4 + i for i, start in enumerate(batch.cu_seqlens[:-1].tolist())]
     tiles = [0, 1, *range(2, starts[-1], starts[-1] // 40), starts[-1] - 1, *range(starts[-1], starts[-1] + 2)]
-    for tile, (sequence, block, _, _) in zip(tiles, _located(batch, tiles), strict=True):
+    for tile, (sequence, block, _, _) in zip(tiles, _located(batch, TileOrder(None, None), tiles, 4), strict=True):
         want = bisect.bisect_right(starts, tile) - 1
         assert (sequence, block) == (want, tile - starts[want])
 

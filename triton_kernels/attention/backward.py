@@ -40,20 +40,21 @@ from stamp_kernels.triton_kernels.attention.dropout import (
 from stamp_kernels.triton_kernels.attention.relative_bias import Bias, bias_tile, tile_positions
 from stamp_kernels.triton_kernels.attention.tiles import (
     PER_BATCH,
+    Grid,
     Offsets,
     Rows,
     Tile,
+    TileOrder,
     load_lse,
     load_rows,
     locate_tile,
     num_keys_seen,
-    num_tiles,
     rows_of_head,
     rows_with_vector_strides,
     sequence_rows,
-    sequence_rows_or_none,
     store_rows,
     visible_tile,
+    zero_tail,
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
 from stamp_kernels.triton_kernels.launching import launch
@@ -81,10 +82,12 @@ def stamp_attention_bwd_query_kernel(
     dq_rows: Rows,  # [Tq, Hq, D] or None
     bucket_sums: BucketSums,
     cu_seqlens: Offsets,  # int32 [B + 1]
+    order: TileOrder,
     bias: Bias,
     dropout_seed,  # int64 [1] or None
     dropout_threshold,
     keep_scale,
+    num_tiles,
     num_sequences,
     total_q,
     num_heads,
@@ -95,7 +98,7 @@ def stamp_attention_bwd_query_kernel(
 
         bucket_sums[b] = sum of dS_ij over i of this program, j with bucket(i, j) = b
 
-    Grid: [num_tiles(Tq, B, BLOCK_M) * Hq], heads fastest, so that programs that run together read whole rows.
+    Grid: programs of a `Grid` * Hq, heads fastest, so that programs that run together read whole rows.
 
     A pointer that is None switches its part off. Without dQ and the bias gradient there is no loop over the keys. Idle
     programs write their row of bucket_sums too.
@@ -107,25 +110,27 @@ def stamp_attention_bwd_query_kernel(
     program = tl.program_id(0)
     head = (program % num_heads).to(tl.int64)
     tile_index = program // num_heads
-    if tile.causal:  # the last tiles of a sequence see the most keys: they start first
-        tile_index = tl.num_programs(0) // num_heads - 1 - tile_index
-    index, block = locate_tile(tile_index, cu_seqlens.q, num_sequences, BLOCK_M)
-    first_q, num_queries = sequence_rows(index, cu_seqlens.q, num_sequences, total_q)
-    start_q = block * BLOCK_M
-    query = start_q + tl.arange(0, BLOCK_M)
-
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if tile_index >= num_tiles:
+        if dq_rows.ptr is not None:
+            share, num_shares = tile_index - num_tiles, tl.num_programs(0) // num_heads - num_tiles
+            zero_tail(rows_of_head(dq_rows, head), cu_seqlens.q, num_sequences, total_q, share, num_shares, tile)
+        return
     if bucket_sums.ptr is not None:
         BLOCK_BUCKETS: tl.constexpr = triton.next_power_of_2(tile.num_buckets)
         bucket = tl.arange(0, BLOCK_BUCKETS)
         bucket_sums_ptrs = bucket_sums.ptr + program.to(tl.int64) * tile.num_buckets + bucket
 
-    if (start_q >= num_queries) | (index == num_sequences):  # nothing to do, or tail rows
-        if dq_rows.ptr is not None:
-            store_rows(rows_of_head(dq_rows, head), dq, first_q, query, num_queries, tile)
+    index, block = locate_tile(tile_index, order, cu_seqlens.q, num_sequences, BLOCK_M)
+    first_q, num_queries = sequence_rows(index, cu_seqlens.q)
+    num_blocks = tl.cdiv(num_queries, BLOCK_M)
+    if block >= num_blocks:
         if bucket_sums.ptr is not None:
             tl.store(bucket_sums_ptrs, tl.zeros([BLOCK_BUCKETS], tl.float32), mask=bucket < tile.num_buckets)
         return
+    if tile.causal:  # the last queries see the most keys: they start first
+        block = num_blocks - 1 - block
+    start_q = block * BLOCK_M
+    query = start_q + tl.arange(0, BLOCK_M)
 
     # delta = rowsum(dO * O)
     grad_out = load_rows(rows_of_head(grad_out_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
@@ -136,7 +141,7 @@ def stamp_attention_bwd_query_kernel(
         tl.store(per_query.delta + row, delta, mask=query < num_queries)
 
     if dq_rows.ptr is not None or bucket_sums.ptr is not None:
-        first_k, num_keys = sequence_rows_or_none(index, cu_seqlens.k, num_sequences)
+        first_k, num_keys = sequence_rows(index, cu_seqlens.k)
         q = load_rows(rows_of_head(q_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
         lse = load_lse(per_query.lse, row, query < num_queries)  # [BLOCK_M]
         if bias.weights is not None:
@@ -147,6 +152,7 @@ def stamp_attention_bwd_query_kernel(
         dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
         k_of_head = rows_of_head(k_rows, head // tile.gqa_group_size)
         v_of_head = rows_of_head(v_rows, head // tile.gqa_group_size)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         last_query = tl.minimum(start_q + BLOCK_M, num_queries) - 1
         for start_k in range(0, num_keys_seen(last_query, num_queries, num_keys, tile.causal), BLOCK_N):
             key = start_k + tl.arange(0, BLOCK_N)
@@ -193,10 +199,12 @@ def stamp_attention_bwd_key_kernel(
     dk_rows: Rows,  # [Tk, Hkv, D] or None
     dv_rows: Rows,  # [Tk, Hkv, D] or None
     cu_seqlens: Offsets,  # int32 [B + 1]
+    order: TileOrder,
     bias: Bias,
     dropout_seed,  # int64 [1] or None
     dropout_threshold,
     keep_scale,
+    num_tiles,
     num_sequences,
     total_q,
     total_k,
@@ -206,7 +214,7 @@ def stamp_attention_bwd_key_kernel(
 ):
     """dK and dV of BLOCK_N keys of one sequence and head of k and v, summed over the queries and heads that read them.
 
-    Grid: [num_tiles(Tk, B, BLOCK_N) * Hkv], heads fastest. A pointer that is None switches its part off.
+    Grid: programs of a `Grid` * Hkv, heads fastest. A pointer that is None switches its part off.
 
     Tiles are [BLOCK_N, BLOCK_M], keys by queries, so that P and dS enter the products that sum over queries straight
     from registers. Keys past the sequence's end need no mask: a key's row reaches no other row's sums.
@@ -217,68 +225,74 @@ def stamp_attention_bwd_key_kernel(
     scale_log2 = scale * LOG2_E
     head_kv = (tl.program_id(0) % num_heads_kv).to(tl.int64)
     tile_index = tl.program_id(0) // num_heads_kv
-    index, block = locate_tile(tile_index, cu_seqlens.k, num_sequences, BLOCK_N)
-    first_k, num_keys = sequence_rows(index, cu_seqlens.k, num_sequences, total_k)
+    if tile_index >= num_tiles:
+        share, num_shares = tile_index - num_tiles, tl.num_programs(0) // num_heads_kv - num_tiles
+        if dk_rows.ptr is not None:
+            zero_tail(rows_of_head(dk_rows, head_kv), cu_seqlens.k, num_sequences, total_k, share, num_shares, tile)
+        if dv_rows.ptr is not None:
+            zero_tail(rows_of_head(dv_rows, head_kv), cu_seqlens.k, num_sequences, total_k, share, num_shares, tile)
+        return
+    index, block = locate_tile(tile_index, order, cu_seqlens.k, num_sequences, BLOCK_N)
+    first_k, num_keys = sequence_rows(index, cu_seqlens.k)
     start_k = block * BLOCK_N
     if start_k >= num_keys:
         return
+
+    first_q, num_queries = sequence_rows(index, cu_seqlens.q)
     key = start_k + tl.arange(0, BLOCK_N)
+    k = load_rows(rows_of_head(k_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
+    if dk_rows.ptr is not None:
+        v = load_rows(rows_of_head(v_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
+    if bias.weights is not None:
+        keys = tile_positions(bias.positions_k, first_k, start_k, tl.arange(0, BLOCK_N), num_keys)
+    dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
+    first_query = 0
+    if tile.causal:  # the first query that sees start_k, at the start of its block
+        first_query = tl.maximum(start_k + num_queries - num_keys, 0) // BLOCK_M * BLOCK_M
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    if index < num_sequences:  # otherwise tail rows, which are never read
-        first_q, num_queries = sequence_rows_or_none(index, cu_seqlens.q, num_sequences)
-        k = load_rows(rows_of_head(k_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
-        if dk_rows.ptr is not None:
-            v = load_rows(rows_of_head(v_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
-        if bias.weights is not None:
-            keys = tile_positions(bias.positions_k, first_k, start_k, tl.arange(0, BLOCK_N), num_keys)
-        dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
-        first_query = 0
-        if tile.causal:  # the first query that sees start_k, at the start of its block
-            first_query = tl.maximum(start_k + num_queries - num_keys, 0) // BLOCK_M * BLOCK_M
-
-        for head_in_group in range(tile.gqa_group_size):
-            head = head_kv * tile.gqa_group_size + head_in_group
-            q_of_head = rows_of_head(q_rows, head)
-            grad_out_of_head = rows_of_head(grad_out_rows, head)
-            first_row = head * total_q + first_q  # of lse and delta
-            for start_q in range(first_query, num_queries, BLOCK_M):
-                query = start_q + tl.arange(0, BLOCK_M)
-                q = load_rows(q_of_head, first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
-                grad_out = load_rows(grad_out_of_head, first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
-                lse = load_lse(per_query.lse, first_row + query, query < num_queries)  # [BLOCK_M]
-                # S^T = scale K Q^T + bias^T
-                scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
-                if bias.weights is not None:
-                    queries = tile_positions(bias.positions_q, first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
-                    scores += bias_tile(bias, head, queries, keys, BY_KEYS=True)
-                # P^T = exp(S^T - lse)
-                weights = tl.exp2(scores - lse[None, :])
-                if tile.causal:
-                    is_hidden = key[:, None] > query[None, :] + (num_keys - num_queries)
-                    weights = tl.where(is_hidden, 0.0, weights)
-                dropped = weights
+    for head_in_group in range(tile.gqa_group_size):
+        head = head_kv * tile.gqa_group_size + head_in_group
+        q_of_head = rows_of_head(q_rows, head)
+        grad_out_of_head = rows_of_head(grad_out_rows, head)
+        first_row = head * total_q + first_q  # of lse and delta
+        for start_q in range(first_query, num_queries, BLOCK_M):
+            query = start_q + tl.arange(0, BLOCK_M)
+            q = load_rows(q_of_head, first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
+            grad_out = load_rows(grad_out_of_head, first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
+            lse = load_lse(per_query.lse, first_row + query, query < num_queries)  # [BLOCK_M]
+            # S^T = scale K Q^T + bias^T
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
+            if bias.weights is not None:
+                queries = tile_positions(bias.positions_q, first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
+                scores += bias_tile(bias, head, queries, keys, BY_KEYS=True)
+            # P^T = exp(S^T - lse)
+            weights = tl.exp2(scores - lse[None, :])
+            if tile.causal:
+                is_hidden = key[:, None] > query[None, :] + (num_keys - num_queries)
+                weights = tl.where(is_hidden, 0.0, weights)
+            dropped = weights
+            if dropout.seed is not None:
+                keep = keep_tile(
+                    dropout, index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N), BY_KEYS=True
+                )
+                factors = tl.where(keep, dropout.keep_scale, 0.0)  # D^T
+                dropped = weights * factors
+            if dv_rows.ptr is not None:
+                # dV += (P D)^T dO
+                dv = tl.dot(dropped.to(grad_out.dtype), grad_out, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+            if dk_rows.ptr is not None:
+                # [BLOCK_M]; loaded before the product: after it, sm_100 spills 8 bytes at head_dim 128
+                delta = tl.load(per_query.delta + first_row + query, mask=query < num_queries, other=0.0)
+                # dP^T = D^T * (V dO^T)
+                d_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                 if dropout.seed is not None:
-                    keep = keep_tile(
-                        dropout, index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N), BY_KEYS=True
-                    )
-                    factors = tl.where(keep, dropout.keep_scale, 0.0)  # D^T
-                    dropped = weights * factors
-                if dv_rows.ptr is not None:
-                    # dV += (P D)^T dO
-                    dv = tl.dot(dropped.to(grad_out.dtype), grad_out, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
-                if dk_rows.ptr is not None:
-                    # [BLOCK_M]; loaded before the product: after it, sm_100 spills 8 bytes at head_dim 128
-                    delta = tl.load(per_query.delta + first_row + query, mask=query < num_queries, other=0.0)
-                    # dP^T = D^T * (V dO^T)
-                    d_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-                    if dropout.seed is not None:
-                        d_weights *= factors
-                    # dS^T = P^T * (dP^T - delta)
-                    d_scores = weights * (d_weights - delta[None, :])
-                    # dK += dS^T Q
-                    dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+                    d_weights *= factors
+                # dS^T = P^T * (dP^T - delta)
+                d_scores = weights * (d_weights - delta[None, :])
+                # dK += dS^T Q
+                dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
 
     if dk_rows.ptr is not None:
         dk *= scale
@@ -347,16 +361,18 @@ def packed_attention_backward(
     )
 
     if needs.need_dq or needs.need_dk or needs.need_dbias:
-        num_query_tiles = num_tiles(total_q, num_sequences, for_queries.block_m)
+        grid = Grid.of(total_q, num_sequences, sequences.max_seqlen_q, for_queries.block_m)
         num_buckets, bucket_sums, ranges = 0, None, None
         if needs.need_dbias:
             num_buckets = bias_table.shape[0]
-            bucket_sums = lse.new_empty(num_query_tiles, num_heads, num_buckets)
+            bucket_sums = lse.new_empty(grid.num_tiles, num_heads, num_buckets)
             ranges = distance_ranges(num_buckets, bias.bias_max_distance, bias.bias_bidirectional, q.device)
         launch(
             stamp_attention_bwd_query_kernel,
-            launch_grid(num_query_tiles * num_heads),
+            launch_grid(grid.num_programs * num_heads),
             **shared,
+            order=grid.order,
+            num_tiles=grid.num_tiles,
             out_rows=Rows.of(out),
             dq_rows=Rows.of(dq if needs.need_dq else None),
             bucket_sums=BucketSums(bucket_sums, ranges),
@@ -367,11 +383,13 @@ def packed_attention_backward(
         if bucket_sums is not None:
             sum_over_tiles(dbias_table, bucket_sums)
     if needs.need_dk or needs.need_dv:
-        num_key_tiles = num_tiles(total_k, num_sequences, for_keys.block_n)
+        grid = Grid.of(total_k, num_sequences, sequences.max_seqlen_k, for_keys.block_n)
         launch(
             stamp_attention_bwd_key_kernel,
-            launch_grid(num_key_tiles * num_heads_kv),
+            launch_grid(grid.num_programs * num_heads_kv),
             **shared,
+            order=grid.order,
+            num_tiles=grid.num_tiles,
             dk_rows=Rows.of(dk if needs.need_dk else None),
             dv_rows=Rows.of(dv if needs.need_dv else None),
             total_k=total_k,

@@ -14,18 +14,19 @@ from stamp_kernels.triton_kernels.attention.configs import centrality_config, la
 from stamp_kernels.triton_kernels.attention.relative_bias import Bias, bias_tile, tile_positions
 from stamp_kernels.triton_kernels.attention.tiles import (
     PER_BATCH,
+    Grid,
     Offsets,
     Rows,
     Sequence,
     Tile,
+    TileOrder,
     load_lse,
     load_rows,
     locate_tile,
-    num_tiles,
     rows_of_head,
     rows_with_vector_strides,
     sequence_rows,
-    sequence_rows_or_none,
+    zero_tail_values,
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
 from stamp_kernels.triton_kernels.launching import launch
@@ -79,7 +80,9 @@ def stamp_attention_centrality_kernel(
     lse_ptr,  # fp32 [Hq, Tq]
     query_mask_ptr,  # bool [Tq], the queries that count, or None
     cu_seqlens: Offsets,  # int32 [B + 1]
+    order: TileOrder,
     bias: Bias,
+    num_tiles,
     num_sequences,
     total_q,
     total_k,
@@ -89,20 +92,24 @@ def stamp_attention_centrality_kernel(
 ):
     """The centrality of BLOCK_N keys of one sequence: all heads and all queries, added up in a fixed order.
 
-    Grid: [num_tiles(Tk, B, BLOCK_N)]. A head's keys stay in place while its queries pass. Keys past the end need no
+    Grid: programs of a `Grid`. A head's keys stay in place while its queries pass. Keys past the end need no
     mask, since their sums are not stored, and neither do queries past the end, whose lse is +inf. The causal order
     needs one in the blocks on the diagonal; queries that see none of the keys are never read.
     """
     BLOCK_M: tl.constexpr = tile.block_m
     BLOCK_N: tl.constexpr = tile.block_n
-    index, block = locate_tile(tl.program_id(0), cu_seqlens.k, num_sequences, BLOCK_N)
-    first_k, num_keys = sequence_rows(index, cu_seqlens.k, num_sequences, total_k)
+    tile_index = tl.program_id(0)
+    if tile_index >= num_tiles:
+        share, num_shares = tile_index - num_tiles, tl.num_programs(0) - num_tiles
+        zero_tail_values(centrality_ptr, cu_seqlens.k, num_sequences, total_k, share, num_shares)
+        return
+    index, block = locate_tile(tile_index, order, cu_seqlens.k, num_sequences, BLOCK_N)
+    first_k, num_keys = sequence_rows(index, cu_seqlens.k)
     start_k = block * BLOCK_N
     if start_k >= num_keys:
         return
 
-    # The tail rows have no queries: their sums are 0.
-    first_q, num_queries = sequence_rows_or_none(index, cu_seqlens.q, num_sequences)
+    first_q, num_queries = sequence_rows(index, cu_seqlens.q)
     sequence = Sequence(index=index, first_q=first_q, num_queries=num_queries, first_k=first_k, num_keys=num_keys)
     key = start_k + tl.arange(0, BLOCK_N)
     first_seeing_any = 0
@@ -115,8 +122,7 @@ def stamp_attention_centrality_kernel(
     for head in range(num_heads):
         head = tl.cast(head, tl.int64)
         k_of_head = rows_of_head(k_rows, head // tile.gqa_group_size)
-        # [BLOCK_N, BLOCK_D]; nothing is read of the tail
-        k = load_rows(k_of_head, first_k, key, tl.where(num_queries > 0, num_keys, 0), tile)
+        k = load_rows(k_of_head, first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
         for seeing_all in tl.static_range(0 if tile.causal else 1, 2):
             sums = _add_queries(
                 sums, k, start_k, first_seeing_all if seeing_all else first_seeing_any,
@@ -142,7 +148,9 @@ def attention_centrality(
     sequences, bias = with_keys(sequences, bias)
     cu_seqlens_q, cu_seqlens_k, query_mask = contiguous(sequences.cu_seqlens_q, sequences.cu_seqlens_k, query_mask)
     cu_seqlens = Offsets(cu_seqlens_q, cu_seqlens_k)
-    return sum_over_queries(q, k, lse, cu_seqlens, causal, scale * LOG2_E.value, Bias.of(bias, q.device), query_mask)
+    return sum_over_queries(
+        q, k, lse, cu_seqlens, sequences.max_seqlen_k, causal, scale * LOG2_E.value, Bias.of(bias, q.device), query_mask
+    )
 
 
 def sum_over_queries(
@@ -150,6 +158,7 @@ def sum_over_queries(
     k: Tensor,
     lse: Tensor,
     cu_seqlens: Offsets,
+    max_seqlen_k: int,
     causal: bool,
     scale_log2: float,
     bias: Bias,
@@ -161,16 +170,19 @@ def sum_over_queries(
     total_k = k.shape[0]
     config = centrality_config(device_properties(q.device), head_dim, element_size=q.element_size())
     centrality = lse.new_empty(total_k)
+    grid = Grid.of(total_k, num_sequences, max_seqlen_k, config.block_n)
     launch(
         stamp_attention_centrality_kernel,
-        launch_grid(num_tiles(total_k, num_sequences, config.block_n)),
+        launch_grid(grid.num_programs),
         centrality_ptr=centrality,
         q_rows=Rows.of(q),
         k_rows=Rows.of(k),
         lse_ptr=lse,
         query_mask_ptr=query_mask,
         cu_seqlens=cu_seqlens,
+        order=grid.order,
         bias=bias,
+        num_tiles=grid.num_tiles,
         num_sequences=num_sequences,
         total_q=total_q,
         total_k=total_k,

@@ -30,20 +30,23 @@ from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_thre
 from stamp_kernels.triton_kernels.attention.relative_bias import Bias, bias_tile, tile_positions
 from stamp_kernels.triton_kernels.attention.tiles import (
     PER_BATCH,
+    Grid,
     Offsets,
     Rows,
     Sequence,
     Tile,
+    TileOrder,
     load_rows,
     locate_tile,
     num_keys_seen,
-    num_tiles,
+    num_tail_programs,
     rows_of_head,
     rows_with_vector_strides,
     sequence_rows,
-    sequence_rows_or_none,
     store_rows,
     visible_tile,
+    zero_tail,
+    zero_tail_values,
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
 from stamp_kernels.triton_kernels.launching import launch
@@ -60,6 +63,17 @@ class Centrality(NamedTuple):
 
     by_head: Tensor | None
     query_mask: Tensor | None
+
+
+@triton.jit
+def _zero_tail(
+    out_of_head, lse_of_head_ptr, cu_seqlens_q_ptr, num_sequences, total_q, num_heads, num_tiles, tile: tl.constexpr
+):
+    """out and lse of one head 0 on this program's share of the tail rows."""
+    share = tl.program_id(0) // num_heads - num_tiles
+    num_shares = tl.num_programs(0) // num_heads - num_tiles
+    zero_tail(out_of_head, cu_seqlens_q_ptr, num_sequences, total_q, share, num_shares, tile)
+    zero_tail_values(lse_of_head_ptr, cu_seqlens_q_ptr, num_sequences, total_q, share, num_shares)
 
 
 # Any length
@@ -118,10 +132,12 @@ def stamp_attention_fwd_general_kernel(
     k_rows: Rows,  # [Tk, Hkv, D]
     v_rows: Rows,  # [Tk, Hkv, D]
     cu_seqlens: Offsets,  # int32 [B + 1]
+    order: TileOrder,
     bias: Bias,
     dropout_seed,  # int64 [1] or None
     dropout_threshold,
     keep_scale,
+    num_tiles,
     num_sequences,
     total_q,
     num_heads,
@@ -130,30 +146,33 @@ def stamp_attention_fwd_general_kernel(
 ):
     """out and lse of BLOCK_M queries of one sequence and head, by online softmax over its keys.
 
-    Grid: [num_tiles(Tq, B, BLOCK_M) * Hq], heads fastest, so that programs that run together read whole rows. Blocks of
-    keys that every query of the tile sees are not masked; the blocks on the diagonal and at the end are, in a second
-    loop. Keys that no query sees are never read.
+    Grid: programs of a `Grid` * Hq, heads fastest, so that programs that run together read whole rows. Blocks of keys
+    that every query of the tile sees are not masked; the blocks on the diagonal and at the end are, in a second loop.
+    Keys that no query sees are never read.
     """
     BLOCK_M: tl.constexpr = tile.block_m
     BLOCK_D: tl.constexpr = tile.block_d
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     tile_index = tl.program_id(0) // num_heads
-    if tile.causal:  # the last tiles of a sequence see the most keys: they start first
-        tile_index = tl.num_programs(0) // num_heads - 1 - tile_index
-    index, block = locate_tile(tile_index, cu_seqlens.q, num_sequences, BLOCK_M)
-    first_q, num_queries = sequence_rows(index, cu_seqlens.q, num_sequences, total_q)
-    start_q = block * BLOCK_M
-    if start_q >= num_queries:
+    out_of_head = rows_of_head(out_rows, head)
+    lse_of_head_ptr = lse_ptr + head * total_q
+    if tile_index >= num_tiles:
+        _zero_tail(out_of_head, lse_of_head_ptr, cu_seqlens.q, num_sequences, total_q, num_heads, num_tiles, tile)
         return
+    index, block = locate_tile(tile_index, order, cu_seqlens.q, num_sequences, BLOCK_M)
+    first_q, num_queries = sequence_rows(index, cu_seqlens.q)
+    num_blocks = tl.cdiv(num_queries, BLOCK_M)
+    if block >= num_blocks:
+        return
+    if tile.causal:  # the last queries see the most keys: they start first
+        block = num_blocks - 1 - block
+    start_q = block * BLOCK_M
 
-    # The tail rows see no key: out becomes 0 and lse -inf, which is replaced below.
-    is_tail = index == num_sequences
-    first_k, num_keys = sequence_rows_or_none(index, cu_seqlens.k, num_sequences)
+    first_k, num_keys = sequence_rows(index, cu_seqlens.k)
     sequence = Sequence(index=index, first_q=first_q, num_queries=num_queries, first_k=first_k, num_keys=num_keys)
     dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
     query = start_q + tl.arange(0, BLOCK_M)
-    # [BLOCK_M, BLOCK_D]; nothing is read of the tail
-    q = load_rows(rows_of_head(q_rows, head), first_q, query, tl.where(is_tail, 0, num_queries), tile)
+    q = load_rows(rows_of_head(q_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -169,10 +188,10 @@ def stamp_attention_fwd_general_kernel(
             tile, masked,
         )  # fmt: skip
 
-    lse = tl.where(is_tail, 0.0, (row_max + tl.log2(row_sum)) * LN_2)
-    tl.store(lse_ptr + head * total_q + first_q + query, lse, mask=query < num_queries)
+    lse = (row_max + tl.log2(row_sum)) * LN_2
+    tl.store(lse_of_head_ptr + first_q + query, lse, mask=query < num_queries)
     out = acc * tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]  # [BLOCK_M, BLOCK_D]
-    store_rows(rows_of_head(out_rows, head), out, first_q, query, num_queries, tile)
+    store_rows(out_of_head, out, first_q, query, num_queries, tile)
 
 
 # Whole rows of scores, several sequences at once
@@ -204,19 +223,6 @@ def _column_sums(weights, inverse, query_mask_ptr, row, exists):
     return tl.sum(terms, axis=0)
 
 
-@triton.jit
-def _zero_tail(out_rows, lse_ptr, cu_seqlens_q_ptr, num_sequences, total_q, share, num_shares, tile: tl.constexpr):
-    """out and lse of one head 0 on this program's share of the tail rows: every num_shares-th block of them."""
-    BLOCK_M: tl.constexpr = tile.block_m
-    BLOCK_D: tl.constexpr = tile.block_d
-    row = tl.arange(0, BLOCK_M)
-    zeros = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    first = tl.load(cu_seqlens_q_ptr + num_sequences)
-    for start in range(first + share * BLOCK_M, total_q, num_shares * BLOCK_M):
-        store_rows(out_rows, zeros, start, row, total_q - start, tile)
-        tl.store(lse_ptr + start + row, 0.0, mask=row < total_q - start)
-
-
 @triton.jit(do_not_specialize=PER_BATCH)
 def stamp_attention_fwd_slots_kernel(
     out_rows: Rows,  # [Tq, Hq, D]
@@ -230,6 +236,7 @@ def stamp_attention_fwd_slots_kernel(
     dropout_seed,  # int64 [1] or None
     dropout_threshold,
     keep_scale,
+    num_tiles,
     num_sequences,
     total_q,
     total_k,
@@ -239,25 +246,26 @@ def stamp_attention_fwd_slots_kernel(
 ):
     """out, lse and if asked for the column sums of BLOCK / SLOT sequences, of at most SLOT queries and SLOT keys each.
 
-    Grid: [max(ceil(B / (BLOCK / SLOT)), 1) * Hq], heads fastest. Sequence s takes the rows and columns
-    `SLOT * (s % (BLOCK / SLOT)) + index` of a BLOCK x BLOCK tile of scores, where only the pairs within a slot are
-    visible. A slot starts at a multiple of 16, so the sum over a row adds the same terms, and zeros, in the same order
-    in every slot: the same bits.
+    Grid: num_tiles = ceil(B / (BLOCK / SLOT)) and those for the tail rows, * Hq, heads fastest. Sequence s takes the
+    rows and columns `SLOT * (s % (BLOCK / SLOT)) + index` of a BLOCK x BLOCK tile of scores, where only the pairs
+    within a slot are visible. A slot starts at a multiple of 16, so the sum over a row adds the same terms, and zeros,
+    in the same order in every slot: the same bits.
     """
     BLOCK: tl.constexpr = tile.block_m
     SLOT: tl.constexpr = tile.slot
     head = (tl.program_id(0) % num_heads).to(tl.int64)
-    program = tl.program_id(0) // num_heads
-    num_shares = tl.num_programs(0) // num_heads
+    tile_index = tl.program_id(0) // num_heads
     out_of_head = rows_of_head(out_rows, head)
     lse_of_head_ptr = lse_ptr + head * total_q
-    _zero_tail(out_of_head, lse_of_head_ptr, cu_seqlens.q, num_sequences, total_q, program, num_shares, tile)
+    if tile_index >= num_tiles:
+        _zero_tail(out_of_head, lse_of_head_ptr, cu_seqlens.q, num_sequences, total_q, num_heads, num_tiles, tile)
+        return
 
     # Each [BLOCK]: for every row of the tile its slot, its token's index as a query and as a key, and its sequence
     row = tl.arange(0, BLOCK)
     slot = row // SLOT
     index = row % SLOT
-    sequence_index = program * (BLOCK // SLOT) + slot
+    sequence_index = tile_index * (BLOCK // SLOT) + slot
     in_batch = sequence_index < num_sequences
     first_q = tl.load(cu_seqlens.q + sequence_index, mask=in_batch, other=0)
     num_queries = tl.load(cu_seqlens.q + sequence_index + 1, mask=in_batch, other=0) - first_q
@@ -288,7 +296,7 @@ def stamp_attention_fwd_slots_kernel(
     if dropout_seed is not None:
         dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
         groups = groups_of(0, BLOCK)
-        sequence_of_group = program * (BLOCK // SLOT) + groups // (SLOT // 2)
+        sequence_of_group = tile_index * (BLOCK // SLOT) + groups // (SLOT // 2)
         groups %= SLOT // 2
         keep = keep_tile(dropout, sequence_of_group[:, None], head, groups, groups)
         weights = tl.where(keep, weights, 0.0)
@@ -356,19 +364,24 @@ def packed_attention_forward(
         **launch_options(config),
     )
     if config.slot == 0:
-        grid = launch_grid(num_tiles(total_q, num_sequences, config.block_m) * num_heads)
-        launch(stamp_attention_fwd_general_kernel, grid, **arguments)
+        grid = Grid.of(total_q, num_sequences, sequences.max_seqlen_q, config.block_m)
+        arguments |= dict(order=grid.order, num_tiles=grid.num_tiles)
+        launch(stamp_attention_fwd_general_kernel, launch_grid(grid.num_programs * num_heads), **arguments)
         if not return_centrality:
             return out, lse, lse.new_empty(0)
         centrality = sum_over_queries(
-            q, k, lse, arguments["cu_seqlens"], causal, arguments["scale_log2"], arguments["bias"], query_mask
-        )
+            q, k, lse, arguments["cu_seqlens"], sequences.max_seqlen_k, causal, arguments["scale_log2"],
+            arguments["bias"], query_mask,
+        )  # fmt: skip
         return out, lse, centrality
 
     by_head = lse.new_empty(num_heads, total_k) if return_centrality else None
-    arguments |= dict(centrality=Centrality(by_head, query_mask if return_centrality else None), total_k=total_k)
-    num_programs = ceil_div(num_sequences, config.block_m // config.slot)
-    launch(stamp_attention_fwd_slots_kernel, launch_grid(max(num_programs, 1) * num_heads), **arguments)
+    num_tiles = ceil_div(num_sequences, config.block_m // config.slot)
+    arguments |= dict(
+        centrality=Centrality(by_head, query_mask if return_centrality else None), num_tiles=num_tiles, total_k=total_k
+    )
+    num_programs = num_tiles + num_tail_programs(total_q)
+    launch(stamp_attention_fwd_slots_kernel, launch_grid(num_programs * num_heads), **arguments)
     if not return_centrality:
         return out, lse, lse.new_empty(0)
     return out, lse, sum_over_heads(by_head, cu_seqlens_k)

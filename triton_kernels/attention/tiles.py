@@ -24,13 +24,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamp_kernels.triton_kernels.rows import LOG2_E, next_power_of_2
+from stamp_kernels.triton_kernels.rows import LOG2_E, ceil_div, next_power_of_2
 
 # Arguments whose values differ from batch to batch: a new value does not compile a new kernel.
-PER_BATCH = ["num_sequences", "total_q", "total_k", "dropout_threshold"]
+PER_BATCH = ["num_tiles", "num_sequences", "total_q", "total_k", "dropout_threshold"]
 
-# Sequences that a step of `locate_tile` looks at.
+# Sequences that a step of `_search_tile` looks at.
 _SEARCH_WIDTH = tl.constexpr(128)
+
+# Rows of an entry of a tile list.
+ROWS_OF_ENTRY = tl.constexpr(64)
+
+# The block of an entry without a tile: no sequence is so long.
+_NO_BLOCK = tl.constexpr(2**24)
 
 
 # Arguments that belong together
@@ -120,25 +126,84 @@ def padded_head_dim(head_dim: int) -> int:
 # Which tile
 
 
-def num_tiles(total_rows: int, num_sequences: int, block: int) -> int:
-    """How many tiles `locate_tile` hands out, tail rows included: known from shapes, without reading a length."""
-    return total_rows // block + num_sequences + 1
+class TileOrder(NamedTuple):
+    """How a program finds its tile, see `locate_tile`; both None: it searches.
+
+    Attributes:
+        tiles_per_sequence: every sequence has so many, past its end too.
+        tile_list: from the op `tile_list`.
+    """
+
+    tiles_per_sequence: int | None
+    tile_list: Tensor | None
+
+
+class Grid(NamedTuple):
+    """The programs of one head: first those that have a tile of a sequence, then those that share the tail rows.
+
+    All numbers are known from shapes and max_seqlen, so the CPU waits for no length.
+    """
+
+    order: TileOrder
+    num_tiles: int
+    num_programs: int
+
+    @classmethod
+    def of(
+        cls, total_rows: int, num_sequences: int, max_seqlen: int, block: int, tile_list: Tensor | None = None
+    ) -> "Grid":
+        """The order with the fewest programs; a list rather than a search."""
+        tiles_per_sequence = max(ceil_div(max_seqlen, block), 1)
+        num_tiles = total_rows // block + num_sequences
+        if tiles_per_sequence * num_sequences <= num_tiles:
+            order, num_tiles = TileOrder(tiles_per_sequence, None), tiles_per_sequence * num_sequences
+        elif tile_list is not None:
+            order, num_tiles = TileOrder(None, tile_list), tile_list.shape[0] * max(ROWS_OF_ENTRY.value // block, 1)
+        else:
+            order = TileOrder(None, None)
+        return cls(order, num_tiles, num_tiles + num_tail_programs(total_rows))
 
 
 @triton.jit
-def locate_tile(tile_index, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
-    """The sequence of a tile of BLOCK rows and the tile's place in it: (sequence index, block in the sequence).
+def locate_tile(tile_index, order, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
+    """(sequence index, block): a program's tile has the rows from `block * BLOCK` on of that sequence.
 
-    Sequence i starts at tile `cu_seqlens[i] // BLOCK + i`, so it owns `cu[i+1] // BLOCK - cu[i] // BLOCK + 1` tiles, at
-    least ceil(n_i / BLOCK). At most one of them is past its rows and has nothing to do. Tail rows count as sequence
-    `num_sequences`. In total there are at most `num_tiles(T, B, BLOCK)` tiles: the CPU needs no length, at the price of
-    less than one idle program for each sequence.
+    They may all be past its end: the program then has nothing to do. See `Grid` for the number of programs.
+    """
+    if order.tiles_per_sequence is not None:
+        return tile_index // order.tiles_per_sequence, tile_index % order.tiles_per_sequence
+    elif order.tile_list is not None:
+        return _listed_tile(tile_index, order.tile_list, num_sequences, BLOCK)
+    else:
+        return _search_tile(tile_index, cu_seqlens_ptr, num_sequences, BLOCK)
+
+
+@triton.jit
+def _listed_tile(tile_index, tile_list_ptr, num_sequences, BLOCK: tl.constexpr):
+    """The tile of an entry; a part of one if BLOCK is smaller. A larger tile takes the entries at its start only.
+
+    Whatever the list holds, the sequence exists and the block is not negative.
+    """
+    TILES_OF_ENTRY: tl.constexpr = max(ROWS_OF_ENTRY // BLOCK, 1)
+    entry_ptr = tile_list_ptr + (tile_index // TILES_OF_ENTRY).to(tl.int64) * 2
+    index = tl.minimum(tl.maximum(tl.load(entry_ptr), 0), num_sequences - 1)
+    start = tl.maximum(tl.load(entry_ptr + 1), 0)
+    block = start // BLOCK + tile_index % TILES_OF_ENTRY
+    return index, tl.where(start % min(BLOCK, ROWS_OF_ENTRY) == 0, block, _NO_BLOCK)
+
+
+@triton.jit
+def _search_tile(tile_index, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
+    """Sequence i starts at tile `cu_seqlens[i] // BLOCK + i`, so it owns `cu[i+1] // BLOCK - cu[i] // BLOCK + 1` tiles.
+
+    These are at least ceil(n_i / BLOCK), and at most one of them is past its rows. In total there are at most
+    `T // BLOCK + B`.
 
     The starts increase strictly, so the sequence is the last one whose start is not past the tile. The search reads
-    128 candidates a round: one round for up to 127 sequences and two for up to 16,383.
+    128 candidates a round: one round for up to 128 sequences and two for up to 16,384.
     """
     first = 0  # the sequence is in first, first + 1, ..., first + count - 1
-    count = num_sequences + 1
+    count = num_sequences
     lane = tl.arange(0, _SEARCH_WIDTH)  # [128]
     while count > 1:
         step = tl.cdiv(count, _SEARCH_WIDTH)
@@ -148,25 +213,47 @@ def locate_tile(tile_index, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
         not_past = tl.sum((in_range & (start <= tile_index)).to(tl.int32), axis=0)
         # start(first) <= tile_index always holds, so not_past >= 1.
         first += (not_past - 1) * step
-        count = tl.minimum(step, num_sequences + 1 - first)
+        count = tl.minimum(step, num_sequences - first)
     start = tl.load(cu_seqlens_ptr + first) // BLOCK + first
     return first, tile_index - start
 
 
 @triton.jit
-def sequence_rows(index, cu_seqlens_ptr, num_sequences, total_rows):
-    """(first, length) of the sequence `index`; of the tail rows where that is `num_sequences`."""
+def sequence_rows(index, cu_seqlens_ptr):
+    """(first, length) of the sequence `index`."""
     first = tl.load(cu_seqlens_ptr + index)
-    end = tl.load(cu_seqlens_ptr + index + 1, mask=index < num_sequences, other=total_rows)
-    return first, end - first
+    return first, tl.load(cu_seqlens_ptr + index + 1) - first
+
+
+# Tail rows
+
+_TAIL_BLOCK = tl.constexpr(64)
+
+
+def num_tail_programs(total_rows: int) -> int:
+    """How many programs of a head share the tail rows. Often there are none, and so many would be idle."""
+    return min(ceil_div(total_rows, _TAIL_BLOCK.value), 16)
 
 
 @triton.jit
-def sequence_rows_or_none(index, cu_seqlens_ptr, num_sequences):
-    """(first, length) of the sequence `index`; the tail rows have length 0."""
-    first = tl.load(cu_seqlens_ptr + index)
-    end = tl.load(cu_seqlens_ptr + index + 1, mask=index < num_sequences, other=first)
-    return first, end - first
+def zero_tail(rows, cu_seqlens_ptr, num_sequences, total_rows, share, num_shares, tile: tl.constexpr):
+    """One head's rows 0 on a share of the tail rows: every num_shares-th block of them."""
+    BLOCK: tl.constexpr = _TAIL_BLOCK
+    BLOCK_D: tl.constexpr = tile.block_d
+    row = tl.arange(0, BLOCK)
+    first = tl.load(cu_seqlens_ptr + num_sequences)
+    zeros = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for start in range(first + share * BLOCK, total_rows, num_shares * BLOCK):
+        store_rows(rows, zeros, start, row, total_rows - start, tile)
+
+
+@triton.jit
+def zero_tail_values(values_ptr, cu_seqlens_ptr, num_sequences, total_rows, share, num_shares):
+    """As `zero_tail`, for a vector with one value for each row."""
+    row = tl.arange(0, _TAIL_BLOCK)
+    first = tl.load(cu_seqlens_ptr + num_sequences)
+    for start in range(first + share * _TAIL_BLOCK, total_rows, num_shares * _TAIL_BLOCK):
+        tl.store(values_ptr + start + row, 0.0, mask=row < total_rows - start)
 
 
 # Rows of a tile
