@@ -9,6 +9,7 @@ from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
 from stamp_kernels.ops.attention.attention_centrality import attention_centrality
 from stamp_kernels.ops.attention.packed_attention import AttentionOutput, packed_attention
+from stamp_kernels.ops.attention.tile_list import tile_list
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
 from stamp_kernels.ops.cross_entropy.shift_targets import shift_targets
 from stamp_kernels.ops.prepare import prepare
@@ -40,6 +41,7 @@ __all__ = [
     "prune",
     "select_tokens",
     "shift_targets",
+    "tile_list",
     "token_importance",
     "use_backend",
 ]

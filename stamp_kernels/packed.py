@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree
 
 from stamp_kernels.common.contents import check_cu_seqlens_contents, contents_are_checked
 from stamp_kernels.common.rows import sequence_of_row
+from stamp_kernels.common.tiles import lengths_are_alike, num_listed_tiles
 from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops.attention.tile_list import tile_list
 from stamp_kernels.ops.pruning.gather import check_fill_value, gather_tokens
 from stamp_kernels.ops.pruning.selection import TokenSelection
 
@@ -44,6 +46,8 @@ class PackedBatch:
             in every sequence.
         lengths_cpu: int32 or int64 `[B]`, the lengths on the CPU, if they are known there. Sizes that depend on them
             are then exact without a sync.
+        tiles: int32 `[N, 2]`, `tile_list(cu_seqlens, T)` for attention's kernels, see `with_tiles`. Other offsets need
+            another one, or None.
 
     Raises:
         ValueError: a field has a wrong shape, dtype or device. Contents are not read.
@@ -54,6 +58,7 @@ class PackedBatch:
     max_seqlen: int
     positions: Tensor | None = None
     lengths_cpu: Tensor | None = None
+    tiles: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_tensor("values", self.values)
@@ -75,6 +80,9 @@ class PackedBatch:
         if self.lengths_cpu is not None:
             batch = self.cu_seqlens.shape[0] - 1
             check_tensor("lengths_cpu", self.lengths_cpu, shape=[batch], dtypes=_INTEGERS, device=_CPU)
+        if self.tiles is not None:
+            shape = [num_listed_tiles(self.values.shape[0], self.cu_seqlens.shape[0] - 1), 2]
+            check_tensor("tiles", self.tiles, shape=shape, dtypes=[torch.int32], device=self.values.device)
 
     @classmethod
     def from_padded(cls, x: Tensor, mask: Tensor | None = None, *, lengths: Tensor | None = None) -> "PackedBatch":
@@ -290,27 +298,40 @@ class PackedBatch:
         position = row - self.cu_seqlens[sequence]
         return torch.where(row < self.cu_seqlens[-1], position, 0)
 
+    def with_tiles(self) -> "PackedBatch":
+        """The same batch with a tile list, for `packed_attention(..., tiles_q=packed.tiles)` in every layer.
+
+        Without one where none would be read: on the CPU, and where the longest sequence is not much longer than the
+        mean. Never syncs. `apply_stamp` calls it for each batch and after each pruning.
+        """
+        total, batch = self.values.shape[0], self.cu_seqlens.shape[0] - 1
+        if self.tiles is not None or self.values.is_cpu or lengths_are_alike(total, batch, self.max_seqlen):
+            return self
+        return dataclasses.replace(self, tiles=tile_list(self.cu_seqlens, total))
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PackedBatch":
         """The same batch on another device. lengths_cpu stays on the CPU."""
-        positions = self.positions
-        return dataclasses.replace(
-            self,
-            values=self.values.to(device, non_blocking=non_blocking),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
-            positions=None if positions is None else positions.to(device, non_blocking=non_blocking),
-        )
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        return self._replaced_on_device(moved)
 
     def pin_memory(self) -> "PackedBatch":
         """The same batch in page-locked CPU memory, from where `to(device, non_blocking=True)` does not wait.
 
         A DataLoader with pin_memory=True calls it. lengths_cpu never leaves the CPU and is not pinned.
         """
-        positions = self.positions
+        return self._replaced_on_device(Tensor.pin_memory)
+
+    def _replaced_on_device(self, function: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """The same batch with the results of `function` instead of its tensors, except lengths_cpu."""
         return dataclasses.replace(
             self,
-            values=self.values.pin_memory(),
-            cu_seqlens=self.cu_seqlens.pin_memory(),
-            positions=None if positions is None else positions.pin_memory(),
+            values=function(self.values),
+            cu_seqlens=function(self.cu_seqlens),
+            positions=None if self.positions is None else function(self.positions),
+            tiles=None if self.tiles is None else function(self.tiles),
         )
 
     @classmethod

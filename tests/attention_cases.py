@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stamp_kernels.ops.attention._inputs import bias_arguments
 from stamp_kernels.ops.attention.packed_attention import AttentionOutput
+from stamp_kernels.ops.attention.tile_list import tile_list
 from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
 
 # So small that the sequences below reach the logarithmic buckets and the shared last one.
@@ -34,6 +35,7 @@ class AttentionCase:
     positions: bool = False
     query_mask: bool = False
     dropout_p: float = 0.0
+    tiles: bool = False
 
     def inputs(self, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
         """Keyword arguments of packed_attention. Tail rows hold NaN, which shows whether anything reads them."""
@@ -64,6 +66,10 @@ class AttentionCase:
                 inputs["positions_k"] = batch_k.positions()
         if self.query_mask:
             inputs["centrality_query_mask"] = torch.rand(self.batch.total) < 0.6
+        if self.tiles:
+            inputs["tiles_q"] = tile_list(self.batch.cu_seqlens, self.batch.total)
+            if self.batch_k is not None:
+                inputs["tiles_k"] = tile_list(batch_k.cu_seqlens, batch_k.total)
         if self.dropout_p > 0:
             inputs |= dict(dropout_p=self.dropout_p, dropout_seed=torch.tensor([DROPOUT_SEED]))
         return inputs
@@ -82,6 +88,11 @@ CASES = {
     "cross_causal": AttentionCase(batch_k=KEYS_OF_RAGGED, causal=True, heads=(4, 2)),
     "cross_bias": AttentionCase(batch_k=KEYS_OF_RAGGED, bias="bidirectional"),
     "cross_bias_positions": AttentionCase(batch_k=KEYS_OF_RAGGED, bias="bidirectional", positions=True),
+    "tiles": AttentionCase(tiles=True, heads=(4, 2), query_mask=True),
+    "causal_bias_tiles": AttentionCase(
+        tiles=True, causal=True, bias="unidirectional", positions=True, batch=BATCHES["long_among_short"]
+    ),
+    "cross_tiles": AttentionCase(batch_k=KEYS_OF_RAGGED, tiles=True, bias="bidirectional"),
     "dropout": AttentionCase(dropout_p=0.3),
     "dropout_everything": AttentionCase(
         dropout_p=0.5, batch_k=KEYS_OF_RAGGED, causal=True, bias="unidirectional", heads=(4, 2), query_mask=True
@@ -120,8 +131,8 @@ def contract_keep_mask(p: float, seed: int, sequence: int, shape: tuple[int, int
 
 def dense_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *, causal=False, scale=None,
-    relative_bias=None, positions_q=None, positions_k=None, centrality_query_mask=None, dropout_p=0.0,
-    dropout_seed=None, return_lse=False, return_centrality=False,
+    relative_bias=None, positions_q=None, positions_k=None, tiles_q=None, tiles_k=None, centrality_query_mask=None,
+    dropout_p=0.0, dropout_seed=None, return_lse=False, return_centrality=False,
 ) -> AttentionOutput:  # fmt: skip
     """Sequence by sequence with torch's attention and an explicit mask, lse and centrality from explicit scores."""
     if cu_seqlens_k is None:
@@ -192,6 +203,8 @@ def shared_op_arguments(inputs: dict[str, Any]) -> tuple:
         inputs.get("cu_seqlens_k"),
         inputs["max_seqlen_q"],
         inputs.get("max_seqlen_k", inputs["max_seqlen_q"]),
+        inputs.get("tiles_q"),
+        inputs.get("tiles_k"),
         inputs["causal"],
         inputs["scale"] or inputs["q"].shape[2] ** -0.5,
         *bias_arguments(inputs.get("relative_bias"), inputs.get("positions_q"), inputs.get("positions_k")),
@@ -275,6 +288,9 @@ BAD_ARGUMENTS = [
     (dict(max_seqlen_k=13), "cu_seqlens_k and max_seqlen_k must be given together"),
     (dict(cu_seqlens_k=_CU[:3].clone(), max_seqlen_k=5), r"cu_seqlens_k must have shape \[7\], got \[3\]"),
     (dict(cu_seqlens_k=_CU.clone(), max_seqlen_k=13.0), r"max_seqlen_k must be an int \(not a tensor\), got float"),
+    (dict(tiles_q=[[0, 0]]), "tiles_q must be a tensor, got list"),
+    (dict(tiles_q=tile_list(_CU, _TOTAL + 64)), r"tiles_q must have shape \[6, 2\], got \[7, 2\]"),
+    (dict(tiles_k=tile_list(_CU, _TOTAL).long()), "tiles_k must have dtype torch.int32, got torch.int64"),
     (
         dict(relative_bias=RelativePositionBias(_TABLE[:, :3])),
         r"relative_bias.table must have shape \[num_buckets, 4\], got \[8, 3\]",

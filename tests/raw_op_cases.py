@@ -25,6 +25,8 @@ def _attention() -> Arguments:
         cu_seqlens_k=_int32(0, 4, 6, 9),
         max_seqlen_q=6,
         max_seqlen_k=4,
+        tiles_q=_int32(0, 0, 2, 0, -1, -1).view(3, 2),
+        tiles_k=_int32(0, 0, 1, 0, 2, 0).view(3, 2),
         causal=True,
         scale=0.5,
         bias_table=torch.randn(8, HEADS),
@@ -84,6 +86,7 @@ def good_arguments() -> dict[str, Arguments]:
             need_dq=True, need_dk=True, need_dv=True, need_dbias=True,
         ),
         "attention_centrality": dict(q=rows, k=rows_k, lse=lse, **_attention(), query_mask=mask),
+        "tile_list": dict(cu_seqlens=offsets, total=TOTAL),
         "token_importance": dict(
             hidden=torch.randn(TOTAL, WIDTH), centrality=torch.rand(TOTAL), cu_seqlens=offsets, norm_order=1,
             per_visible_query=True,
@@ -204,12 +207,17 @@ def wrong_values() -> Iterator[tuple[str, Arguments, str]]:
         outside = dict(cu_seqlens_k=_int32(0, 4, 6, 11), max_seqlen_k=5)
         yield op, outside, r"cu_seqlens_k\[-1\] must be at most the number of rows 10, got 11"
         yield op, dict(max_seqlen_q=-1), "max_seqlen_q must be at least 0, got -1"
+        yield op, dict(tiles_q=torch.zeros(4, 2, dtype=torch.int32)), r"tiles_q must have shape \[3, 2\], got \[4, 2\]"
+        yield op, dict(tiles_k=torch.zeros(3, 2)), "tiles_k must have dtype int32, got float32"
         for rows in (0, 1, 2, 7):
             yield op, dict(bias_table=torch.randn(8, HEADS)[:rows]), f"bias_table must have at least 4 rows.*got {rows}"
         for distance in (-(2**62), -1, 0, 2):
             yield op, dict(bias_max_distance=distance), f"bias_max_distance must exceed the 2 exact.*got {distance}"
         far = torch.full((TOTAL,), -(2**31), dtype=torch.int32)
         yield op, dict(positions_q=far), "positions_q and positions_k must lie at most 1073741823 apart"
+    yield "tile_list", dict(cu_seqlens=_int32()), "cu_seqlens must have num_sequences \\+ 1 >= 1 entries"
+    yield "tile_list", dict(total=-1), "total must be at least 0, got -1"
+    yield "tile_list", dict(total=10), r"cu_seqlens\[-1\] must be at most the number of rows 10, got 11"
     for op in _ATTENTION[:2]:
         for p in (-0.1, 1.0, 2.0, NAN, INF):
             yield op, dict(dropout_p=p), r"dropout_p must be in \[0, 1\)"

@@ -33,10 +33,14 @@ def attention_arguments(*names: str) -> Arguments:
         v=zeros(T, 2, DIM),
         out=zeros(T, HEADS, DIM),
         lse=zeros(HEADS, T),
+        cu_seqlens=CU_SEQLENS,
+        total=T,
         cu_seqlens_q=CU_SEQLENS,
         cu_seqlens_k=CU_SEQLENS.clone(),
         max_seqlen_q=4,
         max_seqlen_k=4,
+        tiles_q=torch.tensor([[0, 0], [2, 0], [-1, -1]], dtype=torch.int32),
+        tiles_k=torch.tensor([[0, 0], [2, 0], [-1, -1]], dtype=torch.int32),
         causal=False,
         scale=1.0,
         bias_table=zeros(8, HEADS),
@@ -109,7 +113,8 @@ def pruning_arguments(*names: str) -> Arguments:
 
 OPS: dict[str, Callable[..., Arguments]] = {
     **dict.fromkeys(
-        ("packed_attention_forward", "packed_attention_backward", "attention_centrality"), attention_arguments
+        ("packed_attention_forward", "packed_attention_backward", "attention_centrality", "tile_list"),
+        attention_arguments,
     ),
     **{f"multi_token_cross_entropy_{x}": cross_entropy_arguments for x in ("forward", "backward", "with_gradients")},
     **dict.fromkeys(
@@ -256,6 +261,12 @@ CASES: list[tuple[tuple[str, ...], Arguments, str]] = [
     (_ATTENTION, dict(cu_seqlens_q=CU_SEQLENS.long()), "cu_seqlens_q must have dtype int32, got int64"),
     (_ATTENTION, dict(max_seqlen_q=-1), "max_seqlen_q must be at least 0, got -1"),
     (_ATTENTION, dict(max_seqlen_k=-1), "max_seqlen_k must be at least 0, got -1"),
+    (_ATTENTION, dict(tiles_q=zeros(4, 2, dtype=torch.int32)), "tiles_q must have shape [3, 2], got [4, 2]"),
+    (_ATTENTION, dict(tiles_k=zeros(3, 2)), "tiles_k must have dtype int32, got float32"),
+    (("tile_list",), dict(cu_seqlens=_EMPTY), "cu_seqlens must have num_sequences + 1 >= 1 entries, got 0"),
+    (("tile_list",), dict(cu_seqlens=CU_SEQLENS.long()), "cu_seqlens must have dtype int32, got int64"),
+    (("tile_list",), dict(total=-1), "total must be at least 0, got -1"),
+    (("tile_list",), dict(total=2**31), "total must have at most 2147483647 rows, got 2147483648"),
     *((_ATTENTION, dict(scale=x), f"scale must be finite, got {x}") for x in (float("nan"), float("inf"), 1e39)),
     (_ATTENTION, dict(positions_q=torch.arange(T)), "positions_q must have dtype int32, got int64"),
     (_ATTENTION, dict(positions_k=torch.arange(T - 1, dtype=torch.int32)), "positions_k must have shape [9], got [8]"),

@@ -18,12 +18,16 @@ class Sequences(NamedTuple):
         cu_seqlens_k: int32 `[B + 1]`, offsets of the key sequences. None: self-attention, keys have the offsets and
             the positions of the queries.
         max_seqlen_q, max_seqlen_k: the longest query and key sequence, or upper bounds.
+        tiles_q, tiles_k: the tile lists of both, int32 `[N, 2]`. None: there is none; tiles_k None in self-attention:
+            that of the queries.
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor | None
     max_seqlen_q: int
     max_seqlen_k: int
+    tiles_q: Tensor | None
+    tiles_k: Tensor | None
 
     @property
     def num_sequences(self) -> int:
@@ -116,11 +120,13 @@ class LossNeeds(NamedTuple):
 
 
 def with_keys(sequences: Sequences, bias: BiasArguments) -> tuple[Sequences, BiasArguments]:
-    """The same arguments with the keys' offsets and positions filled in where self-attention leaves them out."""
+    """The same arguments with what self-attention leaves out: the keys' offsets, positions and tiles."""
     if sequences.cu_seqlens_k is not None:
         return sequences, bias
-    cu_seqlens, _, max_seqlen_q, max_seqlen_k = sequences
-    sequences = Sequences(cu_seqlens, cu_seqlens, max_seqlen_q, max_seqlen_k)
+    cu_seqlens, _, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k = sequences
+    sequences = Sequences(
+        cu_seqlens, cu_seqlens, max_seqlen_q, max_seqlen_k, tiles_q, tiles_q if tiles_k is None else tiles_k
+    )
     if bias.positions_k is None and bias.positions_q is not None:
         bias = bias._replace(positions_k=bias.positions_q)
     return sequences, bias

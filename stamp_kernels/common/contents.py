@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stamp_kernels.common.arguments import Sequences
+from stamp_kernels.common.tiles import tile_list
+
 
 def contents_are_checked(device: torch.device) -> bool:
     if torch.compiler.is_compiling():  # contents are unknown during tracing; an op checks them when it runs
@@ -32,6 +35,22 @@ def check_cu_seqlens_contents(name: str, cu_seqlens: Tensor, total: int, max_seq
         raise RuntimeError(f"{name}: sequence {i} has length {lengths[i]}, more than the given max_seqlen {max_seqlen}")
     if offsets[-1] > total:
         raise RuntimeError(f"{name}[-1] must be at most the number of rows {total}, got {offsets[-1]}")
+
+
+def check_sequences_contents(sequences: Sequences, total_q: int, total_k: int) -> None:
+    """The offsets, as `check_cu_seqlens_contents` wants them, and the tile lists made from them."""
+    if not contents_are_checked(sequences.cu_seqlens_q.device):
+        return
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k = sequences
+    check_cu_seqlens_contents("cu_seqlens_q", cu_seqlens_q, total_q, max_seqlen_q)
+    if cu_seqlens_k is not None:
+        check_cu_seqlens_contents("cu_seqlens_k", cu_seqlens_k, total_k, max_seqlen_k)
+    for name, tiles, cu_seqlens, total in (
+        ("q", tiles_q, cu_seqlens_q, total_q),
+        ("k", tiles_k, sequences.offsets_of_keys, total_k),
+    ):
+        if tiles is not None and not torch.equal(tiles, tile_list(cu_seqlens, total)):
+            raise RuntimeError(f"tiles_{name} must be tile_list(cu_seqlens_{name}, {total}), got that of other offsets")
 
 
 def check_whole_items(cu_seqlens: Tensor, codes_per_item: int) -> None:

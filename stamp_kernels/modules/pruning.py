@@ -165,6 +165,7 @@ class SemanticAdaptivePruning(nn.Module):
             max_seqlen=max_seqlen,
             positions=kept.positions if self.positions == "original" else None,
             lengths_cpu=kept.lengths_cpu,
+            tiles=None,
         )
         return PrunedBatch(pruned, kept.selection, None if targets is None else kept.x[1])
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences, with_keys
-from stamp_kernels.common.contents import check_cu_seqlens_contents
+from stamp_kernels.common.contents import check_sequences_contents
 from stamp_kernels.common.precision import compute_dtype
 from stamp_kernels.reference.dropout import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
@@ -153,12 +153,6 @@ def scatter_rows(total: int, rows: list[Tensor], values: list[Tensor], like: Ten
     return like.new_zeros(total, *like.shape[1:]).index_copy(0, index, source)
 
 
-def _check_sequences(sequences: Sequences, total_q: int, total_k: int) -> None:
-    check_cu_seqlens_contents("cu_seqlens_q", sequences.cu_seqlens_q, total_q, sequences.max_seqlen_q)
-    if sequences.cu_seqlens_k is not None:
-        check_cu_seqlens_contents("cu_seqlens_k", sequences.cu_seqlens_k, total_k, sequences.max_seqlen_k)
-
-
 def packed_attention_forward(
     q: Tensor,
     k: Tensor,
@@ -175,7 +169,7 @@ def packed_attention_forward(
 
     Differentiable in q, k, v and bias_table.
     """
-    _check_sequences(sequences, q.shape[0], k.shape[0])
+    check_sequences_contents(sequences, q.shape[0], k.shape[0])
     sequences, bias = with_keys(sequences, bias)
     dtype = compute_dtype(q.dtype)
     num_heads = q.shape[1]
@@ -276,7 +270,7 @@ def attention_centrality(
     query_mask: Tensor | None,
 ) -> Tensor:
     """The op `stamp::attention_centrality`: `[Tk]` in the dtype of lse, 0 on tail rows."""
-    _check_sequences(sequences, q.shape[0], k.shape[0])
+    check_sequences_contents(sequences, q.shape[0], k.shape[0])
     sequences, bias = with_keys(sequences, bias)
     rows_k, centralities = [], []
     for group in equal_length_groups(sequences, q.shape[1]):

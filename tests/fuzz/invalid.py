@@ -42,6 +42,8 @@ _ATTENTION: _Table = {
     "relative_bias": ("string", "tensor", "number"),
     "positions_q": _POSITIONS,
     "positions_k": _POSITIONS,
+    "tiles_q": (*_PER_ROW, "to_int64", "wider"),
+    "tiles_k": (*_PER_ROW, "to_int64", "wider"),
 }
 _SELECTION: _Table = {
     "cu_seqlens": _OFFSETS,
@@ -76,6 +78,7 @@ TABLE: dict[str, _Table] = {
         "lse": (*_FLOATS, "to_other_float", "rank_up", "rank_down", "longer", "wider"),
         "query_mask": _MASK,
     },
+    "tile_list": {"cu_seqlens": tuple(x for x in _OFFSETS if x not in ("meta", "past_the_end")), "total": _COUNT},
     "token_importance": _IMPORTANCE
     | {"hidden": (*_FLOATS, "rank_up", "rank_down", "longer"), "cu_seqlens": tuple(x for x in _OFFSETS if x != "none")},
     "select_tokens": _SELECTION | {"importance": (*_FLOATS, "rank_up", "rank_down")},

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data._utils.pin_memory import pin_memory as torch_pin_memory
 
+from stamp_kernels.ops.attention.tile_list import tile_list
 from stamp_kernels.packed import PackedBatch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -34,7 +35,9 @@ def test_materialized_positions_count_from_0_in_every_sequence(name):
 def test_to_moves_what_lives_on_the_device(device):
     batch = BATCHES["ragged"]
     packed = dataclasses.replace(packed_of(batch, 2), positions=batch.positions())
+    packed = dataclasses.replace(packed, tiles=tile_list(packed.cu_seqlens, batch.total))
     moved = packed.to(device)
+    assert moved.tiles.device.type == device and torch.equal(moved.tiles.cpu(), packed.tiles)
     assert {moved.values.device.type, moved.cu_seqlens.device.type, moved.positions.device.type} == {device}
     assert moved.lengths_cpu is packed.lengths_cpu
     assert packed_of(batch).to(device).positions is None
@@ -62,6 +65,18 @@ def test_pin_memory_pins_what_moves_to_the_device(monkeypatch, with_positions):
     assert torch.equal(result.positions, packed.positions) if with_positions else result.positions is None
     assert result.max_seqlen == packed.max_seqlen
     assert result.lengths_cpu is packed.lengths_cpu
+
+
+def test_batches_get_tiles_where_kernels_read_them():
+    packed = packed_of(RaggedBatch((1000, 3, 70, 0, 90), tail=7), 2)
+    assert packed.with_tiles() is packed  # kernels for the CPU have a list of their own
+    listed = packed.to("meta").with_tiles()
+    assert listed.tiles.shape == (1170 // 64 + 5, 2)
+    assert listed.with_tiles() is listed
+    assert dataclasses.replace(listed, values=listed.values[:, :1]).tiles is listed.tiles
+    for lengths in ((), (64, 3, 1, 20), (120, 100, 90, 120), (1000,)):  # the longest is not much longer than the mean
+        alike = packed_of(RaggedBatch(lengths, tail=7), 2).to("meta")
+        assert alike.with_tiles() is alike
 
 
 @pytest.mark.gpu
@@ -100,6 +115,8 @@ def test_is_frozen():
         ({"positions": torch.zeros(4, dtype=torch.int32)}, "positions must have shape [5], got [4]"),
         ({"positions": torch.zeros(5)}, "positions must have dtype torch.int32, got torch.float32"),
         ({"lengths_cpu": torch.tensor([2, 3])}, "lengths_cpu must have shape [1], got [2]"),
+        ({"tiles": torch.zeros(2, 2, dtype=torch.int32)}, "tiles must have shape [1, 2], got [2, 2]"),
+        ({"tiles": torch.zeros(1, 2)}, "tiles must have dtype torch.int32, got torch.float32"),
         (
             {"lengths_cpu": torch.tensor([5.0])},
             "lengths_cpu must have dtype torch.int32, torch.int64, got torch.float32",

@@ -26,6 +26,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from stamp_kernels.ops.attention.tile_list import tile_list
 from stamp_kernels.reference.dropout import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 from stamp_kernels.triton_kernels.aot import TARGETS
@@ -347,6 +348,30 @@ def test_tiles_cover_every_row_of_a_sequence_once(order, num_sequences):
         assert first == batch.cu_seqlens[sequence] and first + length == batch.cu_seqlens[sequence + 1]
         covered[first + 4 * block : first + min(4 * block + 4, length)] += 1
     assert (covered == (torch.arange(batch.total) < batch.cu_seqlens[-1])).all()
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_listed_tiles_cover_every_row_once(block):
+    batch = RaggedBatch((64, 0, 300, 65, 1, 128, 129), tail=200)
+    entries = tile_list(batch.cu_seqlens, batch.total)
+    grid = Grid.of(batch.total, batch.num_sequences, 1000, block, entries.to(DEVICE))
+    covered = torch.zeros(batch.total, dtype=torch.int32)
+    for _, tile, first, length in _located(batch, grid.order, range(grid.num_tiles), block):
+        if block * tile < length:
+            covered[first + block * tile : first + min(block * (tile + 1), length)] += 1
+    assert (covered == (torch.arange(batch.total) < batch.cu_seqlens[-1])).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_order_of_tiles_changes_no_bit(causal):
+    batch = RaggedBatch((128, 100, 120, 65, 128), tail=100)
+    case = AttentionCase(batch, bias="unidirectional", causal=causal, query_mask=True, tiles=True)
+    inputs = case.inputs(torch.float16)
+    listed = run(inputs, max_seqlen=1000)
+    del inputs["tiles_q"]
+    searched = run(inputs, max_seqlen=1000)
+    for name, x in run(inputs).items():  # by sequence
+        assert torch.equal(listed[name], x) and torch.equal(searched[name], x), name
 
 
 @pytest.mark.parametrize("num_sequences", [5000, 20_000])

@@ -68,7 +68,8 @@ def accesses(monkeypatch):
 def test_every_kernel_is_here():
     names = [module.name for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}.")]
     kernels = {name for module in map(importlib.import_module, names) for name in vars(module)}
-    listed = ATTENTION | CROSS_ENTROPY | PRUNING | set(SELECTION.values()) | {"stamp_shift_targets_kernel"}
+    listed = ATTENTION | CROSS_ENTROPY | PRUNING | set(SELECTION.values())
+    listed |= {"stamp_shift_targets_kernel", "stamp_tile_list_kernel"}
     assert {name for name in kernels if name.endswith("_kernel")} == listed
 
 
@@ -128,15 +129,16 @@ def run_attention(inputs: dict[str, Any], bounds: tuple[int, ...]) -> None:
         (AttentionCase(FULL, FULL_KEYS, heads=(2, 1), head_dim=8, bias="bidirectional", query_mask=True),
          torch.float32),
         (AttentionCase(batch_k=KEYS_OF_RAGGED, heads=(2, 2), head_dim=72, causal=True), torch.float16),
+        (AttentionCase(FULL, FULL_KEYS, heads=(2, 1), head_dim=72, tiles=True), torch.float32),
         (AttentionCase(BATCHES["all_empty"], bias="bidirectional", dropout_p=0.3), torch.float16),
         (AttentionCase(BATCHES["no_sequences"], bias="bidirectional"), torch.float32),
     ],
-    ids=["everything", "cross", "wide", "empty", "none"],
+    ids=["everything", "cross", "wide", "listed", "empty", "none"],
 )  # fmt: skip
 def test_attention(accesses, case, dtype):
     run_attention(case.inputs(dtype), bounds=(0, 32, 64, 300))
-    without_bias = ATTENTION - {"stamp_attention_bias_kernel", "stamp_attention_bwd_bias_kernel"}
-    assert set(accesses) == (ATTENTION if case.bias else without_bias)
+    of_bias = {"stamp_attention_bias_kernel", "stamp_attention_bwd_bias_kernel"}
+    assert set(accesses) == (ATTENTION if case.bias else ATTENTION - of_bias)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +147,29 @@ def test_attention(accesses, case, dtype):
         (AttentionCase(LONG, heads=(2, 1), causal=True, bias="unidirectional", positions=True), torch.float16),
         (AttentionCase(LONG, LONG_KEYS, heads=(1, 1), head_dim=40, bias="bidirectional", dropout_p=0.3), torch.float16),
         (AttentionCase(LONG, LONG_KEYS, heads=(1, 1), head_dim=8, causal=True, query_mask=True), torch.float32),
+        (AttentionCase(LONG, LONG_KEYS, heads=(1, 1), head_dim=128, causal=True, tiles=True), torch.float16),
     ],
-    ids=["causal bias", "cross bias", "cross causal"],
+    ids=["causal bias", "cross bias", "cross causal", "cross causal listed"],
 )  # fmt: skip
 def test_attention_of_several_blocks(case, dtype):
-    run_attention(case.inputs(dtype), bounds=(0,))
+    run_attention(case.inputs(dtype), bounds=(0, 1000))
+
+
+@pytest.mark.parametrize("head_dim", [8, 128])
+def test_tile_lists_of_anything(monkeypatch, head_dim):
+    """As on a GPU, where nothing has looked at the contents: the results are wrong, and no memory is touched."""
+    monkeypatch.setattr(contents, "contents_are_checked", lambda device: False)
+    case = AttentionCase(LONG, heads=(1, 1), head_dim=head_dim, bias="bidirectional", tiles=True)
+    inputs = case.inputs(torch.float16)
+    extremes = torch.tensor([-(2**31), -1, 0, 1, 4, 5, 63, 64, 128, 2**30, 2**31 - 64, 2**31 - 1])
+    inputs["tiles_q"] = extremes[torch.randint(len(extremes), inputs["tiles_q"].shape)].to(torch.int32)
+    run_attention(inputs, bounds=(1000,))
+
+
+@pytest.mark.parametrize("batch", [*BATCHES.values(), LONG], ids=[*BATCHES, "long"])
+def test_tile_list(accesses, batch):
+    launcher("tile_list")(batch.cu_seqlens, batch.total)
+    assert set(accesses) == {"stamp_tile_list_kernel"}
 
 
 def test_attention_with_searched_buckets(monkeypatch):

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences, with_keys
+from stamp_kernels.common.contents import check_sequences_contents
 from stamp_kernels.triton_kernels.attention.bias_gradient import (
     BucketSums,
     add_to_bucket_sums,
@@ -235,7 +236,7 @@ def stamp_attention_bwd_key_kernel(
     index, block = locate_tile(tile_index, order, cu_seqlens.k, num_sequences, BLOCK_N)
     first_k, num_keys = sequence_rows(index, cu_seqlens.k)
     start_k = block * BLOCK_N
-    if start_k >= num_keys:
+    if block >= tl.cdiv(num_keys, BLOCK_N):
         return
 
     first_q, num_queries = sequence_rows(index, cu_seqlens.q)
@@ -321,11 +322,15 @@ def packed_attention_backward(
     """The op `stamp::packed_attention_backward`: (dq, dk, dv, dbias_table), each [0] where not needed."""
     total_q, num_heads, head_dim = q.shape
     total_k, num_heads_kv, _ = k.shape
+    check_sequences_contents(sequences, total_q, total_k)
     sequences, bias = with_keys(sequences, bias)
     num_sequences = sequences.num_sequences
     bias_table = bias.bias_table
     dropout_p, dropout_seed = dropout
     grad_out, q, k, v, out = map(rows_with_vector_strides, (grad_out, q, k, v, out))
+    cu_seqlens_q, cu_seqlens_k, tiles_q, tiles_k = contiguous(
+        sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.tiles_q, sequences.tiles_k
+    )
     lse = lse.contiguous()
 
     dq = q.new_empty(q.shape if needs.need_dq else 0)
@@ -350,7 +355,7 @@ def packed_attention_backward(
         k_rows=Rows.of(k),
         v_rows=Rows.of(v),
         per_query=PerQuery(lse, delta),
-        cu_seqlens=Offsets(*contiguous(sequences.cu_seqlens_q, sequences.cu_seqlens_k)),
+        cu_seqlens=Offsets(cu_seqlens_q, cu_seqlens_k),
         bias=Bias.of(bias, q.device),
         dropout_seed=dropout_seed if dropout_p > 0 else None,
         dropout_threshold=dropout_threshold(dropout_p),
@@ -361,7 +366,7 @@ def packed_attention_backward(
     )
 
     if needs.need_dq or needs.need_dk or needs.need_dbias:
-        grid = Grid.of(total_q, num_sequences, sequences.max_seqlen_q, for_queries.block_m)
+        grid = Grid.of(total_q, num_sequences, sequences.max_seqlen_q, for_queries.block_m, tiles_q)
         num_buckets, bucket_sums, ranges = 0, None, None
         if needs.need_dbias:
             num_buckets = bias_table.shape[0]
@@ -383,7 +388,7 @@ def packed_attention_backward(
         if bucket_sums is not None:
             sum_over_tiles(dbias_table, bucket_sums)
     if needs.need_dk or needs.need_dv:
-        grid = Grid.of(total_k, num_sequences, sequences.max_seqlen_k, for_keys.block_n)
+        grid = Grid.of(total_k, num_sequences, sequences.max_seqlen_k, for_keys.block_n, tiles_k)
         launch(
             stamp_attention_bwd_key_kernel,
             launch_grid(grid.num_programs * num_heads_kv),

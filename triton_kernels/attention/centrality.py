@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.common.arguments import BiasArguments, Sequences, with_keys
+from stamp_kernels.common.contents import check_sequences_contents
 from stamp_kernels.triton_kernels.attention.configs import centrality_config, launch_options
 from stamp_kernels.triton_kernels.attention.relative_bias import Bias, bias_tile, tile_positions
 from stamp_kernels.triton_kernels.attention.tiles import (
@@ -106,7 +107,7 @@ def stamp_attention_centrality_kernel(
     index, block = locate_tile(tile_index, order, cu_seqlens.k, num_sequences, BLOCK_N)
     first_k, num_keys = sequence_rows(index, cu_seqlens.k)
     start_k = block * BLOCK_N
-    if start_k >= num_keys:
+    if block >= tl.cdiv(num_keys, BLOCK_N):
         return
 
     first_q, num_queries = sequence_rows(index, cu_seqlens.q)
@@ -144,13 +145,16 @@ def attention_centrality(
     query_mask: Tensor | None,
 ) -> Tensor:
     """The op `stamp::attention_centrality`: fp32 `[Tk]`, 0 on tail rows. No host sync."""
+    check_sequences_contents(sequences, q.shape[0], k.shape[0])
     q, k, lse = rows_with_vector_strides(q), rows_with_vector_strides(k), lse.contiguous()
     sequences, bias = with_keys(sequences, bias)
-    cu_seqlens_q, cu_seqlens_k, query_mask = contiguous(sequences.cu_seqlens_q, sequences.cu_seqlens_k, query_mask)
-    cu_seqlens = Offsets(cu_seqlens_q, cu_seqlens_k)
-    return sum_over_queries(
-        q, k, lse, cu_seqlens, sequences.max_seqlen_k, causal, scale * LOG2_E.value, Bias.of(bias, q.device), query_mask
+    cu_seqlens_q, cu_seqlens_k, tiles_k, query_mask = contiguous(
+        sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.tiles_k, query_mask
     )
+    return sum_over_queries(
+        q, k, lse, Offsets(cu_seqlens_q, cu_seqlens_k), sequences.max_seqlen_k, tiles_k, causal, scale * LOG2_E.value,
+        Bias.of(bias, q.device), query_mask,
+    )  # fmt: skip
 
 
 def sum_over_queries(
@@ -159,6 +163,7 @@ def sum_over_queries(
     lse: Tensor,
     cu_seqlens: Offsets,
     max_seqlen_k: int,
+    tiles_k: Tensor | None,
     causal: bool,
     scale_log2: float,
     bias: Bias,
@@ -170,7 +175,7 @@ def sum_over_queries(
     total_k = k.shape[0]
     config = centrality_config(device_properties(q.device), head_dim, element_size=q.element_size())
     centrality = lse.new_empty(total_k)
-    grid = Grid.of(total_k, num_sequences, max_seqlen_k, config.block_n)
+    grid = Grid.of(total_k, num_sequences, max_seqlen_k, config.block_n, tiles_k)
     launch(
         stamp_attention_centrality_kernel,
         launch_grid(grid.num_programs),

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamp_kernels.common.arguments import BiasArguments, DropoutArguments, Sequences, with_keys
+from stamp_kernels.common.contents import check_sequences_contents
 from stamp_kernels.triton_kernels.attention.centrality import sum_over_heads, sum_over_queries
 from stamp_kernels.triton_kernels.attention.configs import forward_config, launch_options
 from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, groups_of, keep_tile
@@ -324,10 +325,11 @@ def packed_attention_forward(
 
     No host sync: lengths stay on the device, grids come from shapes and max_seqlen.
     """
+    check_sequences_contents(sequences, q.shape[0], k.shape[0])
     q, k, v = rows_with_vector_strides(q), rows_with_vector_strides(k), rows_with_vector_strides(v)
     sequences, bias = with_keys(sequences, bias)
-    cu_seqlens_q, cu_seqlens_k, query_mask = contiguous(
-        sequences.cu_seqlens_q, sequences.cu_seqlens_k, centrality_query_mask
+    cu_seqlens_q, cu_seqlens_k, tiles_q, tiles_k, query_mask = contiguous(
+        sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.tiles_q, sequences.tiles_k, centrality_query_mask
     )
     dropout_p, dropout_seed = dropout
     total_q, num_heads, head_dim = q.shape
@@ -364,13 +366,13 @@ def packed_attention_forward(
         **launch_options(config),
     )
     if config.slot == 0:
-        grid = Grid.of(total_q, num_sequences, sequences.max_seqlen_q, config.block_m)
+        grid = Grid.of(total_q, num_sequences, sequences.max_seqlen_q, config.block_m, tiles_q)
         arguments |= dict(order=grid.order, num_tiles=grid.num_tiles)
         launch(stamp_attention_fwd_general_kernel, launch_grid(grid.num_programs * num_heads), **arguments)
         if not return_centrality:
             return out, lse, lse.new_empty(0)
         centrality = sum_over_queries(
-            q, k, lse, arguments["cu_seqlens"], sequences.max_seqlen_k, causal, arguments["scale_log2"],
+            q, k, lse, arguments["cu_seqlens"], sequences.max_seqlen_k, tiles_k, causal, arguments["scale_log2"],
             arguments["bias"], query_mask,
         )  # fmt: skip
         return out, lse, centrality

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from stamp_kernels.common.tiles import TILE_ROWS, lengths_are_alike
 from stamp_kernels.triton_kernels.rows import LOG2_E, ceil_div, next_power_of_2
 
 # Arguments whose values differ from batch to batch: a new value does not compile a new kernel.
@@ -32,11 +33,10 @@ PER_BATCH = ["num_tiles", "num_sequences", "total_q", "total_k", "dropout_thresh
 # Sequences that a step of `_search_tile` looks at.
 _SEARCH_WIDTH = tl.constexpr(128)
 
-# Rows of an entry of a tile list.
-ROWS_OF_ENTRY = tl.constexpr(64)
+_TILE_ROWS = tl.constexpr(TILE_ROWS)
 
 # The block of an entry without a tile: no sequence is so long.
-_NO_BLOCK = tl.constexpr(2**24)
+_NO_BLOCK = tl.constexpr(2**31 - 1)
 
 
 # Arguments that belong together
@@ -153,14 +153,13 @@ class Grid(NamedTuple):
         cls, total_rows: int, num_sequences: int, max_seqlen: int, block: int, tile_list: Tensor | None = None
     ) -> "Grid":
         """The order with the fewest programs; a list rather than a search."""
-        tiles_per_sequence = max(ceil_div(max_seqlen, block), 1)
-        num_tiles = total_rows // block + num_sequences
-        if tiles_per_sequence * num_sequences <= num_tiles:
+        if lengths_are_alike(total_rows, num_sequences, max_seqlen, block):
+            tiles_per_sequence = max(ceil_div(max_seqlen, block), 1)
             order, num_tiles = TileOrder(tiles_per_sequence, None), tiles_per_sequence * num_sequences
         elif tile_list is not None:
-            order, num_tiles = TileOrder(None, tile_list), tile_list.shape[0] * max(ROWS_OF_ENTRY.value // block, 1)
+            order, num_tiles = TileOrder(None, tile_list), tile_list.shape[0] * max(TILE_ROWS // block, 1)
         else:
-            order = TileOrder(None, None)
+            order, num_tiles = TileOrder(None, None), total_rows // block + num_sequences
         return cls(order, num_tiles, num_tiles + num_tail_programs(total_rows))
 
 
@@ -180,16 +179,18 @@ def locate_tile(tile_index, order, cu_seqlens_ptr, num_sequences, BLOCK: tl.cons
 
 @triton.jit
 def _listed_tile(tile_index, tile_list_ptr, num_sequences, BLOCK: tl.constexpr):
-    """The tile of an entry; a part of one if BLOCK is smaller. A larger tile takes the entries at its start only.
+    """The tile of an entry, or a part of it if BLOCK is smaller. Where BLOCK is larger, every other entry is idle.
 
     Whatever the list holds, the sequence exists and the block is not negative.
     """
-    TILES_OF_ENTRY: tl.constexpr = max(ROWS_OF_ENTRY // BLOCK, 1)
-    entry_ptr = tile_list_ptr + (tile_index // TILES_OF_ENTRY).to(tl.int64) * 2
-    index = tl.minimum(tl.maximum(tl.load(entry_ptr), 0), num_sequences - 1)
-    start = tl.maximum(tl.load(entry_ptr + 1), 0)
+    TILES_OF_ENTRY: tl.constexpr = max(_TILE_ROWS // BLOCK, 1)
+    entry_ptr = tile_list_ptr + tile_index // TILES_OF_ENTRY * 2
+    index, start = tl.load(entry_ptr), tl.load(entry_ptr + 1)
+    is_tile = (index >= 0) & (index < num_sequences) & (start >= 0)
+    if BLOCK > _TILE_ROWS:
+        is_tile = is_tile & (start % BLOCK == 0)
     block = start // BLOCK + tile_index % TILES_OF_ENTRY
-    return index, tl.where(start % min(BLOCK, ROWS_OF_ENTRY) == 0, block, _NO_BLOCK)
+    return tl.where(is_tile, index, 0), tl.where(is_tile, block, _NO_BLOCK)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ namespace stamp::cpu {
 namespace {
 
 constexpr int64_t kMaxHeadDim = 256, kHeadDimMultiple = 8;
+constexpr int64_t kTileRows = 64;  // of a tile list
 
 void check_rows(const AttentionArguments& arguments) {
   const Tensor &q = arguments.q, &k = arguments.k;
@@ -49,6 +50,12 @@ void check_bias(const BiasArguments& bias, const Tensor& q, const Tensor& k) {
   STD_TORCH_CHECK(
       bias.max_distance > num_exact, "bias_max_distance must exceed the ", num_exact, " exact distances, got ",
       bias.max_distance);
+}
+
+void check_tiles(const char* name, const std::optional<Tensor>& tiles, int64_t total, int64_t num_sequences) {
+  if (tiles.has_value()) {
+    check_tensor(name, *tiles, {total / kTileRows + num_sequences, 2}, {ScalarType::Int});
+  }
 }
 
 }  // namespace
@@ -126,6 +133,8 @@ AttentionInputs attention_inputs(const AttentionArguments& arguments) {
   if (bias.positions_k.has_value()) {
     problem.bias.positions_k = held_contiguous(*bias.positions_k, inputs.held).const_data_ptr<int32_t>();
   }
+  check_tiles("tiles_q", sequences.tiles_q, problem.total_q, problem.num_sequences);
+  check_tiles("tiles_k", sequences.tiles_k, problem.total_k, problem.num_sequences);
   problem.longest_q = longest(problem.cu_seqlens_q, problem.num_sequences);
   problem.longest_k = longest(problem.cu_seqlens_k, problem.num_sequences);
   if (bias.table.has_value()) {

@@ -18,6 +18,8 @@ struct SequenceArguments {
   std::optional<Tensor> cu_seqlens_k;  // nullopt: self-attention
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;
+  std::optional<Tensor> tiles_q;  // int32 [N, 2], the tile lists of the GPU's kernels: checked, not read
+  std::optional<Tensor> tiles_k;
 };
 
 struct BiasArguments {

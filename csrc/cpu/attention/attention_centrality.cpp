@@ -36,10 +36,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 Tensor attention_centrality(
     const Tensor& q, const Tensor& k, const Tensor& lse, const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, double scale, const OptionalTensor& bias_table,
-    bool bias_bidirectional, int64_t bias_max_distance, const OptionalTensor& positions_q,
-    const OptionalTensor& positions_k, const OptionalTensor& query_mask) {
-  const SequenceArguments sequences = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+    int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& tiles_q, const OptionalTensor& tiles_k,
+    bool causal, double scale, const OptionalTensor& bias_table, bool bias_bidirectional, int64_t bias_max_distance,
+    const OptionalTensor& positions_q, const OptionalTensor& positions_k, const OptionalTensor& query_mask) {
+  const SequenceArguments sequences = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k};
   const BiasArguments bias = {bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k};
   AttentionInputs inputs = attention_inputs({q, k, std::nullopt, sequences, causal, scale, bias});
   const AttentionProblem& problem = inputs.problem;

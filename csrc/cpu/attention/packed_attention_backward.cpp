@@ -87,10 +87,11 @@ void sum_dq_splits(const BackwardPass& pass) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> packed_attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    bool causal, double scale, const OptionalTensor& bias_table, bool bias_bidirectional, int64_t bias_max_distance,
+    const OptionalTensor& tiles_q, const OptionalTensor& tiles_k, bool causal, double scale,
+    const OptionalTensor& bias_table, bool bias_bidirectional, int64_t bias_max_distance,
     const OptionalTensor& positions_q, const OptionalTensor& positions_k, double dropout_p,
     const OptionalTensor& dropout_seed, bool need_dq, bool need_dk, bool need_dv, bool need_dbias) {
-  const SequenceArguments sequences = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  const SequenceArguments sequences = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k};
   const BiasArguments bias = {bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k};
   AttentionInputs inputs = attention_inputs({q, k, v, sequences, causal, scale, bias});
   AttentionProblem& problem = inputs.problem;

@@ -44,11 +44,11 @@ void sum_centrality_of_heads(
 
 std::tuple<Tensor, Tensor, Tensor> packed_attention_forward(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal, double scale, const OptionalTensor& bias_table,
-    bool bias_bidirectional, int64_t bias_max_distance, const OptionalTensor& positions_q,
-    const OptionalTensor& positions_k, const OptionalTensor& centrality_query_mask, double dropout_p,
-    const OptionalTensor& dropout_seed, bool return_centrality) {
-  const SequenceArguments sequences = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+    int64_t max_seqlen_q, int64_t max_seqlen_k, const OptionalTensor& tiles_q, const OptionalTensor& tiles_k,
+    bool causal, double scale, const OptionalTensor& bias_table, bool bias_bidirectional, int64_t bias_max_distance,
+    const OptionalTensor& positions_q, const OptionalTensor& positions_k, const OptionalTensor& centrality_query_mask,
+    double dropout_p, const OptionalTensor& dropout_seed, bool return_centrality) {
+  const SequenceArguments sequences = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k};
   const BiasArguments bias = {bias_table, bias_bidirectional, bias_max_distance, positions_q, positions_k};
   AttentionInputs inputs = attention_inputs({q, k, v, sequences, causal, scale, bias});
   AttentionProblem& problem = inputs.problem;

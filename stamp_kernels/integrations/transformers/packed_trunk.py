@@ -120,8 +120,8 @@ class PackedTrunk(nn.Module):
         return packed, layout
 
     def packing_for(self, block_number: int, packed: PackedBatch) -> Packing:
-        """The packing for a block, counted from 1, that runs on this batch."""
-        return Packing(packed, wants_centrality=str(block_number) in self.stamp_pruning and self.is_pruned)
+        """The packing for a block, counted from 1, that runs on this batch. The blocks up to a pruning share tiles."""
+        return Packing(packed.with_tiles(), wants_centrality=str(block_number) in self.stamp_pruning and self.is_pruned)
 
     def after_block(self, block_number: int, hidden: Tensor, packing: Packing) -> PackedBatch:
         """The batch for the next block, from the hidden states `[T, d_model]` of this one: pruned if scheduled."""

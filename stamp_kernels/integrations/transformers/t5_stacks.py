@@ -66,6 +66,7 @@ class PackedT5Attention(T5Attention):
             cross.source.cu_seqlens,
             cross.max_seqlen_q,
             cross.source.max_seqlen,
+            tiles_k=cross.source.tiles,
             scale=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
         )
@@ -76,6 +77,7 @@ class PackedT5Attention(T5Attention):
             *self._project(hidden_states, hidden_states),
             queries.cu_seqlens,
             max_seqlen_q=queries.max_seqlen,
+            tiles_q=queries.tiles,
             causal=self.is_causal,
             scale=self.scaling,
             relative_bias=RelativePositionBias(
@@ -195,7 +197,8 @@ class PackedT5Decoder(PackedT5Stack):
         if padded:
             raise ValueError(f"forward takes no {', '.join(padded)} with packed_inputs")
         check_packed("packed_source", packed_source)
-        packed, packed_source = self.embed_packed(packed_inputs), with_empty_tail(packed_source)
+        packed = self.embed_packed(packed_inputs).with_tiles()
+        packed_source = with_empty_tail(packed_source).with_tiles()
         packing = Packing(
             packed,
             cross=CrossAttention(

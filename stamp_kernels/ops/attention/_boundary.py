@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stamp_kernels.common.arguments import AttentionNeeds, BiasArguments, DropoutArguments, Sequences
 from stamp_kernels.common.precision import compute_dtype
+from stamp_kernels.common.tiles import num_listed_tiles
 from stamp_kernels.ops._boundary import (
     BOOL,
     FLOATING,
@@ -87,6 +88,13 @@ def check_centrality(
         check_tensor("query_mask", query_mask, q_sizes[:1], BOOL, device)
 
 
+def check_tile_list(cu_seqlens: Tensor, total: int) -> None:
+    """What `stamp::tile_list` takes."""
+    check_cu_seqlens("cu_seqlens", cu_seqlens, cu_seqlens.device)
+    check_at_least("total", total, 0)
+    check_num_rows("total", total)
+
+
 def _check_shared(
     q: Tensor, k: Tensor, sequences: Sequences, scale: float, bias: BiasArguments
 ) -> tuple[torch.Size, torch.Size, tuple[torch.dtype], torch.device]:
@@ -99,7 +107,7 @@ def _check_shared(
     total_q, num_heads, head_dim = q_sizes
     if head_dim % 8 != 0 or not 0 < head_dim <= _MAX_HEAD_DIM:
         refuse(f"q: head_dim must be a multiple of 8 from 8 to {_MAX_HEAD_DIM}, got {head_dim}")
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = sequences
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k = sequences
     is_self_attention = cu_seqlens_k is None
     if len(k_sizes) != 3 or k_sizes[2] != head_dim or (is_self_attention and k_sizes[0] != total_q):
         check_sizes("k", k_sizes, (total_q if is_self_attention else "total_k", "num_heads_kv", head_dim))
@@ -115,6 +123,10 @@ def _check_shared(
         check_tensor("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, INT32, device)
     check_at_least("max_seqlen_q", max_seqlen_q, 0)
     check_at_least("max_seqlen_k", max_seqlen_k, 0)
+    if tiles_q is not None:
+        check_tensor("tiles_q", tiles_q, (num_listed_tiles(total_q, sequences.num_sequences), 2), INT32, device)
+    if tiles_k is not None:
+        check_tensor("tiles_k", tiles_k, (num_listed_tiles(total_k, sequences.num_sequences), 2), INT32, device)
     if not abs(scale) <= _MAX_FLOAT32 and not (dtypes[0] == torch.float64 and math.isfinite(scale)):
         refuse(f"scale must be finite, got {scale}")
 

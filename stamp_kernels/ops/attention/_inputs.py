@@ -5,6 +5,7 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BiasArguments, Sequences
+from stamp_kernels.common.tiles import num_listed_tiles
 from stamp_kernels.ops._checks import FLOATING_DTYPES, INT32, check_count, check_cu_seqlens, check_range, check_tensor
 from stamp_kernels.relative_position import RelativePositionBias
 
@@ -47,16 +48,27 @@ def checked_sequences(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-    device: torch.device,
+    tiles_q: Tensor | None,
+    tiles_k: Tensor | None,
+    q: Tensor,
+    k: Tensor,
 ) -> Sequences:
+    device = q.device
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
     max_seqlen_q = check_count("max_seqlen_q", max_seqlen_q)
     if (cu_seqlens_k is None) != (max_seqlen_k is None):
         raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
     if cu_seqlens_k is None:
-        return Sequences(cu_seqlens_q, None, max_seqlen_q, max_seqlen_q)
-    check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=INT32, device=device)
-    return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, check_count("max_seqlen_k", max_seqlen_k))
+        max_seqlen_k = max_seqlen_q
+    else:
+        check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=INT32, device=device)
+        max_seqlen_k = check_count("max_seqlen_k", max_seqlen_k)
+    num_sequences = cu_seqlens_q.shape[0] - 1
+    for name, tiles, rows in (("tiles_q", tiles_q, q), ("tiles_k", tiles_k, k)):
+        if tiles is not None:
+            shape = (num_listed_tiles(rows.shape[0], num_sequences), 2)
+            check_tensor(name, tiles, shape=shape, dtypes=INT32, device=device)
+    return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k)
 
 
 def checked_bias(

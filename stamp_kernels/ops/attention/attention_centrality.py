@@ -50,11 +50,11 @@ def _triton() -> Callable[..., Any]:
     return attention_centrality
 
 
-# cu_seqlens_k None means self-attention: keys have the offsets and positions of the queries.
+# cu_seqlens_k None means self-attention: keys have the offsets, positions and tiles of the queries.
 _attention_centrality = define_op(
     "attention_centrality(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, Tensor? bias_table, "
-    "bool bias_bidirectional, int bias_max_distance, Tensor? positions_q, Tensor? positions_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? tiles_q, Tensor? tiles_k, bool causal, float scale, "
+    "Tensor? bias_table, bool bias_bidirectional, int bias_max_distance, Tensor? positions_q, Tensor? positions_k, "
     "Tensor? query_mask) -> Tensor",
     check=_boundary.check_centrality,
     reference=reference.attention_centrality,
@@ -79,6 +79,8 @@ def attention_centrality(
     relative_bias: RelativePositionBias | None = None,
     positions_q: Tensor | None = None,  # [Tq] int32
     positions_k: Tensor | None = None,  # [Tk] int32
+    tiles_q: Tensor | None = None,  # [Nq, 2] int32
+    tiles_k: Tensor | None = None,  # [Nk, 2] int32
     query_mask: Tensor | None = None,  # [Tq] bool
 ) -> Tensor:
     """The attention that each key receives: the column sums of the softmax, `sum_heads sum_queries exp(s - lse)`.
@@ -97,8 +99,8 @@ def attention_centrality(
         k: `[Tk, Hkv, D]` of the same dtype, Hq a multiple of Hkv.
         lse: `[Hq, Tq]` in fp32 (fp64 for fp64 inputs), log of the sum of exponentiated scores. A query with lse -inf
             (it sees no key) adds nothing.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, relative_bias, positions_q, positions_k:
-            as in `packed_attention`.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, relative_bias, positions_q, positions_k,
+        tiles_q, tiles_k: as in `packed_attention`.
         query_mask: which queries count. None: all.
 
     Returns:
@@ -107,11 +109,11 @@ def attention_centrality(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than its max_seqlen (on the
-            CPU, or under STAMP_KERNELS_CHECK=1).
+            CPU, or under STAMP_KERNELS_CHECK=1); tiles are those of other offsets (under STAMP_KERNELS_CHECK=1).
     """
     q, k = cast_for_autocast(q=q, k=k)
     check_q_and_k(q, k, is_self_attention=cu_seqlens_k is None)
-    sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.device)
+    sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k, q, k)
     bias = checked_bias(relative_bias, positions_q, positions_k, q, k)
     check_query_mask("query_mask", query_mask, q)
     check_flags(causal=causal)

@@ -27,17 +27,19 @@ from stamp_kernels.ops.attention._inputs import (
 from stamp_kernels.reference import attention as reference
 from stamp_kernels.relative_position import RelativePositionBias
 
-# In both, cu_seqlens_k None means self-attention: keys have the offsets and positions of the queries.
+# In both, cu_seqlens_k None means self-attention: keys have the offsets, positions and tiles of the queries.
 _FORWARD_SCHEMA = (
     "packed_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
-    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, "
+    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? tiles_q, Tensor? tiles_k, "
+    "bool causal, float scale, "
     "Tensor? bias_table, bool bias_bidirectional, int bias_max_distance, Tensor? positions_q, Tensor? positions_k, "
     "Tensor? centrality_query_mask, float dropout_p, Tensor? dropout_seed, bool return_centrality) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD_SCHEMA = (
     "packed_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, float scale, "
+    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? tiles_q, "
+    "Tensor? tiles_k, bool causal, float scale, "
     "Tensor? bias_table, bool bias_bidirectional, int bias_max_distance, Tensor? positions_q, Tensor? positions_k, "
     "float dropout_p, Tensor? dropout_seed, bool need_dq, bool need_dk, bool need_dv, bool need_dbias) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
@@ -202,8 +204,8 @@ class _PackedAttention(OpFunction):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, centrality)
         ctx.save_for_backward(
-            q, k, v, out, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias_table, bias.positions_q,
-            bias.positions_k, dropout.dropout_seed,
+            q, k, v, out, lse, sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.tiles_q, sequences.tiles_k,
+            bias_table, bias.positions_q, bias.positions_k, dropout.dropout_seed,
         )  # fmt: skip
         ctx.max_seqlens = (sequences.max_seqlen_q, sequences.max_seqlen_k)
         ctx.causal, ctx.scale, ctx.dropout_p = causal, scale, dropout.dropout_p
@@ -217,10 +219,11 @@ class _PackedAttention(OpFunction):
         needs = ctx.needs_input_grad[:4]
         grads: list[Tensor | None] = [None] * 4
         if grad_out is not None and any(needs):
-            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, bias_table, *positions, dropout_seed = saved
+            q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *tiles, bias_table, positions_q, positions_k, seed = saved
             computed = call_below_autograd(
-                _backward, grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, ctx.causal,
-                ctx.scale, bias_table, *ctx.bias_options, *positions, ctx.dropout_p, dropout_seed, *needs,
+                _backward, grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, *tiles,
+                ctx.causal, ctx.scale, bias_table, *ctx.bias_options, positions_q, positions_k, ctx.dropout_p, seed,
+                *needs,
             )  # fmt: skip
             grads = [grad if needed else None for grad, needed in zip(computed, needs, strict=True)]
         return *grads, *[None] * 7
@@ -231,32 +234,36 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ...,
     max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *, causal: bool = ..., scale: float | None = ...,
     relative_bias: RelativePositionBias | None = ..., positions_q: Tensor | None = ...,
-    positions_k: Tensor | None = ..., centrality_query_mask: Tensor | None = ..., dropout_p: float = ...,
-    dropout_seed: Tensor | None = ..., return_lse: Literal[False] = ..., return_centrality: Literal[False] = ...,
+    positions_k: Tensor | None = ..., tiles_q: Tensor | None = ..., tiles_k: Tensor | None = ...,
+    centrality_query_mask: Tensor | None = ..., dropout_p: float = ..., dropout_seed: Tensor | None = ...,
+    return_lse: Literal[False] = ..., return_centrality: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ...,
     max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *, causal: bool = ..., scale: float | None = ...,
     relative_bias: RelativePositionBias | None = ..., positions_q: Tensor | None = ...,
-    positions_k: Tensor | None = ..., centrality_query_mask: Tensor | None = ..., dropout_p: float = ...,
-    dropout_seed: Tensor | None = ..., return_lse: Literal[True], return_centrality: bool = ...,
+    positions_k: Tensor | None = ..., tiles_q: Tensor | None = ..., tiles_k: Tensor | None = ...,
+    centrality_query_mask: Tensor | None = ..., dropout_p: float = ..., dropout_seed: Tensor | None = ...,
+    return_lse: Literal[True], return_centrality: bool = ...,
 ) -> AttentionOutput: ...  # fmt: skip
 @overload
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ...,
     max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *, causal: bool = ..., scale: float | None = ...,
     relative_bias: RelativePositionBias | None = ..., positions_q: Tensor | None = ...,
-    positions_k: Tensor | None = ..., centrality_query_mask: Tensor | None = ..., dropout_p: float = ...,
-    dropout_seed: Tensor | None = ..., return_lse: bool = ..., return_centrality: Literal[True],
+    positions_k: Tensor | None = ..., tiles_q: Tensor | None = ..., tiles_k: Tensor | None = ...,
+    centrality_query_mask: Tensor | None = ..., dropout_p: float = ..., dropout_seed: Tensor | None = ...,
+    return_lse: bool = ..., return_centrality: Literal[True],
 ) -> AttentionOutput: ...  # fmt: skip
 @overload
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = ...,
     max_seqlen_q: int | None = ..., max_seqlen_k: int | None = ..., *, causal: bool = ..., scale: float | None = ...,
     relative_bias: RelativePositionBias | None = ..., positions_q: Tensor | None = ...,
-    positions_k: Tensor | None = ..., centrality_query_mask: Tensor | None = ..., dropout_p: float = ...,
-    dropout_seed: Tensor | None = ..., return_lse: bool = ..., return_centrality: bool = ...,
+    positions_k: Tensor | None = ..., tiles_q: Tensor | None = ..., tiles_k: Tensor | None = ...,
+    centrality_query_mask: Tensor | None = ..., dropout_p: float = ..., dropout_seed: Tensor | None = ...,
+    return_lse: bool = ..., return_centrality: bool = ...,
 ) -> Tensor | AttentionOutput: ...  # fmt: skip
 def packed_attention(
     q: Tensor,  # [Tq, Hq, D]
@@ -272,6 +279,8 @@ def packed_attention(
     relative_bias: RelativePositionBias | None = None,
     positions_q: Tensor | None = None,  # [Tq] int32
     positions_k: Tensor | None = None,  # [Tk] int32
+    tiles_q: Tensor | None = None,  # [Nq, 2] int32
+    tiles_k: Tensor | None = None,  # [Nk, 2] int32
     centrality_query_mask: Tensor | None = None,  # [Tq] bool
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,  # [1] int64
@@ -297,6 +306,9 @@ def packed_attention(
         relative_bias: T5's bias by the bucket of `positions_k - positions_q`.
         positions_q, positions_k: int32 original positions; only the bias reads them. None: 0..n-1 in each sequence;
             positions_k None in self-attention: positions_q.
+        tiles_q, tiles_k: from `tile_list(cu_seqlens_q, Tq)` and `tile_list(cu_seqlens_k, Tk)`, which many calls share.
+            They save GPU time where lengths differ much, and change no bit but of the bias gradient; the CPU makes a
+            list of its own. None: none; tiles_k None in self-attention: tiles_q.
         centrality_query_mask: which queries count in the centrality; the attention itself ignores it. None: all.
         dropout_p: probability of dropping an attention weight, in [0, 1).
         dropout_seed: int64 `[1]` on the device, from which Philox4x32-7 draws the same mask in every backend. None:
@@ -311,11 +323,12 @@ def packed_attention(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than its max_seqlen (on the
-            CPU, or under STAMP_KERNELS_CHECK=1); positions are 2^30 or more apart (on the CPU).
+            CPU, or under STAMP_KERNELS_CHECK=1); tiles are those of other offsets (under STAMP_KERNELS_CHECK=1);
+            positions are 2^30 or more apart (on the CPU).
     """
     q, k, v = cast_for_autocast(q=q, k=k, v=v)
     check_q_and_k(q, k, is_self_attention=cu_seqlens_k is None)
-    sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q.device)
+    sequences = checked_sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k, q, k)
     bias = checked_bias(relative_bias, positions_q, positions_k, q, k)
     check_query_mask("centrality_query_mask", centrality_query_mask, q)
     check_v(v, k)
@@ -328,10 +341,13 @@ def packed_attention(
     else:
         check_tensor("dropout_seed", dropout_seed, shape=[1], dtypes=[torch.int64], device=q.device)
     if torch.compiler.is_compiling():
-        q, k, v, cu_seqlens_q, cu_seqlens_k, positions_q, positions_k = without_repeats(
-            q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_k, bias.positions_q, bias.positions_k
+        q, k, v, cu_seqlens_q, cu_seqlens_k, tiles_q, tiles_k, positions_q, positions_k = without_repeats(
+            q, k, v, sequences.cu_seqlens_q, sequences.cu_seqlens_k, tiles_q, tiles_k, bias.positions_q,
+            bias.positions_k,
+        )  # fmt: skip
+        sequences = sequences._replace(
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, tiles_q=tiles_q, tiles_k=tiles_k
         )
-        sequences = sequences._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         bias = bias._replace(positions_q=positions_q, positions_k=positions_k)
     arguments = (
         sequences,

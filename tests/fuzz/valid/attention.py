@@ -1,4 +1,4 @@
-"""Valid calls of packed_attention and attention_centrality."""
+"""Valid calls of packed_attention, attention_centrality and tile_list."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from fuzz.attention_oracle import attention
 from fuzz.calls import Call
 from fuzz.draw import FLOATS, Draw
 from fuzz.judge import Case, Near
-from stamp_kernels import RelativePositionBias
+from stamp_kernels import RelativePositionBias, tile_list
 from stamp_kernels.common.precision import compute_dtype
 
 
@@ -52,9 +52,17 @@ def _inputs(draw: Draw) -> dict[str, Any]:
         inputs["positions_q"] = draw.positions(batch)
     if draw.chance(0.2):
         inputs["positions_k"] = draw.positions(batch_k)
+    if draw.chance(0.3):
+        inputs["tiles_q"] = tile_list(batch.cu_seqlens, batch.total)
+    if draw.chance(0.2):
+        inputs["tiles_k"] = tile_list(batch_k.cu_seqlens, batch_k.total)
     if draw.chance(0.4):
         inputs["centrality_query_mask"] = draw.mask(batch.total)
     return inputs
+
+
+def _without_tiles(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in inputs.items() if name not in ("tiles_q", "tiles_k")}
 
 
 def packed_attention(draw: Draw) -> Case:
@@ -88,7 +96,7 @@ def packed_attention(draw: Draw) -> Case:
         return {name: x for name, x in parts.items() if x is not None}
 
     def want() -> dict[str, Any]:
-        truth = attention(**inputs, grad_out=grad_out)
+        truth = attention(**_without_tiles(inputs), grad_out=grad_out)
         dtype = inputs["q"].dtype
         wanted = dict(out=Near(truth.out[0], dtype, truth.out[1]))
         for part in ("lse", "centrality"):
@@ -108,7 +116,7 @@ def packed_attention(draw: Draw) -> Case:
 
 def attention_centrality(draw: Draw) -> Case:
     inputs = _inputs(draw)
-    truth = attention(**inputs)
+    truth = attention(**_without_tiles(inputs))
     dtype = compute_dtype(inputs["q"].dtype)
     v, mask = inputs.pop("v"), inputs.pop("centrality_query_mask", None)
     del v
@@ -126,4 +134,22 @@ def attention_centrality(draw: Draw) -> Case:
     )
 
 
-SUBJECTS = {function.__name__: function for function in (packed_attention, attention_centrality)}
+def listed_tiles(lengths: tuple[int, ...], total: int) -> Tensor:
+    by_number = sorted(range(len(lengths)), key=lambda i: -lengths[i] // 64)
+    tiles = [(i, start) for i in by_number for start in range(0, lengths[i], 64)]
+    unused = total // 64 + len(lengths) - len(tiles)
+    return torch.tensor([*tiles, *[(-1, -1)] * unused], dtype=torch.int32).reshape(-1, 2)
+
+
+def draw_tile_list(draw: Draw) -> Case:
+    lengths = tuple(draw.choice([0, 1, 63, 64, 65, draw.randint(0, 400)]) for _ in range(draw.randint(0, 80)))
+    batch = RaggedBatch(lengths, tail=draw.choice([0, 1, 300]))
+    call = Call("stamp_kernels.tile_list", dict(cu_seqlens=draw.strided(batch.cu_seqlens), total=batch.total))
+    return Case(call, lambda: dict(tiles=call.make()), lambda: dict(tiles=listed_tiles(batch.lengths, batch.total)))
+
+
+SUBJECTS = {
+    "packed_attention": packed_attention,
+    "attention_centrality": attention_centrality,
+    "tile_list": draw_tile_list,
+}

@@ -1,0 +1,35 @@
+"""Tile lists in a stamped T5, on tensors without contents: kernels for the CPU have lists of their own."""
+
+from t5_cases import LENGTHS, packed_batch, padded_batch, stamped, tiny_t5
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stamp_kernels.integrations.transformers import PruningConfig
+
+
+class _AttentionTiles(TorchDispatchMode):
+    """The names of the ops that are called, and the tile lists that attention is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+        self.forward: list[tuple[Tensor | None, Tensor | None]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func._schema.name)
+        if self.ops[-1] == "stamp::packed_attention_forward":
+            self.forward.append(args[7:9])
+        return func(*args, **(kwargs or {}))
+
+
+def test_blocks_between_prunings_share_tiles():
+    model = stamped(tiny_t5(), pruning=PruningConfig(schedule=[(2, 0.5)])).to("meta")
+    with _AttentionTiles() as called:
+        model(packed_inputs=packed_batch().to("meta"), labels=padded_batch()["labels"].to("meta"))
+    assert called.ops.count("stamp::tile_list") == 2
+    (first, _), (second, _), (pruned, _) = called.forward[:3]
+    assert first is second and first.shape == (sum(LENGTHS) // 64 + len(LENGTHS), 2)
+    assert pruned.shape != first.shape
+    decoder_tiles = called.forward[3:]
+    assert [q for q, _ in decoder_tiles] == [None] * 6  # four tokens each
+    assert [k is pruned for _, k in decoder_tiles] == [False, True] * 3
