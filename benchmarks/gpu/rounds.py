@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from math import ceil, prod
 from typing import Any, NamedTuple
 
-from workloads import Attention, CrossEntropy, Gather, Prune, Workload
+from workloads import Attention, CrossEntropy, Gather, Prune, TileList, Workload
 
 from stamp_kernels.triton_kernels.aot import Launch
 
@@ -190,6 +190,19 @@ def _sum_over_heads(launch: Launch, workload: Attention) -> Execution:
     return Execution(launch.grid[0], {"stamp_attention_fwd_centrality_kernel.head": rounds})
 
 
+def _tile_list(launch: Launch, workload: TileList) -> Execution:
+    """A program for some sequences; it counts the tiles of all, and writes those of its own, entry by entry."""
+    block, rows = launch.arguments["BLOCK"], launch.arguments["ROWS"]
+    counted = _tiles(len(workload.lengths), launch.arguments["BLOCK_OTHERS"])
+    written = [_tiles(max(workload.lengths[i : i + block]), rows) for i in range(0, len(workload.lengths), block)]
+    rounds: dict[str, Rounds] = {
+        "stamp_tile_list_kernel.start": counted,
+        "stamp_tile_list_kernel.tile": sum(written) / len(written),
+        "stamp_tile_list_kernel.first": 1,
+    }
+    return Execution(launch.grid[0], rounds, dependent_rounds=counted)
+
+
 # Cross-entropy
 
 
@@ -359,6 +372,7 @@ _EXECUTIONS: dict[str, Callable[[Launch, Any], Execution]] = {
     "stamp_attention_centrality_kernel": _centrality,
     "stamp_attention_bwd_query_kernel": _backward_query,
     "stamp_attention_bwd_key_kernel": _backward_key,
+    "stamp_tile_list_kernel": _tile_list,
     "stamp_attention_bias_kernel": _without_loops,
     "stamp_attention_bwd_bias_kernel": _without_loops,
     "stamp_cross_entropy_count_rows_kernel": _without_loops,

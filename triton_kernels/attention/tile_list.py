@@ -10,8 +10,9 @@ from stamp_kernels.triton_kernels.device import launch_grid
 from stamp_kernels.triton_kernels.launching import launch
 from stamp_kernels.triton_kernels.rows import ceil_div
 
-# Sequences of a program.
-_BLOCK = 64
+# Sequences of a program, and those that it compares them with at a time.
+_BLOCK = 16
+_BLOCK_OTHERS = 256
 
 
 @triton.jit
@@ -31,29 +32,30 @@ def stamp_tile_list_kernel(
     num_entries,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
 ):
     """The entries of BLOCK sequences: (sequence, first row) of each of their tiles, of ROWS rows.
 
     Grid: [max(ceil(B / BLOCK), 1)]. A sequence's entries follow those of all sequences with more tiles, and of those
-    with as many and a lower index. Every program counts these, in ceil(B / BLOCK) rounds.
+    with as many and a lower index. Every program counts these, so that none waits for another.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     num_tiles = _tiles_of(index, cu_seqlens_ptr, num_sequences, ROWS)
-    before = tl.zeros([BLOCK], tl.int32)  # entries
-    total = 0
-    for start in range(0, num_sequences, BLOCK):
-        other = start + tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK, BLOCK_OTHERS], tl.int32)  # entries of others
+    total = tl.zeros([BLOCK_OTHERS], tl.int32)
+    for start in range(0, num_sequences, BLOCK_OTHERS):
+        other = start + tl.arange(0, BLOCK_OTHERS)
         of_other = _tiles_of(other, cu_seqlens_ptr, num_sequences, ROWS)
-        is_tie = (of_other[None, :] == num_tiles[:, None]) & (other[None, :] < index[:, None])
-        is_before = (of_other[None, :] > num_tiles[:, None]) | is_tie
-        before += tl.sum(tl.where(is_before, of_other[None, :], 0), axis=1)
-        total += tl.sum(of_other, axis=0)
+        least = num_tiles[:, None] + (other[None, :] >= index[:, None]).to(tl.int32)
+        before += tl.where(of_other[None, :] >= least, of_other[None, :], 0)
+        total += of_other
+    first_entry = tl.sum(before, axis=1)  # [BLOCK]
     for tile in range(tl.max(num_tiles, axis=0)):
-        entry_ptrs = entries_ptr + (before + tile) * 2
+        entry_ptrs = entries_ptr + (first_entry + tile) * 2
         tl.store(entry_ptrs, index, mask=tile < num_tiles)
         tl.store(entry_ptrs + 1, tl.zeros_like(index) + tile * ROWS, mask=tile < num_tiles)
     # The entries that are left, shared by the programs
-    for first in range(total + tl.program_id(0) * BLOCK, num_entries, tl.num_programs(0) * BLOCK):
+    for first in range(tl.sum(total, axis=0) + tl.program_id(0) * BLOCK, num_entries, tl.num_programs(0) * BLOCK):
         entry = first + tl.arange(0, BLOCK)
         tl.store(entries_ptr + entry * 2, -1, mask=entry < num_entries)
         tl.store(entries_ptr + entry * 2 + 1, -1, mask=entry < num_entries)
@@ -75,5 +77,6 @@ def tile_list(cu_seqlens: Tensor, total: int) -> Tensor:
         num_entries=num_entries,
         ROWS=TILE_ROWS,
         BLOCK=_BLOCK,
+        BLOCK_OTHERS=_BLOCK_OTHERS,
     )
     return entries

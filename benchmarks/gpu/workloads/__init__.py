@@ -10,7 +10,7 @@ One file per family; `training_step` has whole training steps of the T5 recommen
 """
 
 from . import attention, cross_entropy, pruning
-from .attention import Attention
+from .attention import Attention, TileList
 from .base import Workload, offsets
 from .cross_entropy import CrossEntropy, ShiftTargets
 from .pruning import KEEP_RATIO, Gather, ImportanceAndSelection, Prune
@@ -26,6 +26,7 @@ __all__ = [
     "ImportanceAndSelection",
     "Prune",
     "ShiftTargets",
+    "TileList",
     "Workload",
     "offsets",
 ]

@@ -1,4 +1,4 @@
-"""Workloads of `packed_attention` and `attention_centrality`."""
+"""Workloads of `packed_attention`, `attention_centrality` and `tile_list`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stamp_kernels import RelativePositionBias, attention_centrality, packed_attention
+from stamp_kernels import RelativePositionBias, attention_centrality, packed_attention, tile_list
 
 from .base import MIXED_LENGTHS, Random, Work, Workload, fixed, offsets, ragged
 
@@ -21,6 +21,7 @@ class Attention(Workload):
 
     Attributes:
         lengths: of the sequences of keys, and of queries where `lengths_q` is None.
+        tiles: whether the inputs have tile lists.
         tail: number of rows past the last sequence; they hold NaN.
         dropout_p: above 0 the inputs have a `dropout_seed`.
         centrality: "no", "fused" with the forward, or "separate".
@@ -36,6 +37,7 @@ class Attention(Workload):
     positions: bool = False
     dropout_p: float = 0.0
     centrality: str = "no"
+    tiles: bool = False
     tail: int = 0
     backward: bool = True
 
@@ -60,6 +62,10 @@ class Attention(Workload):
         )
         if self.lengths_q is not None:
             x["cu_seqlens_k"] = offsets(self.lengths, device)
+        if self.tiles:
+            x["tiles_q"] = tile_list(x["cu_seqlens_q"], len(x["q"]))
+            if self.lengths_q is not None:
+                x["tiles_k"] = tile_list(x["cu_seqlens_k"], len(x["k"]))
         if self.bias:
             # A parameter stays in fp32 under autocast. T5 does not scale q.k, so its queries are smaller.
             x["bias_table"] = random.normal(NUM_BUCKETS, self.num_heads, dtype=torch.float32)
@@ -77,6 +83,8 @@ class Attention(Workload):
             scale=1.0 if self.bias else None,
             relative_bias=self._bias(x["bias_table"]) if self.bias else None,
             positions_q=x.get("positions"),
+            tiles_q=x.get("tiles_q"),
+            tiles_k=x.get("tiles_k"),
         )
 
     def _bias(self, bias_table: Tensor) -> RelativePositionBias:
@@ -118,9 +126,25 @@ class Attention(Workload):
         )
 
 
+@dataclass(frozen=True)
+class TileList(Workload):
+    """`tile_list` of a ragged batch."""
+
+    lengths: tuple[int, ...] = ()
+
+    def inputs(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+        return dict(cu_seqlens=offsets(self.lengths, device))
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tiles=tile_list(x["cu_seqlens"], sum(self.lengths)))
+
+    def work(self, element_size: int) -> tuple[Work, Work]:
+        return Work(0, 4 * len(self.lengths) + 8 * (sum(self.lengths) // 64 + len(self.lengths))), Work(0, 0)
+
+
 # T5's encoder at the sizes of TIGER and GRID (6 heads of 64, histories of 30 and 60 items of 4 codes), what is left
 # after pruning, T5's decoder, and decoder-only models (head_dim 128, grouped-query attention).
-TIMED: tuple[Attention, ...] = (
+TIMED: tuple[Workload, ...] = (
     Attention("L120", lengths=fixed(256, 120)),
     Attention("L120.bias", lengths=fixed(256, 120), bias=True),
     Attention("L120.bias.dropout", lengths=fixed(256, 120), bias=True, dropout_p=0.1),
@@ -134,8 +158,9 @@ TIMED: tuple[Attention, ...] = (
     Attention(
         "L2048.GQA.d128.causal", lengths=fixed(16, 2048), num_heads=16, num_heads_kv=8, head_dim=128, causal=True
     ),
-    Attention("ragged.L94", lengths=ragged(4096)),
-    Attention("ragged.L94.bias", lengths=ragged(4096), bias=True),
+    Attention("ragged.L94", lengths=ragged(4096), tiles=True),
+    Attention("ragged.L94.bias", lengths=ragged(4096), bias=True, tiles=True),
+    TileList("ragged.L94.tiles", lengths=ragged(4096)),
     Attention("L40.bias.positions.dropout", lengths=fixed(256, 40), bias=True, positions=True, dropout_p=0.1),
     Attention("L24.bias", lengths=fixed(4096, 24), bias=True),
     Attention("decoder.L4", lengths=fixed(256, 4), causal=True, bias=True, dropout_p=0.1),
@@ -150,12 +175,14 @@ COMPILED: tuple[Attention, ...] = (
     Attention("L240.separate", lengths=fixed(64, 240), centrality="separate", backward=False),
     Attention("L240.bias.separate", lengths=fixed(64, 240), bias=True, centrality="separate", backward=False),
     Attention("L120.d128.GQA.causal", lengths=fixed(64, 120), num_heads=16, num_heads_kv=8, head_dim=128, causal=True),
+    Attention("ragged.L94.search", lengths=ragged(64)),
+    Attention("ragged.L94.d128.tiles", lengths=ragged(64), head_dim=128, tiles=True),
     Attention("L240.d72", lengths=fixed(64, 240), head_dim=72),
     Attention("L240.d80.causal", lengths=fixed(64, 240), head_dim=80, causal=True),
 )
 
 
-def _checked() -> tuple[Attention, ...]:
+def _checked() -> tuple[Workload, ...]:
     """Each kernel (chosen by the longest sequence), plain and with everything that T5 trains with."""
     batches = {
         "slots16": (3, 0, 16, 1, 7, 16, 2, 5, 11),
@@ -173,19 +200,21 @@ def _checked() -> tuple[Attention, ...]:
     with_everything = tuple(
         Attention(
             f"check.{name}.bias.dropout", lengths=lengths, bias=True, positions=True, dropout_p=0.1, centrality="fused",
-            tail=3,
+            tiles=True, tail=3,
         )
         for name, lengths in batches.items()
     )  # fmt: skip
     others = (
-        Attention("check.cross", lengths=MIXED_LENGTHS, lengths_q=(4, 4, 0, 4, 4, 4, 4, 4), dropout_p=0.1, tail=3),
+        Attention(
+            "check.cross", lengths=MIXED_LENGTHS, lengths_q=(4, 4, 0, 4, 4, 4, 4, 4), dropout_p=0.1, tiles=True, tail=3
+        ),
         Attention("check.d72", lengths=MIXED_LENGTHS, head_dim=72, tail=3),
         Attention("check.d128.bias", lengths=MIXED_LENGTHS, head_dim=128, bias=True, tail=3),
         Attention(
             "check.d256.causal", lengths=MIXED_LENGTHS, num_heads=2, num_heads_kv=2, head_dim=256, causal=True, tail=3
         ),
     )
-    return (*plain, *with_everything, *others)
+    return (*plain, *with_everything, *others, TileList("check.tiles", lengths=MIXED_LENGTHS))
 
 
-CHECKED: tuple[Attention, ...] = _checked()
+CHECKED: tuple[Workload, ...] = _checked()
