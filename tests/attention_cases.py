@@ -22,6 +22,10 @@ DROPOUT_SEED = -0x0123456789ABCDEF  # negative: both halves of the key have thei
 
 KEYS_OF_RAGGED = RaggedBatch((3, 4, 0, 11, 2, 9), tail=2)  # beside BATCHES["ragged"]: n_k < n_q, n_k = 0, n_q = 0
 
+# As in the decoder of a semantic-ID model, where the heads of a group share tiles on a GPU; n_q = 0, n_k = 0, n_k < n_q
+FEW_QUERIES = RaggedBatch((4, 0, 1, 4, 3, 2), tail=2)
+KEYS_OF_FEW_QUERIES = RaggedBatch((40, 3, 0, 67, 2, 33), tail=1)
+
 
 @dataclass(frozen=True)
 class AttentionCase:
@@ -93,6 +97,7 @@ CASES = {
         tiles=True, causal=True, bias="unidirectional", positions=True, batch=BATCHES["long_among_short"]
     ),
     "cross_tiles": AttentionCase(batch_k=KEYS_OF_RAGGED, tiles=True, bias="bidirectional"),
+    "few_queries": AttentionCase(FEW_QUERIES, KEYS_OF_FEW_QUERIES, heads=(6, 2), causal=True, query_mask=True),
     "dropout": AttentionCase(dropout_p=0.3),
     "dropout_everything": AttentionCase(
         dropout_p=0.5, batch_k=KEYS_OF_RAGGED, causal=True, bias="unidirectional", heads=(4, 2), query_mask=True

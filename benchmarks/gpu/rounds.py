@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from math import ceil, prod
 from typing import Any, NamedTuple
 
-from workloads import Attention, CrossEntropy, Gather, Prune, TileList, Workload
+from workloads import Attention, CrossEntropy, Gather, Prune, Workload
 
 from stamp_kernels.triton_kernels.aot import Launch
 
@@ -91,11 +91,10 @@ def _attention_execution(
     """Adds what the kernels share. `tile_rounds` is the number of tiles of scores of a program."""
     tile = launch.arguments["tile"]
     flops = products * 2 * tile.block_m * tile.block_n * tile.block_d * tile_rounds * programs
-    shared = {
-        "_search_tile.while": _search_rounds(len(workload.lengths)),
-        "zero_tail.start": 0,
-        "zero_tail_values.start": 0,
-    }
+    shared: dict[str, Rounds] = {"_search_tile.while": _search_rounds(len(workload.lengths))}
+    # The loops over tail rows, and over a tile's heads there
+    tail = ("zero_tail.start", "zero_tail_values.start", f"{launch.name}.i")
+    shared |= dict.fromkeys(tail, 0)
     return Execution(programs, shared | rounds, flops=flops, **more)
 
 
@@ -104,14 +103,14 @@ def _forward_general(launch: Launch, workload: Attention) -> Execution:
     tile, num_heads = launch.arguments["tile"], launch.arguments["num_heads"]
     tiles = whole = masked = 0
     for pair in _pairs(workload):
-        for start in range(0, pair.num_queries, tile.block_m):
+        for start in range(0, pair.num_queries, tile.queries):
             seen_by_all = _keys_seen(start, pair, tile.causal) // tile.block_n
-            seen_by_any = _tiles(_keys_seen(start + tile.block_m - 1, pair, tile.causal), tile.block_n)
+            seen_by_any = _tiles(_keys_seen(start + tile.queries - 1, pair, tile.causal), tile.block_n)
             tiles += pair.count
             whole += pair.count * seen_by_all
             masked += pair.count * (seen_by_any - seen_by_all)
     rounds: dict[str, Rounds] = {"_attend_keys.start_k": (whole / tiles, masked / tiles)}
-    return _attention_execution(launch, workload, tiles * num_heads, 2, rounds, (whole + masked) / tiles)
+    return _attention_execution(launch, workload, tiles * num_heads // tile.heads, 2, rounds, (whole + masked) / tiles)
 
 
 def _forward_slots(launch: Launch, workload: Attention) -> Execution:
@@ -129,15 +128,15 @@ def _backward_query(launch: Launch, workload: Attention) -> Execution:
     tile, num_heads = launch.arguments["tile"], launch.arguments["num_heads"]
     tiles = rounds = 0
     for pair in _pairs(workload):
-        for start in range(0, pair.num_queries, tile.block_m):
-            last_query = min(start + tile.block_m, pair.num_queries) - 1
+        for start in range(0, pair.num_queries, tile.queries):
+            last_query = min(start + tile.queries, pair.num_queries) - 1
             tiles += pair.count
             rounds += pair.count * _tiles(_keys_seen(last_query, pair, tile.causal), tile.block_n)
     by_name: dict[str, Rounds] = {
         "stamp_attention_bwd_query_kernel.start_k": rounds / tiles,
         "_add_by_bucket.bucket": 0,
     }
-    return _attention_execution(launch, workload, tiles * num_heads, 3, by_name, rounds / tiles)
+    return _attention_execution(launch, workload, tiles * num_heads // tile.heads, 3, by_name, rounds / tiles)
 
 
 def _backward_key(launch: Launch, workload: Attention) -> Execution:
@@ -146,16 +145,15 @@ def _backward_key(launch: Launch, workload: Attention) -> Execution:
     tiles = rounds = 0
     for pair in _pairs(workload):
         for start in range(0, pair.num_keys, tile.block_n):
-            first = max(start + pair.num_queries - pair.num_keys, 0) // tile.block_m * tile.block_m
+            first = max(start + pair.num_queries - pair.num_keys, 0) // tile.queries * tile.queries
             tiles += pair.count
-            rounds += pair.count * _tiles(max(pair.num_queries - (first if tile.causal else 0), 0), tile.block_m)
+            rounds += pair.count * _tiles(max(pair.num_queries - (first if tile.causal else 0), 0), tile.queries)
     by_name: dict[str, Rounds] = {
-        "stamp_attention_bwd_key_kernel.head_in_group": tile.gqa_group_size,
+        "stamp_attention_bwd_key_kernel.head_in_group": tile.gqa_group_size // tile.heads,
         "stamp_attention_bwd_key_kernel.start_q": rounds / tiles,
     }
-    return _attention_execution(
-        launch, workload, tiles * num_heads_kv, 4, by_name, tile.gqa_group_size * rounds / tiles
-    )
+    tile_rounds = tile.gqa_group_size // tile.heads * rounds / tiles
+    return _attention_execution(launch, workload, tiles * num_heads_kv, 4, by_name, tile_rounds)
 
 
 def _centrality(launch: Launch, workload: Attention) -> Execution:
@@ -188,19 +186,6 @@ def _unrolled(rounds: int) -> tuple[float, float]:
 def _sum_over_heads(launch: Launch, workload: Attention) -> Execution:
     rounds = _unrolled(launch.arguments["num_heads"])
     return Execution(launch.grid[0], {"stamp_attention_fwd_centrality_kernel.head": rounds})
-
-
-def _tile_list(launch: Launch, workload: TileList) -> Execution:
-    """A program for some sequences; it counts the tiles of all, and writes those of its own, entry by entry."""
-    block, rows = launch.arguments["BLOCK"], launch.arguments["ROWS"]
-    counted = _tiles(len(workload.lengths), launch.arguments["BLOCK_OTHERS"])
-    written = [_tiles(max(workload.lengths[i : i + block]), rows) for i in range(0, len(workload.lengths), block)]
-    rounds: dict[str, Rounds] = {
-        "stamp_tile_list_kernel.start": counted,
-        "stamp_tile_list_kernel.tile": sum(written) / len(written),
-        "stamp_tile_list_kernel.first": 1,
-    }
-    return Execution(launch.grid[0], rounds, dependent_rounds=counted)
 
 
 # Cross-entropy
@@ -372,7 +357,6 @@ _EXECUTIONS: dict[str, Callable[[Launch, Any], Execution]] = {
     "stamp_attention_centrality_kernel": _centrality,
     "stamp_attention_bwd_query_kernel": _backward_query,
     "stamp_attention_bwd_key_kernel": _backward_key,
-    "stamp_tile_list_kernel": _tile_list,
     "stamp_attention_bias_kernel": _without_loops,
     "stamp_attention_bwd_bias_kernel": _without_loops,
     "stamp_cross_entropy_count_rows_kernel": _without_loops,

@@ -8,6 +8,8 @@ import torch
 from attention_cases import (
     CASES,
     DROPOUT_SEED,
+    FEW_QUERIES,
+    KEYS_OF_FEW_QUERIES,
     KEYS_OF_RAGGED,
     AttentionCase,
     assert_results_close,
@@ -30,7 +32,7 @@ from stamp_kernels.ops.attention.tile_list import tile_list
 from stamp_kernels.reference.dropout import attention_keep_mask
 from stamp_kernels.relative_position import relative_position_bucket
 from stamp_kernels.triton_kernels.aot import TARGETS
-from stamp_kernels.triton_kernels.attention.configs import forward_config
+from stamp_kernels.triton_kernels.attention.configs import forward_config, heads_of_tile
 from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, groups_of, keep_tile
 from stamp_kernels.triton_kernels.attention.relative_bias import distance_buckets
 from stamp_kernels.triton_kernels.attention.tiles import (
@@ -82,7 +84,7 @@ def test_bounds_select_their_kernels():
 def test_tiles_suit_the_architecture(arch):
     for head_dim, (max_seqlen_q, max_seqlen_k), element_size, has_bias, has_dropout, has_positions in itertools.product(
         (8, 64, 72, 128, 256),
-        [*((n, n) for n in (16, 32, 64, 120, 240, 4096)), (4, 120), (120, 4)],
+        [*((n, n) for n in (16, 32, 64, 120, 240, 4096)), (4, 120), (24, 120), (120, 4)],
         (2, 4), (False, True), (False, True), (False, True),
     ):  # fmt: skip
         config = forward_config(
@@ -92,10 +94,28 @@ def test_tiles_suit_the_architecture(arch):
         assert config.slot == 0 or config.slot >= max(max_seqlen_q, max_seqlen_k)
         if element_size == 4:
             continue
-        has_few_queries = config.slot == 0 and max_seqlen_q <= 16
-        assert config.block_m in ((16,) if has_few_queries else (64, 128))
+        few = {4: (16,), 16: (16,), 24: (32,)}.get(max_seqlen_q) if config.slot == 0 else None
+        assert config.block_m in (few or (64, 128))
         if arch == 90 and config.block_m >= 64 and config.slot == 0:
             assert config.num_warps * 16 == config.block_m  # more warps compute the same rows again
+
+
+@pytest.mark.parametrize(
+    ("options", "heads"),
+    [
+        (dict(gqa_group_size=4, max_seqlen_q=4), 4),
+        (dict(gqa_group_size=7, max_seqlen_q=8), 7),
+        (dict(gqa_group_size=16, max_seqlen_q=4), 16),
+        (dict(gqa_group_size=7, max_seqlen_q=9), 1),  # 8 * 16 rows
+        (dict(gqa_group_size=17, max_seqlen_q=1), 1),
+        (dict(gqa_group_size=1, max_seqlen_q=4), 1),
+        (dict(gqa_group_size=4, max_seqlen_q=4, max_seqlen_k=32), 1),  # several sequences share a tile
+        (dict(gqa_group_size=4, max_seqlen_q=4, has_bias=True), 1),
+        (dict(gqa_group_size=4, max_seqlen_q=4, has_dropout=True), 1),
+    ],
+)
+def test_heads_of_a_group_share_tiles_of_few_queries(options, heads):
+    assert heads_of_tile(**dict(max_seqlen_k=240, has_bias=False, has_dropout=False) | options) == heads
 
 
 # Values
@@ -109,6 +129,15 @@ def _kernels_of_cases():
         for kernel in (slots, "general"):
             if longest <= max(KERNELS[kernel], 16):
                 yield name, kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim"), [((6, 2), 16), ((5, 1), 72), ((16, 1), 8), ((14, 2), 40)])
+def test_tiles_of_several_heads(heads, head_dim, causal, dtype):
+    case = AttentionCase(FEW_QUERIES, KEYS_OF_FEW_QUERIES, heads, head_dim, causal, query_mask=True)
+    inputs = case.inputs(dtype)
+    assert_results_close(run(inputs), oracle(inputs), dtype)
 
 
 @pytest.mark.parametrize(("name", "kernel"), list(_kernels_of_cases()))

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import KEYS_OF_RAGGED, AttentionCase, detached, shared_op_arguments
+from attention_cases import (
+    FEW_QUERIES,
+    KEYS_OF_FEW_QUERIES,
+    KEYS_OF_RAGGED,
+    AttentionCase,
+    detached,
+    shared_op_arguments,
+)
 from op_kernels import launcher
 from ragged import BATCHES, RaggedBatch
 from torch import Tensor
@@ -130,10 +137,11 @@ def run_attention(inputs: dict[str, Any], bounds: tuple[int, ...]) -> None:
          torch.float32),
         (AttentionCase(batch_k=KEYS_OF_RAGGED, heads=(2, 2), head_dim=72, causal=True), torch.float16),
         (AttentionCase(FULL, FULL_KEYS, heads=(2, 1), head_dim=72, tiles=True), torch.float32),
+        (AttentionCase(FEW_QUERIES, KEYS_OF_FEW_QUERIES, heads=(6, 2), head_dim=24, causal=True), torch.float16),
         (AttentionCase(BATCHES["all_empty"], bias="bidirectional", dropout_p=0.3), torch.float16),
         (AttentionCase(BATCHES["no_sequences"], bias="bidirectional"), torch.float32),
     ],
-    ids=["everything", "cross", "wide", "listed", "empty", "none"],
+    ids=["everything", "cross", "wide", "listed", "few queries", "empty", "none"],
 )  # fmt: skip
 def test_attention(accesses, case, dtype):
     run_attention(case.inputs(dtype), bounds=(0, 32, 64, 300))

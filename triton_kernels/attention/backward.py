@@ -31,7 +31,12 @@ from stamp_kernels.triton_kernels.attention.bias_gradient import (
     sum_over_tiles,
     total_by_bucket,
 )
-from stamp_kernels.triton_kernels.attention.configs import backward_config, launch_options
+from stamp_kernels.triton_kernels.attention.configs import (
+    backward_config,
+    heads_of_tile,
+    launch_options,
+    rows_of_queries,
+)
 from stamp_kernels.triton_kernels.attention.dropout import (
     Dropout,
     dropout_threshold,
@@ -51,6 +56,7 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     locate_tile,
     num_keys_seen,
     rows_of_head,
+    rows_of_tile,
     rows_with_vector_strides,
     sequence_rows,
     store_rows,
@@ -95,11 +101,11 @@ def stamp_attention_bwd_query_kernel(
     scale,
     tile: tl.constexpr,  # Tile
 ):
-    """BLOCK_M queries of one sequence and head: delta, dQ, and the tile's part of the bias gradient.
+    """A tile of queries of one sequence: delta, dQ, and the tile's part of the bias gradient.
 
         bucket_sums[b] = sum of dS_ij over i of this program, j with bucket(i, j) = b
 
-    Grid: programs of a `Grid` * Hq, heads fastest, so that programs that run together read whole rows.
+    Grid: programs of a `Grid` * Hq / tile.heads, heads fastest, so that programs that run together read whole rows.
 
     A pointer that is None switches its part off. Without dQ and the bias gradient there is no loop over the keys. Idle
     programs write their row of bucket_sums too.
@@ -108,30 +114,34 @@ def stamp_attention_bwd_query_kernel(
     BLOCK_N: tl.constexpr = tile.block_n
     BLOCK_D: tl.constexpr = tile.block_d
     scale_log2 = scale * LOG2_E
+    QUERIES: tl.constexpr = tile.queries
     program = tl.program_id(0)
-    head = (program % num_heads).to(tl.int64)
-    tile_index = program // num_heads
+    programs_of_tile = num_heads // tile.heads
+    first_head = (program % programs_of_tile * tile.heads).to(tl.int64)
+    tile_index = program // programs_of_tile
     if tile_index >= num_tiles:
+        share, num_shares = tile_index - num_tiles, tl.num_programs(0) // programs_of_tile - num_tiles
         if dq_rows.ptr is not None:
-            share, num_shares = tile_index - num_tiles, tl.num_programs(0) // num_heads - num_tiles
-            zero_tail(rows_of_head(dq_rows, head), cu_seqlens.q, num_sequences, total_q, share, num_shares, tile)
+            for i in range(tile.heads):
+                dq_of_head = rows_of_head(dq_rows, first_head + i)
+                zero_tail(dq_of_head, cu_seqlens.q, num_sequences, total_q, share, num_shares, tile)
         return
     if bucket_sums.ptr is not None:
         BLOCK_BUCKETS: tl.constexpr = triton.next_power_of_2(tile.num_buckets)
         bucket = tl.arange(0, BLOCK_BUCKETS)
         bucket_sums_ptrs = bucket_sums.ptr + program.to(tl.int64) * tile.num_buckets + bucket
 
-    index, block = locate_tile(tile_index, order, cu_seqlens.q, num_sequences, BLOCK_M)
+    index, block = locate_tile(tile_index, order, cu_seqlens.q, num_sequences, QUERIES)
     first_q, num_queries = sequence_rows(index, cu_seqlens.q)
-    num_blocks = tl.cdiv(num_queries, BLOCK_M)
+    num_blocks = tl.cdiv(num_queries, QUERIES)
     if block >= num_blocks:
         if bucket_sums.ptr is not None:
             tl.store(bucket_sums_ptrs, tl.zeros([BLOCK_BUCKETS], tl.float32), mask=bucket < tile.num_buckets)
         return
     if tile.causal:  # the last queries see the most keys: they start first
         block = num_blocks - 1 - block
-    start_q = block * BLOCK_M
-    query = start_q + tl.arange(0, BLOCK_M)
+    start_q = block * QUERIES
+    query, head = rows_of_tile(start_q, first_head, num_queries, tile)
 
     # delta = rowsum(dO * O)
     grad_out = load_rows(rows_of_head(grad_out_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
@@ -151,10 +161,10 @@ def stamp_attention_bwd_query_kernel(
             sums = no_sums(BLOCK_M, BLOCK_N, BLOCK_BUCKETS)
             ranges = load_bucket_ranges(bucket_sums.ranges, tile.num_buckets, BLOCK_BUCKETS)
         dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
-        k_of_head = rows_of_head(k_rows, head // tile.gqa_group_size)
-        v_of_head = rows_of_head(v_rows, head // tile.gqa_group_size)
+        k_of_head = rows_of_head(k_rows, first_head // tile.gqa_group_size)
+        v_of_head = rows_of_head(v_rows, first_head // tile.gqa_group_size)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        last_query = tl.minimum(start_q + BLOCK_M, num_queries) - 1
+        last_query = tl.minimum(start_q + QUERIES, num_queries) - 1
         for start_k in range(0, num_keys_seen(last_query, num_queries, num_keys, tile.causal), BLOCK_N):
             key = start_k + tl.arange(0, BLOCK_N)
             k = load_rows(k_of_head, first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
@@ -223,6 +233,7 @@ def stamp_attention_bwd_key_kernel(
     BLOCK_M: tl.constexpr = tile.block_m
     BLOCK_N: tl.constexpr = tile.block_n
     BLOCK_D: tl.constexpr = tile.block_d
+    QUERIES: tl.constexpr = tile.queries
     scale_log2 = scale * LOG2_E
     head_kv = (tl.program_id(0) % num_heads_kv).to(tl.int64)
     tile_index = tl.program_id(0) // num_heads_kv
@@ -235,65 +246,65 @@ def stamp_attention_bwd_key_kernel(
         return
     index, block = locate_tile(tile_index, order, cu_seqlens.k, num_sequences, BLOCK_N)
     first_k, num_keys = sequence_rows(index, cu_seqlens.k)
-    start_k = block * BLOCK_N
     if block >= tl.cdiv(num_keys, BLOCK_N):
         return
-
     first_q, num_queries = sequence_rows(index, cu_seqlens.q)
+    start_k = block * BLOCK_N
     key = start_k + tl.arange(0, BLOCK_N)
-    k = load_rows(rows_of_head(k_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
-    if dk_rows.ptr is not None:
-        v = load_rows(rows_of_head(v_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
-    if bias.weights is not None:
-        keys = tile_positions(bias.positions_k, first_k, start_k, tl.arange(0, BLOCK_N), num_keys)
-    dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
-    first_query = 0
-    if tile.causal:  # the first query that sees start_k, at the start of its block
-        first_query = tl.maximum(start_k + num_queries - num_keys, 0) // BLOCK_M * BLOCK_M
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    for head_in_group in range(tile.gqa_group_size):
-        head = head_kv * tile.gqa_group_size + head_in_group
-        q_of_head = rows_of_head(q_rows, head)
-        grad_out_of_head = rows_of_head(grad_out_rows, head)
-        first_row = head * total_q + first_q  # of lse and delta
-        for start_q in range(first_query, num_queries, BLOCK_M):
-            query = start_q + tl.arange(0, BLOCK_M)
-            q = load_rows(q_of_head, first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
-            grad_out = load_rows(grad_out_of_head, first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
-            lse = load_lse(per_query.lse, first_row + query, query < num_queries)  # [BLOCK_M]
-            # S^T = scale K Q^T + bias^T
-            scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
-            if bias.weights is not None:
-                queries = tile_positions(bias.positions_q, first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
-                scores += bias_tile(bias, head, queries, keys, BY_KEYS=True)
-            # P^T = exp(S^T - lse)
-            weights = tl.exp2(scores - lse[None, :])
-            if tile.causal:
-                is_hidden = key[:, None] > query[None, :] + (num_keys - num_queries)
-                weights = tl.where(is_hidden, 0.0, weights)
-            dropped = weights
-            if dropout.seed is not None:
-                keep = keep_tile(
-                    dropout, index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N), BY_KEYS=True
-                )
-                factors = tl.where(keep, dropout.keep_scale, 0.0)  # D^T
-                dropped = weights * factors
-            if dv_rows.ptr is not None:
-                # dV += (P D)^T dO
-                dv = tl.dot(dropped.to(grad_out.dtype), grad_out, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
-            if dk_rows.ptr is not None:
-                # [BLOCK_M]; loaded before the product: after it, sm_100 spills 8 bytes at head_dim 128
-                delta = tl.load(per_query.delta + first_row + query, mask=query < num_queries, other=0.0)
-                # dP^T = D^T * (V dO^T)
-                d_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+    if num_queries > 0:
+        k = load_rows(rows_of_head(k_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
+        if dk_rows.ptr is not None:
+            v = load_rows(rows_of_head(v_rows, head_kv), first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
+        if bias.weights is not None:
+            keys = tile_positions(bias.positions_k, first_k, start_k, tl.arange(0, BLOCK_N), num_keys)
+        dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
+        first_query = 0
+        if tile.causal:  # the first query that sees start_k, at the start of its block
+            first_query = tl.maximum(start_k + num_queries - num_keys, 0) // QUERIES * QUERIES
+
+        for head_in_group in range(0, tile.gqa_group_size, tile.heads):
+            first_head = head_kv * tile.gqa_group_size + head_in_group
+            for start_q in range(first_query, num_queries, QUERIES):
+                query, head = rows_of_tile(start_q, first_head, num_queries, tile)
+                q = load_rows(rows_of_head(q_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
+                # [BLOCK_M, BLOCK_D]
+                grad_out = load_rows(rows_of_head(grad_out_rows, head), first_q, query, num_queries, tile)
+                row = head * total_q + first_q + query  # of lse and delta
+                lse = load_lse(per_query.lse, row, query < num_queries)  # [BLOCK_M]
+                # S^T = scale K Q^T + bias^T
+                scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
+                if bias.weights is not None:
+                    queries = tile_positions(bias.positions_q, first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
+                    scores += bias_tile(bias, head, queries, keys, BY_KEYS=True)
+                # P^T = exp(S^T - lse)
+                weights = tl.exp2(scores - lse[None, :])
+                if tile.causal:
+                    is_hidden = key[:, None] > query[None, :] + (num_keys - num_queries)
+                    weights = tl.where(is_hidden, 0.0, weights)
+                dropped = weights
                 if dropout.seed is not None:
-                    d_weights *= factors
-                # dS^T = P^T * (dP^T - delta)
-                d_scores = weights * (d_weights - delta[None, :])
-                # dK += dS^T Q
-                dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+                    keep = keep_tile(
+                        dropout, index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N), BY_KEYS=True
+                    )
+                    factors = tl.where(keep, dropout.keep_scale, 0.0)  # D^T
+                    dropped = weights * factors
+                if dv_rows.ptr is not None:
+                    # dV += (P D)^T dO
+                    dv = tl.dot(dropped.to(grad_out.dtype), grad_out, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+                if dk_rows.ptr is not None:
+                    # [BLOCK_M]; loaded before the product: after it, sm_100 spills 8 bytes at head_dim 128
+                    delta = tl.load(per_query.delta + row, mask=query < num_queries, other=0.0)
+                    # dP^T = D^T * (V dO^T)
+                    d_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                    if dropout.seed is not None:
+                        d_weights *= factors
+                    # dS^T = P^T * (dP^T - delta)
+                    d_scores = weights * (d_weights - delta[None, :])
+                    # dK += dS^T Q
+                    dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
 
     if dk_rows.ptr is not None:
         dk *= scale
@@ -339,14 +350,19 @@ def packed_attention_backward(
     dbias_table = bias_table.new_empty(bias_table.shape) if needs.need_dbias else q.new_empty(0)
     delta = lse.new_empty(lse.shape) if needs.need_dk else None  # from the query kernel to the key kernel
 
+    has_bias, has_dropout = bias_table is not None, dropout_p > 0
+    max_seqlen_q, max_seqlen_k = sequences.max_seqlen_q, sequences.max_seqlen_k
+    heads = heads_of_tile(
+        num_heads // num_heads_kv, max_seqlen_q, max_seqlen_k, has_bias=has_bias, has_dropout=has_dropout
+    )
     for_queries, for_keys = backward_config(
         device_properties(q.device),
         head_dim,
         q.dtype,
-        sequences.max_seqlen_q,
-        sequences.max_seqlen_k,
-        has_bias=bias_table is not None,
-        has_dropout=dropout_p > 0,
+        rows_of_queries(max_seqlen_q, heads),
+        max_seqlen_k,
+        has_bias=has_bias,
+        has_dropout=has_dropout,
         has_positions=bias.positions_q is not None or bias.positions_k is not None,
     )
     shared = dict(
@@ -366,15 +382,17 @@ def packed_attention_backward(
     )
 
     if needs.need_dq or needs.need_dk or needs.need_dbias:
-        grid = Grid.of(total_q, num_sequences, sequences.max_seqlen_q, for_queries.block_m, tiles_q)
         num_buckets, bucket_sums, ranges = 0, None, None
         if needs.need_dbias:
             num_buckets = bias_table.shape[0]
+        tile = Tile.of(q, k, causal, for_queries.block_m, for_queries.block_n, heads=heads, num_buckets=num_buckets)
+        grid = Grid.of(total_q, num_sequences, max_seqlen_q, tile.queries, tiles_q)
+        if needs.need_dbias:
             bucket_sums = lse.new_empty(grid.num_tiles, num_heads, num_buckets)
             ranges = distance_ranges(num_buckets, bias.bias_max_distance, bias.bias_bidirectional, q.device)
         launch(
             stamp_attention_bwd_query_kernel,
-            launch_grid(grid.num_programs * num_heads),
+            launch_grid(grid.num_programs * num_heads // heads),
             **shared,
             order=grid.order,
             num_tiles=grid.num_tiles,
@@ -382,13 +400,13 @@ def packed_attention_backward(
             dq_rows=Rows.of(dq if needs.need_dq else None),
             bucket_sums=BucketSums(bucket_sums, ranges),
             num_heads=num_heads,
-            tile=Tile.of(q, k, causal, for_queries.block_m, for_queries.block_n, num_buckets=num_buckets),
+            tile=tile,
             **launch_options(for_queries),
         )
         if bucket_sums is not None:
             sum_over_tiles(dbias_table, bucket_sums)
     if needs.need_dk or needs.need_dv:
-        grid = Grid.of(total_k, num_sequences, sequences.max_seqlen_k, for_keys.block_n, tiles_k)
+        grid = Grid.of(total_k, num_sequences, max_seqlen_k, for_keys.block_n, tiles_k)
         launch(
             stamp_attention_bwd_key_kernel,
             launch_grid(grid.num_programs * num_heads_kv),
@@ -399,7 +417,7 @@ def packed_attention_backward(
             dv_rows=Rows.of(dv if needs.need_dv else None),
             total_k=total_k,
             num_heads_kv=num_heads_kv,
-            tile=Tile.of(q, k, causal, for_keys.block_m, for_keys.block_n),
+            tile=Tile.of(q, k, causal, for_keys.block_m, for_keys.block_n, heads=heads),
             **launch_options(for_keys),
         )
     return dq, dk, dv, dbias_table

@@ -57,15 +57,38 @@ def launch_options(config: ForwardConfig | TileConfig) -> dict[str, int | None]:
 # Forward
 
 _MAX_SEQLEN_SLOTS = 32
-# Up to so many queries a tile has 16 rows: the decoder of a semantic-ID model has as many queries as an item has codes.
-_FEW_QUERIES = 16
+# Tiles of few queries have 16 or 32 rows: the decoder of a semantic-ID model has as many queries as an item has codes.
+_FEW_ROWS = 32
+# The most rows and heads of a tile with several heads. Every tile has at least as many rows as heads.
+_MAX_ROWS_OF_GROUP = 64
+_MAX_HEADS_OF_GROUP = 16
+
+
+def heads_of_tile(
+    gqa_group_size: int, max_seqlen_q: int, max_seqlen_k: int, *, has_bias: bool, has_dropout: bool
+) -> int:
+    """How many heads of q have their queries in the same tile: all that share a head of k and v, or 1.
+
+    Few queries of one head leave the rows of a tile empty, and every head would read the same keys again. The slots
+    kernel has several sequences in a tile instead. The look-ups of a bias, its gradient and the random words of dropout
+    are by head, so they come one head at a time.
+    """
+    rows = next_power_of_2(gqa_group_size) * next_power_of_2(max_seqlen_q)
+    if has_bias or has_dropout or max(max_seqlen_q, max_seqlen_k) <= _MAX_SEQLEN_SLOTS:
+        return 1
+    return gqa_group_size if gqa_group_size <= _MAX_HEADS_OF_GROUP and rows <= _MAX_ROWS_OF_GROUP else 1
+
+
+def rows_of_queries(max_seqlen_q: int, heads: int) -> int:
+    """The rows that so many queries take in a tile with so many heads."""
+    return next_power_of_2(heads) * max_seqlen_q
 
 
 @functools.lru_cache(maxsize=1024)
 def forward_config(
     device: DeviceProperties,
     head_dim: int,
-    max_seqlen_q: int,
+    max_rows_q: int,
     max_seqlen_k: int,
     *,
     element_size: int,
@@ -78,7 +101,7 @@ def forward_config(
     A thread of 128 holds BLOCK_M * BLOCK_N / 128 scores and BLOCK_M * BLOCK_D / 128 outputs in fp32 next to the
     operands. Two or more programs should share the 65,536 registers of a multiprocessor, to hide loads: with random
     words beside the look-ups of a bias, 64 x 64 leaves room for three on sm_90, 64 x 32 for four. wgmma takes 64 rows
-    per four warps, so no half-precision tile has fewer, except for few queries, which get mma.sync.
+    per four warps, so no half-precision tile has fewer, except for few rows, which get mma.sync.
 
     By architecture, for heads of more than 64:
 
@@ -93,6 +116,7 @@ def forward_config(
     there and 131,200 on sm_90.
 
     Args:
+        max_rows_q: `rows_of_queries` of the longest sequence.
         element_size: bytes of an element of q.
     """
     block_d = padded_head_dim(head_dim)
@@ -101,19 +125,19 @@ def forward_config(
     from_registers = major in (8, 12)
     has_either, has_both = has_bias or has_dropout, has_bias and has_dropout
     max_registers = 255 if half and (block_d > 64 or (major != 9 and has_either)) else None
-    if max(max_seqlen_q, max_seqlen_k) <= _MAX_SEQLEN_SLOTS:
-        slot = 16 if max(max_seqlen_q, max_seqlen_k) <= 16 else 32
+    if max(max_rows_q, max_seqlen_k) <= _MAX_SEQLEN_SLOTS:
+        slot = 16 if max(max_rows_q, max_seqlen_k) <= 16 else 32
         if half:
             return ForwardConfig(64, 64, slot, 4 if block_d <= 128 else 8, 1, max_registers)
         return ForwardConfig(32, 32, slot, num_warps=4 if block_d <= 64 else 8, num_stages=1)
     if not half:
-        block_m = 16 if block_d > 64 or max_seqlen_q <= _FEW_QUERIES else 32
+        block_m = 16 if block_d > 64 or max_rows_q <= 16 else 32
         return ForwardConfig(block_m, 32, 0, num_warps=8, num_stages=1)
-    if max_seqlen_q <= _FEW_QUERIES:
-        return ForwardConfig(16, 64, 0, 2 if block_d <= 64 else 4, 2, 255)
+    if max_rows_q <= _FEW_ROWS:
+        return ForwardConfig(16 if max_rows_q <= 16 else 32, 64, 0, 2 if block_d <= 64 else 4, 2, 255)
     num_stages = 1 if major == 10 else 2
     # Twice the rows halve the reads of keys and values; that pays where a sequence fills the tiles.
-    has_many_rows = max_seqlen_q > 1024 and not has_either
+    has_many_rows = max_rows_q > 1024 and not has_either
     if block_d <= 64:
         if has_many_rows:
             return ForwardConfig(128, 64, 0, 8, num_stages, max_registers)
@@ -141,7 +165,7 @@ def backward_config(
     device: DeviceProperties,
     head_dim: int,
     dtype: torch.dtype,
-    max_seqlen_q: int,
+    max_rows_q: int,
     max_seqlen_k: int,
     *,
     has_bias: bool,
@@ -163,8 +187,10 @@ def backward_config(
       where a block has less: sm_86, sm_89 and sm_120.
 
     A second stage loads the next block in the meantime. It is useless in a loop of one round, and on sm_100 it costs
-    registers, as in the forward; so it does in the query kernel with a bias, whose programs hide each other's loads.
-    Where max_seqlen is smaller than a tile the tile shrinks.
+    registers, as in the forward; so it does in the query kernel with a bias, whose programs hide each other's loads,
+    and from registers in the key kernel with a bias or dropout, where it spills 8 to 40 bytes.
+
+    Where max_rows_q or max_seqlen_k is smaller than a tile the tile shrinks.
     """
     major = device.capability[0]
     from_registers = major in (8, 12)
@@ -176,15 +202,17 @@ def backward_config(
     elif head_dim <= 64:
         block_n = 64 if major == 9 and not has_either else 32
         for_queries = TileConfig(64, block_n, 4, 2 if major == 9 and not has_bias else 1)
-        if major == 9 and has_bias and not has_positions:
-            for_queries = for_queries._replace(max_registers=168)  # three programs on a multiprocessor, not two
-        for_keys = TileConfig(32, 64, 4, num_stages)
+        for_keys = TileConfig(32, 64, 4, 1 if from_registers and has_either else num_stages)
+        if major == 9:  # three programs on a multiprocessor, not two
+            if has_bias and not has_positions:
+                for_queries = for_queries._replace(max_registers=168)
+            for_keys = for_keys._replace(max_registers=168)
     elif head_dim <= 128:
         if from_registers:
             for_queries = TileConfig(32, 32, 4, 2) if has_either else TileConfig(128, 32, 8, 1)
             for_keys = TileConfig(32, 32, 4, 2)
         else:
-            if major == 9 and has_search and max_seqlen_q <= 64:
+            if major == 9 and has_search and max_rows_q <= 64:
                 for_queries = TileConfig(32, 32, 4, 2)
             elif major == 10 or has_search:
                 for_queries = TileConfig(128, 32, 8, num_stages)
@@ -199,7 +227,7 @@ def backward_config(
         for_keys = TileConfig(64 if device.shared_memory >= _WIDE_KEY_TILE_BYTES else 32, 32, 8, 1)
 
     def shrunk(config: TileConfig, min_block_n: int, loops_over_queries: bool) -> TileConfig:
-        block_m = min(config.block_m, max(16, next_power_of_2(max_seqlen_q)))
+        block_m = min(config.block_m, max(16, next_power_of_2(max_rows_q)))
         block_n = min(config.block_n, max(16, next_power_of_2(max_seqlen_k)))
         if block_m > 16:
             block_n = max(block_n, min_block_n)
@@ -210,9 +238,9 @@ def backward_config(
         accumulated = 2 * block_n * block_d if loops_over_queries else block_m * block_d
         num_warps = max(config.num_warps // shrinkage, block_d // 64, min(accumulated // 4096, config.num_warps), 1)
         if shrinkage > 1:
-            has_half = has_search or (from_registers and has_either)
+            has_half = has_search or has_dropout or (from_registers and has_bias)
             num_warps = max(num_warps, block_m * block_n // (256 if has_half else 512))
-        is_one_round = max_seqlen_q <= block_m if loops_over_queries else max_seqlen_k <= block_n
+        is_one_round = max_rows_q <= block_m if loops_over_queries else max_seqlen_k <= block_n
         max_registers = config.max_registers if shrinkage == 1 else None
         if num_warps < 4 or head_dim > 128 or (major != 9 and has_either):
             max_registers = 255

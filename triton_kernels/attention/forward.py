@@ -26,7 +26,12 @@ from torch import Tensor
 from stamp_kernels.common.arguments import BiasArguments, DropoutArguments, Sequences, with_keys
 from stamp_kernels.common.contents import check_sequences_contents
 from stamp_kernels.triton_kernels.attention.centrality import sum_over_heads, sum_over_queries
-from stamp_kernels.triton_kernels.attention.configs import forward_config, launch_options
+from stamp_kernels.triton_kernels.attention.configs import (
+    forward_config,
+    heads_of_tile,
+    launch_options,
+    rows_of_queries,
+)
 from stamp_kernels.triton_kernels.attention.dropout import Dropout, dropout_threshold, groups_of, keep_tile
 from stamp_kernels.triton_kernels.attention.relative_bias import Bias, bias_tile, tile_positions
 from stamp_kernels.triton_kernels.attention.tiles import (
@@ -42,6 +47,7 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     num_keys_seen,
     num_tail_programs,
     rows_of_head,
+    rows_of_tile,
     rows_with_vector_strides,
     sequence_rows,
     store_rows,
@@ -68,13 +74,11 @@ class Centrality(NamedTuple):
 
 @triton.jit
 def _zero_tail(
-    out_of_head, lse_of_head_ptr, cu_seqlens_q_ptr, num_sequences, total_q, num_heads, num_tiles, tile: tl.constexpr
+    out_rows, lse_ptr, head, cu_seqlens_q_ptr, num_sequences, total_q, share, num_shares, tile: tl.constexpr
 ):
-    """out and lse of one head 0 on this program's share of the tail rows."""
-    share = tl.program_id(0) // num_heads - num_tiles
-    num_shares = tl.num_programs(0) // num_heads - num_tiles
-    zero_tail(out_of_head, cu_seqlens_q_ptr, num_sequences, total_q, share, num_shares, tile)
-    zero_tail_values(lse_of_head_ptr, cu_seqlens_q_ptr, num_sequences, total_q, share, num_shares)
+    """out and lse of one head 0 on a share of the tail rows."""
+    zero_tail(rows_of_head(out_rows, head), cu_seqlens_q_ptr, num_sequences, total_q, share, num_shares, tile)
+    zero_tail_values(lse_ptr + head * total_q, cu_seqlens_q_ptr, num_sequences, total_q, share, num_shares)
 
 
 # Any length
@@ -82,8 +86,8 @@ def _zero_tail(
 
 @triton.jit
 def _attend_keys(
-    acc, row_sum, row_max, q, start_q, begin_k, end_k, k_rows, v_rows, bias, dropout, sequence, head, scale_log2,
-    tile: tl.constexpr, MASKED: tl.constexpr,
+    acc, row_sum, row_max, q, query, start_q, begin_k, end_k, k_rows, v_rows, bias, dropout, sequence, head,
+    scale_log2, tile: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of a query tile over the keys `begin_k ... end_k - 1`, BLOCK_N at a time.
 
@@ -94,7 +98,6 @@ def _attend_keys(
     """
     BLOCK_M: tl.constexpr = tile.block_m
     BLOCK_N: tl.constexpr = tile.block_n
-    query = start_q + tl.arange(0, BLOCK_M)
     if bias.weights is not None:
         offset_q = tl.arange(0, BLOCK_M)
         queries = tile_positions(bias.positions_q, sequence.first_q, start_q, offset_q, sequence.num_queries)
@@ -145,54 +148,58 @@ def stamp_attention_fwd_general_kernel(
     scale_log2,
     tile: tl.constexpr,  # Tile
 ):
-    """out and lse of BLOCK_M queries of one sequence and head, by online softmax over its keys.
+    """out and lse of a tile of queries of one sequence, by online softmax over its keys.
 
-    Grid: programs of a `Grid` * Hq, heads fastest, so that programs that run together read whole rows. Blocks of keys
-    that every query of the tile sees are not masked; the blocks on the diagonal and at the end are, in a second loop.
-    Keys that no query sees are never read.
+    Grid: programs of a `Grid` * Hq / tile.heads, heads fastest, so that programs that run together read whole rows.
+    Blocks of keys that every query of the tile sees are not masked; the blocks on the diagonal and at the end are, in a
+    second loop. Keys that no query sees are never read.
     """
     BLOCK_M: tl.constexpr = tile.block_m
     BLOCK_D: tl.constexpr = tile.block_d
-    head = (tl.program_id(0) % num_heads).to(tl.int64)
-    tile_index = tl.program_id(0) // num_heads
-    out_of_head = rows_of_head(out_rows, head)
-    lse_of_head_ptr = lse_ptr + head * total_q
+    QUERIES: tl.constexpr = tile.queries
+    programs_of_tile = num_heads // tile.heads
+    first_head = (tl.program_id(0) % programs_of_tile * tile.heads).to(tl.int64)
+    tile_index = tl.program_id(0) // programs_of_tile
     if tile_index >= num_tiles:
-        _zero_tail(out_of_head, lse_of_head_ptr, cu_seqlens.q, num_sequences, total_q, num_heads, num_tiles, tile)
+        share, num_shares = tile_index - num_tiles, tl.num_programs(0) // programs_of_tile - num_tiles
+        for i in range(tile.heads):
+            _zero_tail(out_rows, lse_ptr, first_head + i, cu_seqlens.q, num_sequences, total_q, share, num_shares, tile)
         return
-    index, block = locate_tile(tile_index, order, cu_seqlens.q, num_sequences, BLOCK_M)
+    index, block = locate_tile(tile_index, order, cu_seqlens.q, num_sequences, QUERIES)
     first_q, num_queries = sequence_rows(index, cu_seqlens.q)
-    num_blocks = tl.cdiv(num_queries, BLOCK_M)
+    num_blocks = tl.cdiv(num_queries, QUERIES)
     if block >= num_blocks:
         return
     if tile.causal:  # the last queries see the most keys: they start first
         block = num_blocks - 1 - block
-    start_q = block * BLOCK_M
+    start_q = block * QUERIES
 
     first_k, num_keys = sequence_rows(index, cu_seqlens.k)
     sequence = Sequence(index=index, first_q=first_q, num_queries=num_queries, first_k=first_k, num_keys=num_keys)
     dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
-    query = start_q + tl.arange(0, BLOCK_M)
-    q = load_rows(rows_of_head(q_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
+    query, head = rows_of_tile(start_q, first_head, num_queries, tile)
+    # A limit of its own: with that of the stores, their mask would stay in registers through the loops.
+    limit = tl.minimum(num_queries, total_q - first_q)
+    q = load_rows(rows_of_head(q_rows, head), first_q, query, limit, tile)  # [BLOCK_M, BLOCK_D]
 
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    head_kv = head // tile.gqa_group_size
+    head_kv = first_head // tile.gqa_group_size
     seen_by_all = tl.maximum(num_keys_seen(start_q, num_queries, num_keys, tile.causal), 0)
     seen_by_all = seen_by_all // tile.block_n * tile.block_n
-    seen_by_any = num_keys_seen(start_q + BLOCK_M - 1, num_queries, num_keys, tile.causal)
+    seen_by_any = num_keys_seen(start_q + QUERIES - 1, num_queries, num_keys, tile.causal)
     for masked in tl.static_range(2):
         acc, row_sum, row_max = _attend_keys(
-            acc, row_sum, row_max, q, start_q, seen_by_all if masked else 0, seen_by_any if masked else seen_by_all,
-            rows_of_head(k_rows, head_kv), rows_of_head(v_rows, head_kv), bias, dropout, sequence, head, scale_log2,
-            tile, masked,
+            acc, row_sum, row_max, q, query, start_q, seen_by_all if masked else 0,
+            seen_by_any if masked else seen_by_all, rows_of_head(k_rows, head_kv), rows_of_head(v_rows, head_kv), bias,
+            dropout, sequence, head, scale_log2, tile, masked,
         )  # fmt: skip
 
     lse = (row_max + tl.log2(row_sum)) * LN_2
-    tl.store(lse_of_head_ptr + first_q + query, lse, mask=query < num_queries)
+    tl.store(lse_ptr + head * total_q + first_q + query, lse, mask=query < num_queries)
     out = acc * tl.where(row_sum == 0.0, 0.0, keep_scale / row_sum)[:, None]  # [BLOCK_M, BLOCK_D]
-    store_rows(out_of_head, out, first_q, query, num_queries, tile)
+    store_rows(rows_of_head(out_rows, head), out, first_q, query, num_queries, tile)
 
 
 # Whole rows of scores, several sequences at once
@@ -256,10 +263,9 @@ def stamp_attention_fwd_slots_kernel(
     SLOT: tl.constexpr = tile.slot
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     tile_index = tl.program_id(0) // num_heads
-    out_of_head = rows_of_head(out_rows, head)
-    lse_of_head_ptr = lse_ptr + head * total_q
     if tile_index >= num_tiles:
-        _zero_tail(out_of_head, lse_of_head_ptr, cu_seqlens.q, num_sequences, total_q, num_heads, num_tiles, tile)
+        share, num_shares = tile_index - num_tiles, tl.num_programs(0) // num_heads - num_tiles
+        _zero_tail(out_rows, lse_ptr, head, cu_seqlens.q, num_sequences, total_q, share, num_shares, tile)
         return
 
     # Each [BLOCK]: for every row of the tile its slot, its token's index as a query and as a key, and its sequence
@@ -290,7 +296,7 @@ def stamp_attention_fwd_slots_kernel(
     weights, inverse, lse = _softmax(tl.where(visible, scores, float("-inf")))
     # A NaN makes the whole row of its query NaN, the columns of the other sequences too.
     weights = tl.where(visible, weights, 0.0)
-    tl.store(lse_of_head_ptr + first_q + index, lse, mask=query_exists)
+    tl.store(lse_ptr + head * total_q + first_q + index, lse, mask=query_exists)
     if centrality.by_head is not None:
         column_sums = _column_sums(weights, inverse, centrality.query_mask, first_q + index, query_exists)
         tl.store(centrality.by_head + head * total_k + first_k + index, column_sums, mask=key_exists)
@@ -303,7 +309,7 @@ def stamp_attention_fwd_slots_kernel(
         weights = tl.where(keep, weights, 0.0)
     # out = (P D) V, [BLOCK, BLOCK_D]
     out = tl.dot(weights.to(v.dtype), v, input_precision="ieee") * (inverse * keep_scale)[:, None]
-    store_rows(out_of_head, out, first_q, index, num_queries, tile)
+    store_rows(rows_of_head(out_rows, head), out, first_q, index, num_queries, tile)
 
 
 # Launching
@@ -335,16 +341,22 @@ def packed_attention_forward(
     total_q, num_heads, head_dim = q.shape
     total_k = k.shape[0]
     num_sequences = sequences.num_sequences
+    has_bias, has_dropout = bias.bias_table is not None, dropout_p > 0
+    max_seqlen_q, max_seqlen_k = sequences.max_seqlen_q, sequences.max_seqlen_k
+    heads = heads_of_tile(
+        num_heads // k.shape[1], max_seqlen_q, max_seqlen_k, has_bias=has_bias, has_dropout=has_dropout
+    )
     config = forward_config(
         device_properties(q.device),
         head_dim,
-        sequences.max_seqlen_q,
-        sequences.max_seqlen_k,
+        rows_of_queries(max_seqlen_q, heads),
+        max_seqlen_k,
         element_size=q.element_size(),
-        has_bias=bias.bias_table is not None,
-        has_dropout=dropout_p > 0,
+        has_bias=has_bias,
+        has_dropout=has_dropout,
         has_positions=bias.positions_q is not None or bias.positions_k is not None,
     )
+    tile = Tile.of(q, k, causal, config.block_m, config.block_n, heads=heads, slot=config.slot)
     out = q.new_empty(q.shape)
     lse = q.new_empty(num_heads, total_q, dtype=torch.float32)
     arguments = dict(
@@ -362,17 +374,17 @@ def packed_attention_forward(
         total_q=total_q,
         num_heads=num_heads,
         scale_log2=scale * LOG2_E.value,
-        tile=Tile.of(q, k, causal, config.block_m, config.block_n, slot=config.slot),
+        tile=tile,
         **launch_options(config),
     )
     if config.slot == 0:
-        grid = Grid.of(total_q, num_sequences, sequences.max_seqlen_q, config.block_m, tiles_q)
+        grid = Grid.of(total_q, num_sequences, max_seqlen_q, tile.queries, tiles_q)
         arguments |= dict(order=grid.order, num_tiles=grid.num_tiles)
-        launch(stamp_attention_fwd_general_kernel, launch_grid(grid.num_programs * num_heads), **arguments)
+        launch(stamp_attention_fwd_general_kernel, launch_grid(grid.num_programs * num_heads // heads), **arguments)
         if not return_centrality:
             return out, lse, lse.new_empty(0)
         centrality = sum_over_queries(
-            q, k, lse, arguments["cu_seqlens"], sequences.max_seqlen_k, tiles_k, causal, arguments["scale_log2"],
+            q, k, lse, arguments["cu_seqlens"], max_seqlen_k, tiles_k, causal, arguments["scale_log2"],
             arguments["bias"], query_mask,
         )  # fmt: skip
         return out, lse, centrality

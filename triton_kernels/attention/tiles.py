@@ -84,7 +84,9 @@ class Tile(NamedTuple):
         head_dim, block_d: D and the columns it takes.
         gqa_group_size: heads of q that share a head of k and v.
         causal: whether later keys are hidden.
-        block_m, block_n: queries and keys of a tile.
+        block_m, block_n: rows and keys of a tile.
+        heads: heads of q whose queries are the rows of a tile, one head after the other: 1, or all that share a head of
+            k and v. See `queries`.
         slot: rows of a sequence where a tile has several (the slots kernel), otherwise 0.
         num_buckets: of the bias gradient (the query kernel of the backward), 0 without one.
     """
@@ -95,8 +97,14 @@ class Tile(NamedTuple):
     causal: bool
     block_m: int
     block_n: int
+    heads: int = 1
     slot: int = 0
     num_buckets: int = 0
+
+    @property
+    def queries(self) -> int:
+        """Queries of the tile, each with a row for every head."""
+        return self.block_m // next_power_of_2(self.heads)
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, causal: bool, block_m: int, block_n: int, **extra: int) -> "Tile":
@@ -261,8 +269,25 @@ def zero_tail_values(values_ptr, cu_seqlens_ptr, num_sequences, total_rows, shar
 
 
 @triton.jit
+def rows_of_tile(start_q, first_head, num_queries, tile: tl.constexpr):
+    """(query, head) of each row of a tile: the index in the sequence, [BLOCK_M], and the head.
+
+    The head is a scalar, or [BLOCK_M] where the tile has several. A row without a head has a query past the end.
+    """
+    BLOCK_M: tl.constexpr = tile.block_m
+    row = tl.arange(0, BLOCK_M)
+    if tile.heads == 1:
+        return start_q + row, first_head
+    else:
+        QUERIES: tl.constexpr = tile.queries
+        place = row // QUERIES
+        query = tl.where(place < tile.heads, start_q + row % QUERIES, num_queries)
+        return query, first_head + tl.minimum(place, tile.heads - 1)
+
+
+@triton.jit
 def rows_of_head(rows, head):
-    """The Rows of one head."""
+    """The Rows of one head; where `head` is [BLOCK], `ptr` is the one of each row's head."""
     return Rows(ptr=rows.ptr + head * rows.stride_head, stride_row=rows.stride_row, stride_head=rows.stride_head)
 
 
@@ -277,7 +302,7 @@ def row_pointers(rows, first, index, BLOCK_D: tl.constexpr):
     """
     column = tl.arange(0, BLOCK_D)
     offsets = (first + index).to(tl.int64) * tl.multiple_of(tl.cast(rows.stride_row, tl.int64), 8)  # [BLOCK]
-    return tl.multiple_of(rows.ptr + offsets[:, None] + column[None, :], (1, 16))
+    return tl.multiple_of((rows.ptr + offsets)[:, None] + column[None, :], (1, 16))
 
 
 @triton.jit

@@ -144,7 +144,7 @@ class TileList(Workload):
 
 # T5's encoder at the sizes of TIGER and GRID (6 heads of 64, histories of 30 and 60 items of 4 codes), what is left
 # after pruning, T5's decoder, and decoder-only models (head_dim 128, grouped-query attention).
-TIMED: tuple[Workload, ...] = (
+TIMED: tuple[Attention, ...] = (
     Attention("L120", lengths=fixed(256, 120)),
     Attention("L120.bias", lengths=fixed(256, 120), bias=True),
     Attention("L120.bias.dropout", lengths=fixed(256, 120), bias=True, dropout_p=0.1),
@@ -160,14 +160,22 @@ TIMED: tuple[Workload, ...] = (
     ),
     Attention("ragged.L94", lengths=ragged(4096), tiles=True),
     Attention("ragged.L94.bias", lengths=ragged(4096), bias=True, tiles=True),
-    TileList("ragged.L94.tiles", lengths=ragged(4096)),
     Attention("L40.bias.positions.dropout", lengths=fixed(256, 40), bias=True, positions=True, dropout_p=0.1),
     Attention("L24.bias", lengths=fixed(4096, 24), bias=True),
     Attention("decoder.L4", lengths=fixed(256, 4), causal=True, bias=True, dropout_p=0.1),
     Attention("cross.4x120", lengths=fixed(256, 120), lengths_q=fixed(256, 4), dropout_p=0.1),
+    Attention(
+        "cross.4x240.GQA.d128",
+        lengths=fixed(256, 240),
+        lengths_q=fixed(256, 4),
+        num_heads=16,
+        num_heads_kv=4,
+        head_dim=128,
+        causal=True,
+    ),
 )
 
-COMPILED: tuple[Attention, ...] = (
+COMPILED: tuple[Workload, ...] = (
     Attention("L16.bias.dropout", lengths=fixed(64, 16), bias=True, dropout_p=0.1),
     Attention("L24.bias.centrality", lengths=fixed(64, 24), bias=True, centrality="fused", backward=False),
     Attention("L80.bias.positions.dropout", lengths=fixed(64, 80), bias=True, positions=True, dropout_p=0.1),
@@ -175,8 +183,10 @@ COMPILED: tuple[Attention, ...] = (
     Attention("L240.separate", lengths=fixed(64, 240), centrality="separate", backward=False),
     Attention("L240.bias.separate", lengths=fixed(64, 240), bias=True, centrality="separate", backward=False),
     Attention("L120.d128.GQA.causal", lengths=fixed(64, 120), num_heads=16, num_heads_kv=8, head_dim=128, causal=True),
+    TileList("ragged.L94.tiles", lengths=ragged(4096)),
     Attention("ragged.L94.search", lengths=ragged(64)),
     Attention("ragged.L94.d128.tiles", lengths=ragged(64), head_dim=128, tiles=True),
+    Attention("decode.1x240.GQA", lengths=fixed(64, 240), lengths_q=fixed(64, 1), num_heads=14, num_heads_kv=2),
     Attention("L240.d72", lengths=fixed(64, 240), head_dim=72),
     Attention("L240.d80.causal", lengths=fixed(64, 240), head_dim=80, causal=True),
 )
@@ -207,6 +217,14 @@ def _checked() -> tuple[Workload, ...]:
     others = (
         Attention(
             "check.cross", lengths=MIXED_LENGTHS, lengths_q=(4, 4, 0, 4, 4, 4, 4, 4), dropout_p=0.1, tiles=True, tail=3
+        ),
+        Attention(
+            "check.cross.GQA",
+            lengths=MIXED_LENGTHS,
+            lengths_q=(4, 1, 0, 4, 8, 4, 3, 4),
+            num_heads_kv=2,
+            causal=True,
+            tail=3,
         ),
         Attention("check.d72", lengths=MIXED_LENGTHS, head_dim=72, tail=3),
         Attention("check.d128.bias", lengths=MIXED_LENGTHS, head_dim=128, bias=True, tail=3),
