@@ -20,7 +20,7 @@ from stamp_kernels.triton_kernels.cross_entropy.configs import (
 )
 from stamp_kernels.triton_kernels.cross_entropy.softmaxes import Softmaxes
 from stamp_kernels.triton_kernels.cross_entropy.tiles import PerStep, RowLists
-from stamp_kernels.triton_kernels.device import device_properties, launch_grid
+from stamp_kernels.triton_kernels.device import DeviceProperties, device_properties, launch_grid
 from stamp_kernels.triton_kernels.launching import launch
 from stamp_kernels.triton_kernels.rows import ceil_div, next_power_of_2
 
@@ -35,7 +35,7 @@ def backward(
     *,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, `[num_hidden, N, D]` and so on, None where not needed. No host sync.
+    """Gradients of hidden, weight and bias, in their shapes, None where not needed. No host sync.
 
     Those of hidden and weight are in fp32 where they are sums of splits and in `dtype` otherwise; that of bias is in
     fp32.
@@ -44,21 +44,23 @@ def backward(
         softmaxes: of at least one row.
         lse: fp32 `[K, N]`, of the forward.
         scale: the gradient of a row's loss of a step, fp32 `[N, K]`, or `[K]` where all rows have the same.
+        options: without vocab_ranges, of which the softmaxes have theirs.
         dtype: that of the hidden states, or fp32 for gradients that are scaled later.
     """
-    of_softmaxes = softmaxes.arguments()
-    arguments = dict(
-        **of_softmaxes,
-        terms=_row_terms(softmaxes, of_softmaxes, lists, lse, scale, options),
+    properties = device_properties(softmaxes.hidden.device)
+    arguments = softmaxes.arguments()
+    terms = _row_terms(softmaxes, arguments, lists, lse, scale, options)
+    arguments |= dict(
+        terms=terms,
         lists=lists,
         num_softmaxes=softmaxes.num_softmaxes,
         softcap=options.softcap,
         PLAIN=softmaxes.steps_per_softmax == 1 and options.label_smoothing == 0 and options.z_loss == 0,
     )
-    dhidden = _hidden_gradient(softmaxes, arguments, dtype) if needs.need_hidden else None
+    dhidden = _hidden_gradient(softmaxes, arguments, properties, dtype) if needs.need_hidden else None
     dweight = dbias = None
     if needs.need_weight or needs.need_bias:
-        dweight, dbias = _weight_gradients(softmaxes, arguments, needs, dtype)
+        dweight, dbias = _weight_gradients(softmaxes, arguments, properties, needs, dtype)
     return dhidden, dweight, dbias
 
 
@@ -71,14 +73,15 @@ def _row_terms(
     options: LossOptions,
 ) -> RowTerms:
     num_blocks = ceil_div(softmaxes.num_rows, ENTRIES_PER_PROGRAM.value)
-    of_softmaxes = (softmaxes.num_softmaxes, num_blocks * ENTRIES_PER_PROGRAM.value)
-    of_steps = (softmaxes.num_steps, num_blocks * ENTRIES_PER_PROGRAM.value)
+    num_entries = num_blocks * ENTRIES_PER_PROGRAM.value
+    of_steps = (softmaxes.num_steps, num_entries)
     is_capped = options.softcap is not None
+    row_lse, factor, offset = lse.new_empty((3, softmaxes.num_softmaxes, num_entries)).unbind()
     target_factor = lse.new_empty(of_steps)
     terms = RowTerms(
-        lse=lse.new_empty(of_softmaxes),
-        factor=lse.new_empty(of_softmaxes),
-        offset=lse.new_empty(of_softmaxes),
+        lse=row_lse,
+        factor=factor,
+        offset=offset,
         target=lse.new_empty(of_steps, dtype=torch.int32),
         target_factor=target_factor,
         target_slope=lse.new_empty(of_steps) if is_capped else target_factor,
@@ -89,10 +92,10 @@ def _row_terms(
         launch_grid(num_blocks, softmaxes.num_softmaxes),
         terms=terms,
         lse_ptr=lse,
-        targets=softmaxes.target_argument(),
+        targets=softmaxes.targets,
         scale=PerStep(scale, 0 if scale.dim() == 1 else scale.stride(0), scale.stride(-1)),
         lists=lists,
-        loss_options=options._replace(vocab_ranges=None),
+        loss_options=options,
         **arguments if is_capped else arguments | dict(hidden=None, classes=None, stride_hidden_step=0),
         BLOCK=ENTRIES_PER_PROGRAM.value,
         BLOCK_K=min(64, max(16, next_power_of_2(softmaxes.width))) if is_capped else 16,
@@ -102,9 +105,10 @@ def _row_terms(
     return terms
 
 
-def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
+def _hidden_gradient(
+    softmaxes: Softmaxes, arguments: dict[str, Any], properties: DeviceProperties, dtype: torch.dtype
+) -> Tensor:
     hidden, width, layout = softmaxes.hidden, softmaxes.width, arguments["layout"]
-    properties = device_properties(hidden.device)
     config = hidden_gradient_config(
         properties, width, element_size=hidden.element_size(), has_one_softmax=softmaxes.has_hidden_per_step
     )
@@ -119,8 +123,7 @@ def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any], dtype: tor
         ceil_div(softmaxes.widest_range, config.block_v),
         properties,
     )
-    shape = (splits, softmaxes.num_hidden, softmaxes.num_rows, layout.width)
-    dhidden = hidden.new_empty(shape, dtype=_dtype_of_splits(splits, dtype))
+    dhidden = _memory_for_gradient(hidden, layout.width, splits, dtype)
     launch(
         stamp_cross_entropy_bwd_hidden_kernel,
         launch_grid(row_tiles, softmaxes.num_hidden, splits * feature_blocks),
@@ -131,15 +134,18 @@ def _hidden_gradient(softmaxes: Softmaxes, arguments: dict[str, Any], dtype: tor
         num_stages=config.num_stages,
         maxnreg=255 if properties.capability[0] == 8 else None,  # as for the row terms
     )
-    return _sum_of_splits(dhidden)[..., :width]
+    return _gradient_in(dhidden, hidden)
 
 
 def _weight_gradients(
-    softmaxes: Softmaxes, arguments: dict[str, Any], needs: LossNeeds, dtype: torch.dtype
+    softmaxes: Softmaxes,
+    arguments: dict[str, Any],
+    properties: DeviceProperties,
+    needs: LossNeeds,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
     weight, width, num_classes = softmaxes.weight, softmaxes.width, softmaxes.num_classes
-    properties = device_properties(weight.device)
-    has_all_classes = all(span == (0, num_classes) for span in softmaxes.ranges)
+    has_all_classes = softmaxes.has_all_classes
     config = weight_gradient_config(
         properties,
         width,
@@ -155,8 +161,7 @@ def _weight_gradients(
     )
     dweight = dbias = None
     if needs.need_weight:
-        shape = (splits, softmaxes.num_weights, num_classes, arguments["layout"].width)
-        dweight = weight.new_empty(shape, dtype=_dtype_of_splits(splits, dtype))
+        dweight = _memory_for_gradient(weight, arguments["layout"].width, splits, dtype)
     if needs.need_bias:
         dbias = weight.new_empty((splits, softmaxes.num_softmaxes, num_classes), dtype=torch.float32)
     launch(
@@ -173,16 +178,19 @@ def _weight_gradients(
         num_stages=config.num_stages,
     )
     if dweight is not None:
-        dweight = _sum_of_splits(dweight)[..., :width]
+        dweight = _gradient_in(dweight, weight)
     if dbias is not None:
         dbias = dbias.sum(0 if softmaxes.bias.dim() == 2 else (0, 1))
     return dweight, dbias
 
 
-def _dtype_of_splits(splits: int, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a gradient's splits: `dtype` where there is one, fp32 where several are added up."""
-    return dtype if splits == 1 else torch.float32
+def _memory_for_gradient(x: Tensor, width: int, splits: int, dtype: torch.dtype) -> Tensor:
+    """For the gradient of x, with `width` features a row, or for several splits of it, in fp32."""
+    shape = (*x.shape[:-1], width)
+    return x.new_empty(shape, dtype=dtype) if splits == 1 else x.new_empty((splits, *shape), dtype=torch.float32)
 
 
-def _sum_of_splits(x: Tensor) -> Tensor:
-    return x[0] if len(x) == 1 else x.sum(0)
+def _gradient_in(memory: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x, in the shape of x."""
+    gradient = memory if memory.dim() == x.dim() else memory.sum(0)
+    return gradient if gradient.shape == x.shape else gradient[..., : x.shape[-1]]

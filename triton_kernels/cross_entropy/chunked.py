@@ -34,20 +34,21 @@ def with_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Losses fp32 `[K, N]`, 0 where ignored, and the gradients of hidden, weight and bias, None where not needed.
 
-    The gradients are in fp32. No host sync.
+    The gradients are in fp32, in the shapes of the inputs. No host sync.
 
     Args:
         scale: fp32 `[K]`, the gradient of a row's loss of each step.
+        options: without vocab_ranges, of which the softmaxes have theirs.
     """
-    targets, dtype = softmaxes.targets, softmaxes.hidden.dtype
+    dtype = softmaxes.hidden.dtype
     num_rows, widest = softmaxes.num_rows, softmaxes.widest_range
     hidden, weight = (x.unsqueeze(0) if x.dim() == 2 else x for x in (softmaxes.hidden, softmaxes.weight))
     bias = softmaxes.bias if softmaxes.bias is None else softmaxes.bias.view(-1, weight.shape[1])
     unit = torch.linalg.vector_norm(scale, ord=torch.inf)
     relative_scale = torch.where(unit > 0, scale / unit, 0) * gain(dtype)
     unit = unit / gain(dtype)
-    is_valid = targets != options.ignore_index  # [N, K]
-    is_listed = is_valid if len(hidden) > 1 else is_valid.any(1, keepdim=True)  # [N, num_hidden]
+    is_ignored = softmaxes.targets.ptr == options.ignore_index  # [N, K]
+    is_unlisted = is_ignored if len(hidden) > 1 else is_ignored.all(1, keepdim=True)  # [N, num_hidden]
 
     losses = scale.new_empty(len(scale), num_rows)
     dhidden = scale.new_empty(hidden.shape) if needs.need_hidden else None
@@ -63,7 +64,7 @@ def with_gradients(
             of_hidden, of_weight = min(softmax, len(hidden) - 1), min(softmax, len(weight) - 1)
             of_bias = None if bias is None else min(softmax, len(bias) - 1)
             # A row without a valid target may hold NaN, which a product would add to the gradients even times 0.
-            x = hidden[of_hidden, rows].masked_fill(~is_listed[rows, of_hidden, None], 0)
+            x = hidden[of_hidden, rows].masked_fill(is_unlisted[rows, of_hidden, None], 0)
             w = weight[of_weight, start:end]
             logits = logits_memory[:size, : end - start]
             # z = x W^T, [size, V]
@@ -75,9 +76,9 @@ def with_gradients(
                 logits=Rows(logits, logits.stride(0)),
                 losses_ptr=losses,
                 bias_ptr=None if bias is None else bias[of_bias, start:end],
-                targets=softmaxes.target_argument(),
+                targets=softmaxes.targets,
                 scale_ptr=relative_scale,
-                loss_options=options._replace(vocab_ranges=None),
+                loss_options=options,
                 num_rows=num_rows,
                 first_row=first_row,
                 first_class=start,
@@ -98,7 +99,6 @@ def with_gradients(
                 # dx += dz W, [size, D]
                 is_first_of_hidden = softmax == 0 or len(hidden) > 1
                 _set_product(dhidden[of_hidden, rows], dz, w, add=not is_first_of_hidden)
-    for grad in (dhidden, dweight, dbias):
-        if grad is not None:
-            grad.mul_(unit)
-    return losses, dhidden, dweight, dbias
+    given = (softmaxes.hidden, softmaxes.weight, softmaxes.bias)
+    grads = zip((dhidden, dweight, dbias), given, strict=True)
+    return losses, *(None if grad is None else grad.mul_(unit).view(x.shape) for grad, x in grads)

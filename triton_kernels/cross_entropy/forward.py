@@ -1,7 +1,5 @@
 """Multi-token cross-entropy, forward: what is allocated and launched."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,9 +25,11 @@ def forward(
     """(loss, step_losses, step_scale, lse), as the op `stamp::multi_token_cross_entropy_forward` returns them.
 
     Two or three launches, and the zeros of rows without a target. No host sync.
+
+    Args:
+        options: without vocab_ranges, of which the softmaxes have theirs.
     """
-    hidden, targets = softmaxes.hidden, softmaxes.targets
-    num_rows, num_steps = targets.shape
+    hidden, num_rows, num_steps = softmaxes.hidden, softmaxes.num_rows, softmaxes.num_steps
     config = forward_config(device_properties(hidden.device), softmaxes.width, element_size=hidden.element_size())
     num_tiles = ceil_div(num_rows, config.block_n)
     num_splits = ceil_div(softmaxes.widest_range, CLASSES_PER_SPLIT)
@@ -44,13 +44,8 @@ def forward(
         partials=lse.new_empty(partials_shape) if num_splits > 1 else None,
     )
     if num_tiles > 0:
-        arguments: dict[str, Any] = dict(
-            **softmaxes.arguments(),
-            out=out,
-            targets=softmaxes.target_argument(),
-            lists=lists,
-            loss_options=options._replace(vocab_ranges=None),
-            tile=config.tile,
+        arguments = softmaxes.arguments() | dict(
+            out=out, targets=softmaxes.targets, lists=lists, loss_options=options, tile=config.tile
         )
         launch(
             stamp_cross_entropy_fwd_kernel,

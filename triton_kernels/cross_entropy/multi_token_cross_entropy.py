@@ -32,7 +32,8 @@ def multi_token_cross_entropy_forward(
     """The op `stamp::multi_token_cross_entropy_forward`: (loss, step_losses, step_scale, lse). No host sync."""
     softmaxes = _checked_softmaxes(hidden, weight, targets, bias, options)
     weights = _weights_on_device(step_weights, hidden.device)
-    return forward(softmaxes, list_rows(softmaxes, options.ignore_index), weights, options, reduction)
+    lists = list_rows(softmaxes, options.ignore_index)
+    return forward(softmaxes, lists, weights, options._replace(vocab_ranges=None), reduction)
 
 
 def multi_token_cross_entropy_backward(
@@ -54,6 +55,7 @@ def multi_token_cross_entropy_backward(
         return tuple(x.new_zeros(x.shape if is_needed else 0) for x, is_needed in zip(inputs, needs, strict=True))
     scale = grad_loss if step_scale.shape[0] == 0 else grad_loss * step_scale
     lists = list_rows(softmaxes, options.ignore_index)
+    options = options._replace(vocab_ranges=None)
     grads = backward(softmaxes, lists, lse, scale, options, needs, dtype=hidden.dtype)
     return tuple(_as_returned(grad, x, x.dtype) for grad, x in zip(grads, inputs, strict=True))
 
@@ -74,6 +76,7 @@ def multi_token_cross_entropy_with_gradients(
     """
     softmaxes = _checked_softmaxes(hidden, weight, targets, bias, options)
     weights = _weights_on_device(step_weights, hidden.device)
+    options = options._replace(vocab_ranges=None)
     inputs = (hidden, weight, weight if bias is None else bias)
     if 0 < softmaxes.num_rows * softmaxes.widest_range < MIN_LOGITS_IN_CHUNKS:
         lists = list_rows(softmaxes, options.ignore_index)
@@ -89,7 +92,7 @@ def _in_chunks(
     softmaxes: Softmaxes, step_weights: Tensor | None, options: LossOptions, reduction: int, needs: LossNeeds
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(loss, step_losses, gradients) by row chunks of logits."""
-    targets = softmaxes.targets
+    targets = softmaxes.targets.ptr
     scale = torch.ones(softmaxes.num_steps, dtype=torch.float32, device=targets.device)
     if reduction == REDUCTIONS["mean"]:
         scale = scale / (targets != options.ignore_index).sum(dim=0).clamp(min=1)
@@ -124,5 +127,5 @@ def _weights_on_device(step_weights: StepWeights, device: torch.device) -> Tenso
 
 
 def _as_returned(grad: Tensor | None, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of x as the ops return it: in the shape of x, or empty where not needed."""
-    return x.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype).contiguous().view(x.shape)
+    """The gradient of x as the ops return it: in `dtype`, contiguous, and empty where not needed."""
+    return x.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype).contiguous()

@@ -86,17 +86,17 @@ def stamp_cross_entropy_list_rows_kernel(
 
 def list_rows(softmaxes: Softmaxes, ignore_index: int) -> RowLists:
     """The rows with a valid target, for each hidden. One or two launches, no host sync."""
-    targets, num_hidden = softmaxes.targets, softmaxes.num_hidden
+    targets, num_rows, num_hidden = softmaxes.targets.ptr, softmaxes.num_rows, softmaxes.num_hidden
     lists = RowLists(
-        rows=targets.new_empty((num_hidden, softmaxes.num_rows), dtype=torch.int32),
+        rows=targets.new_empty((num_hidden, num_rows), dtype=torch.int32),
         lengths=targets.new_empty(num_hidden, dtype=torch.int32),
     )
-    num_blocks = ceil_div(softmaxes.num_rows, _ROWS_PER_BLOCK)
+    num_blocks = ceil_div(num_rows, _ROWS_PER_BLOCK)
     if num_blocks == 0:
         return lists
     arguments = dict(
-        targets=softmaxes.target_argument(),
-        num_rows=softmaxes.num_rows,
+        targets=softmaxes.targets,
+        num_rows=num_rows,
         ignore_index=ignore_index,
         NUM_STEPS=softmaxes.num_steps // num_hidden,
         BLOCK=_ROWS_PER_BLOCK,

@@ -32,8 +32,9 @@ def rows_of_vectors(x: Tensor) -> Tensor:
     missing = -x.shape[-1] % vector
     if missing > 0:
         return F.pad(x, (0, missing))
-    is_aligned = x.data_ptr() % 16 == 0 and all(stride % vector == 0 for stride in x.stride()[:-1])
-    return x if x.stride(-1) == 1 and is_aligned else x.clone(memory_format=torch.contiguous_format)
+    *strides, stride_feature = x.stride()
+    is_aligned = x.data_ptr() % 16 == 0 and math.gcd(vector, *strides) == vector
+    return x if stride_feature == 1 and is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def gain(dtype: torch.dtype) -> float:
@@ -41,9 +42,10 @@ def gain(dtype: torch.dtype) -> float:
     return 1024.0 if dtype == torch.float16 else 1.0
 
 
-def _step_stride(x: Tensor | None, shared_dims: int) -> int:
-    """The distance between the parts of two steps, 0 where all steps share x."""
-    return 0 if x is None or x.dim() == shared_dims else x.stride(0)
+def _strides_of_steps_and_rows(x: Tensor) -> tuple[int, int]:
+    """Of `[num_rows, D]`, which all steps share and whose stride from step to step is 0, or `[K, num_rows, D]`."""
+    strides = x.stride()
+    return 0 if len(strides) == 2 else strides[0], strides[-2]
 
 
 class Softmaxes(NamedTuple):
@@ -56,31 +58,24 @@ class Softmaxes(NamedTuple):
         bias: `[V]` or `[K, V]`, contiguous, or None.
         ranges: (start, end) of the classes of each softmax.
         steps_per_softmax: the number of steps that share a softmax.
+        num_rows, num_steps, num_classes, width: N, K, V, D.
+        num_hidden, num_weights: K, or 1 where all steps share the hidden states or the weight.
+        num_softmaxes: the number of ranges.
     """
 
     hidden: Tensor
     weight: Tensor
-    targets: Tensor
+    targets: PerStep
     bias: Tensor | None
     ranges: tuple[tuple[int, int], ...]
     steps_per_softmax: int
-
-    @property
-    def num_rows(self) -> int:
-        return self.targets.shape[0]
-
-    @property
-    def num_steps(self) -> int:
-        return self.targets.shape[1]
-
-    @property
-    def width(self) -> int:
-        return self.hidden.shape[-1]
-
-    @property
-    def num_hidden(self) -> int:
-        """1 where all steps share the hidden states."""
-        return self.hidden.shape[0] if self.hidden.dim() == 3 else 1
+    num_rows: int
+    num_steps: int
+    num_classes: int
+    width: int
+    num_hidden: int
+    num_weights: int
+    num_softmaxes: int
 
     @property
     def has_hidden_per_step(self) -> bool:
@@ -88,24 +83,18 @@ class Softmaxes(NamedTuple):
         return self.num_hidden == self.num_softmaxes
 
     @property
-    def num_weights(self) -> int:
-        """1 where all steps share the weight."""
-        return self.weight.shape[0] if self.weight.dim() == 3 else 1
-
-    @property
-    def num_classes(self) -> int:
-        return self.weight.shape[-2]
+    def has_all_classes(self) -> bool:
+        """Whether the range of every softmax is all classes."""
+        return set(self.ranges) == {(0, self.num_classes)}
 
     @property
     def widest_range(self) -> int:
-        return max(end - start for start, end in self.ranges)
+        return max([end - start for start, end in self.ranges])
 
     @property
-    def num_softmaxes(self) -> int:
-        return len(self.ranges)
-
-    def target_argument(self) -> PerStep:
-        return PerStep(self.targets, self.targets.stride(0), self.targets.stride(1))
+    def stride_bias_step(self) -> int:
+        """The distance between the biases of two steps, 0 where all steps share one or there is none."""
+        return self.num_classes if self.bias is not None and self.bias.dim() == 2 else 0
 
     def range_arguments(self) -> dict[str, Tensor | int | None]:
         """What `load_range` takes. A range that all softmaxes share needs no memory on the device."""
@@ -116,9 +105,9 @@ class Softmaxes(NamedTuple):
 
     def layout(self) -> Layout:
         vector = elements_per_vector(self.hidden.dtype)
-        first_classes = (start for start, _ in self.ranges)
-        # Where it is more than 1, a tile's part of the bias is loaded in vectors.
-        class_divisor = 1 if self.bias is None else math.gcd(16, _step_stride(self.bias, 1), *first_classes)
+        class_divisor = 1
+        if self.bias is not None:  # where it is more than 1, a tile's part of the bias is loaded in vectors
+            class_divisor = math.gcd(16, self.stride_bias_step, *[start for start, _ in self.ranges])
         return Layout(
             steps_per_softmax=self.steps_per_softmax,
             hidden_per_step=self.has_hidden_per_step,
@@ -131,17 +120,12 @@ class Softmaxes(NamedTuple):
     def arguments(self) -> dict[str, Any]:
         """What the kernels that multiply take, by the names of their arguments."""
         hidden, weight = rows_of_vectors(self.hidden), rows_of_vectors(self.weight)
-        return dict(
-            **self.range_arguments(),
-            hidden=Rows(hidden, hidden.stride(-2)),
-            stride_hidden_step=_step_stride(hidden, 2),
-            classes=Classes(
-                weight=weight,
-                stride_step=_step_stride(weight, 2),
-                stride_class=weight.stride(-2),
-                bias=self.bias,
-                stride_bias_step=_step_stride(self.bias, 1),
-            ),
+        stride_hidden_step, stride_row = _strides_of_steps_and_rows(hidden)
+        stride_weight_step, stride_class = _strides_of_steps_and_rows(weight)
+        return self.range_arguments() | dict(
+            hidden=Rows(hidden, stride_row),
+            stride_hidden_step=stride_hidden_step,
+            classes=Classes(weight, stride_weight_step, stride_class, self.bias, self.stride_bias_step),
             num_rows=self.num_rows,
             layout=self.layout(),
         )
@@ -151,13 +135,24 @@ def softmaxes_of(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, ranges: Sequence[tuple[int, int]]
 ) -> Softmaxes:
     """The softmaxes of an op's arguments; `ranges` has (start, end) for each step."""
-    is_shared = hidden.dim() == 2 and weight.dim() == 2 and (bias is None or bias.dim() == 1)
+    num_rows, num_steps = targets.shape
+    *steps_of_hidden, _, width = hidden.shape
+    *steps_of_weight, num_classes, _ = weight.shape
+    is_shared = not steps_of_hidden and not steps_of_weight and (bias is None or bias.dim() == 1)
     has_one_softmax = is_shared and len(set(ranges)) == 1
+    ranges = tuple(ranges[:1] if has_one_softmax else ranges)
     return Softmaxes(
-        hidden if hidden.stride(-1) == 1 else hidden.contiguous(),
-        weight if weight.stride(-1) == 1 else weight.contiguous(),
-        targets,
-        None if bias is None else bias.contiguous(),
-        tuple(ranges[:1] if has_one_softmax else ranges),
-        targets.shape[1] if has_one_softmax else 1,
+        hidden=hidden if hidden.stride(-1) == 1 else hidden.contiguous(),
+        weight=weight if weight.stride(-1) == 1 else weight.contiguous(),
+        targets=PerStep(targets, *targets.stride()),
+        bias=None if bias is None else bias.contiguous(),
+        ranges=ranges,
+        steps_per_softmax=num_steps if has_one_softmax else 1,
+        num_rows=num_rows,
+        num_steps=num_steps,
+        num_classes=num_classes,
+        width=width,
+        num_hidden=num_steps if steps_of_hidden else 1,
+        num_weights=num_steps if steps_of_weight else 1,
+        num_softmaxes=len(ranges),
     )

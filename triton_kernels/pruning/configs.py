@@ -3,7 +3,7 @@
 import functools
 from typing import NamedTuple
 
-from stamp_kernels.triton_kernels.rows import next_power_of_2, power_of_two_divisor
+from stamp_kernels.triton_kernels.rows import ceil_div, next_power_of_2, power_of_two_divisor
 
 
 class ImportanceConfig(NamedTuple):
@@ -37,7 +37,7 @@ class RowMemory(NamedTuple):
 
 
 class GatherConfig(NamedTuple):
-    """How a program moves `rows` rows of several tensors.
+    """How a program moves `rows` rows of several tensors; one of `column_blocks` programs over the same rows.
 
     The rest is for each tensor: its rows are moved as integers of `element_sizes` bytes, `widths` of them in a row,
     `columns` of them at a time. From one source row to the next there are `strides` integers, a multiple of
@@ -45,6 +45,7 @@ class GatherConfig(NamedTuple):
     """
 
     rows: int
+    column_blocks: int
     element_sizes: tuple[int, ...]
     widths: tuple[int, ...]
     columns: tuple[int, ...]
@@ -92,7 +93,7 @@ def selection_config(max_items: int) -> tuple[SelectionConfig, bool]:
 @functools.lru_cache(maxsize=1024)
 def gather_config(tensors: tuple[RowMemory, ...]) -> GatherConfig:
     """The widest accesses that the rows of each tensor are aligned to."""
-    rows = _MAX_GATHER_ROWS
+    rows, column_blocks = _MAX_GATHER_ROWS, 1
     of_tensors = []
     for row, stride, address in tensors:
         alignment = power_of_two_divisor(row | stride | address, 16)
@@ -100,6 +101,6 @@ def gather_config(tensors: tuple[RowMemory, ...]) -> GatherConfig:
         width = row // element_size
         elements = min(_GATHER_BYTES // element_size, _GATHER_ELEMENTS)
         columns = min(next_power_of_2(width), elements)
-        rows = min(rows, elements // columns)
+        rows, column_blocks = min(rows, elements // columns), max(column_blocks, ceil_div(width, columns))
         of_tensors.append((element_size, width, columns, stride // element_size, alignment // element_size))
-    return GatherConfig(rows, *zip(*of_tensors, strict=True))
+    return GatherConfig(rows, column_blocks, *zip(*of_tensors, strict=True))

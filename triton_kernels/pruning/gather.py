@@ -69,6 +69,8 @@ _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 def _rows_are_contiguous(x: Tensor) -> bool:
     """Whether every row is one piece of memory; the rows may be apart."""
+    if x.is_contiguous():
+        return True
     expected = 1
     for size, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:]), strict=True):
         if size != 1 and stride != expected:
@@ -108,7 +110,7 @@ def _launch_gather(copies: list[tuple[Tensor, Tensor]], row_map: Tensor, config:
     num_rows = row_map.shape[0]
     launch(
         stamp_gather_rows_kernel,
-        launch_grid(ceil_div(num_rows, config.rows), max(map(ceil_div, config.widths, config.columns))),
+        launch_grid(ceil_div(num_rows, config.rows), config.column_blocks),
         y=tuple([triton.reinterpret(y, dtype) for (y, _), dtype in zip(copies, integers, strict=True)]),
         x=tuple([triton.reinterpret(x, dtype) for (_, x), dtype in zip(copies, integers, strict=True)]),
         stride_row=config.strides,

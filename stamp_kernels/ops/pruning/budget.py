@@ -57,7 +57,7 @@ class ResolvedBudget(NamedTuple):
 
 def sizes_are_on_host(cu_seqlens: Tensor) -> bool:
     """Whether the op itself sizes its result by the lengths; torch.compile cannot turn contents into sizes."""
-    return cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    return cu_seqlens.device == _CPU and not torch.compiler.is_compiling()
 
 
 def resolve_budget(
@@ -149,11 +149,10 @@ def _lengths_decide(options: KeepOptions) -> bool:
 def _resolved_by_lengths(arguments: BudgetArguments, max_seqlen: int, options: KeepOptions) -> ResolvedBudget:
     lengths, num_protected = options.lengths_cpu, options.num_protected
     assert lengths is not None
-    kept = arguments.codes_per_item * kept_items(
-        arguments,
-        lengths.to(torch.int64) // arguments.codes_per_item,
-        num_protected.to(torch.int64) if isinstance(num_protected, Tensor) else 0,
-    )
+    codes_per_item, lengths = arguments.codes_per_item, lengths.to(torch.int64)
+    num_items = lengths if codes_per_item == 1 else lengths // codes_per_item
+    kept = kept_items(arguments, num_items, num_protected.to(torch.int64) if isinstance(num_protected, Tensor) else 0)
+    kept = kept if codes_per_item == 1 else codes_per_item * kept
     longest, total_kept = (int(lengths.max()), int(kept.sum())) if lengths.numel() > 0 else (0, 0)
     # These checks read only CPU memory. Without them a wrong length would leave rows on the device unwritten.
     if longest > max_seqlen:
