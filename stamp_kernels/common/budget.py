@@ -18,7 +18,7 @@ Count = TypeVar("Count", int, Tensor)
 
 def ceil_of_ratio(ratio_q32: int, n: Count) -> Count:
     """ceil(keep_ratio * n) in int64; n is a Python int or an int64 tensor."""
-    return (ratio_q32 * n - n + (2**32 - 1)) >> 32
+    return ((ratio_q32 - 1) * n + (2**32 - 1)) >> 32
 
 
 def kept_items(budget: BudgetArguments, num_items: Tensor, num_protected: Tensor | int) -> Tensor:

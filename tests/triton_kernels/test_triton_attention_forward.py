@@ -6,6 +6,8 @@ import itertools
 import pytest
 import torch
 from attention_cases import (
+    BAD_CONTENTS,
+    BAD_INPUT_CASE,
     CASES,
     DROPOUT_SEED,
     FEW_QUERIES,
@@ -16,6 +18,7 @@ from attention_cases import (
     dense_attention,
     detached,
     in_float64,
+    refusals,
     shared_op_arguments,
 )
 from op_kernels import launcher
@@ -337,6 +340,33 @@ def test_same_bits_alone_and_in_a_batch(max_seqlen):
         assert torch.equal(alone["out"], batch["out"][rows])
         assert torch.equal(alone["lse"], batch["lse"][:, rows])
         assert torch.equal(alone["centrality"], batch["centrality"][rows])
+
+
+# Bad contents
+
+
+@pytest.mark.parametrize("op", ["packed_attention_forward", "packed_attention_backward", "attention_centrality"])
+@refusals(
+    [
+        *BAD_CONTENTS,
+        (dict(tiles_q=torch.zeros(6, 2, dtype=torch.int32)), r"tiles_q must be tile_list\(cu_seqlens_q, 31\)"),
+        (dict(tiles_k=torch.zeros(6, 2, dtype=torch.int32)), r"tiles_k must be tile_list\(cu_seqlens_k, 31\)"),
+    ]
+)
+def test_bad_contents(monkeypatch, op, changed, message):
+    """On a GPU the check is asked for, and costs a sync."""
+    monkeypatch.setenv("STAMP_KERNELS_CHECK", "1")
+    inputs = detached(BAD_INPUT_CASE.inputs(torch.float32) | changed)
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    lse = torch.zeros(q.shape[1], q.shape[0])
+    shared = shared_op_arguments(inputs)
+    arguments = {
+        "packed_attention_forward": (q, k, v, *shared, None, 0.0, None, False),
+        "packed_attention_backward": (q, q, k, v, q, lse, *shared, 0.0, None, True, True, True, False),
+        "attention_centrality": (q, k, lse, *shared, None),
+    }[op]
+    with pytest.raises(RuntimeError, match=message):
+        launcher(op)(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in arguments))
 
 
 # Parts of the kernels
