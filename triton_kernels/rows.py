@@ -7,6 +7,9 @@ from torch import Tensor
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+# Triton's interpreter has no PTX.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     """Offsets, positions and masks as kernels read them, None where None."""

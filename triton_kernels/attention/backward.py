@@ -65,14 +65,60 @@ from stamp_kernels.triton_kernels.attention.tiles import (
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
 from stamp_kernels.triton_kernels.launching import launch
-from stamp_kernels.triton_kernels.rows import LOG2_E, contiguous
+from stamp_kernels.triton_kernels.rows import INTERPRETED, LOG2_E, contiguous
 
 
-class PerQuery(NamedTuple):
-    """fp32 `[Hq, Tq]` each: lse from the forward, and delta, None if nobody needs dK."""
+class QueryTerms(NamedTuple):
+    """What the key kernel needs of each query, from the query kernel: lse in units of log 2, and delta.
 
-    lse: Tensor
-    delta: Tensor | None
+    The queries of a sequence take whole blocks, so that the key kernel masks nothing. Past the end, and where a query
+    sees no key, lse is +inf: exp2(score - lse) is 0.
+
+    Attributes:
+        ptr: fp32 `[Hq, num_rows, 2]`; None if nobody needs dK or dV.
+        num_rows: of all blocks.
+    """
+
+    ptr: Tensor | None
+    num_rows: int
+
+    @classmethod
+    def empty(cls, lse: Tensor, num_sequences: int, block: int) -> "QueryTerms":
+        num_heads, total_q = lse.shape
+        num_rows = (total_q // block + num_sequences) * block
+        return cls(lse.new_empty(num_heads, num_rows, 2), num_rows)
+
+
+@triton.jit
+def _terms_of(terms, head, index, first_q, tile: tl.constexpr):
+    """Pointer to the terms of the first query of a head and sequence, or `[BLOCK]` of them where `head` is.
+
+    The blocks of sequence i begin with block `cu_seqlens[i] // block + i`.
+    """
+    row = (first_q // tile.block_of_terms + index) * tile.block_of_terms
+    return terms.ptr + (head * terms.num_rows + row) * 2
+
+
+@triton.jit
+def _store_terms(terms_ptr, query, lse, delta):
+    tl.store(terms_ptr + query * 2, lse)
+    tl.store(terms_ptr + query * 2 + 1, delta)
+
+
+@triton.jit
+def _load_terms(terms_ptr, query):
+    """(lse, delta) fp32 [BLOCK], each loaded by the threads that use it.
+
+    An ordinary load would be made ahead of the loop's round through shared memory, one copy of 4 bytes at a time.
+    """
+    pointers = terms_ptr + query * 2
+    if INTERPRETED:
+        return tl.load(pointers), tl.load(pointers + 1)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=f,=f,l", [pointers.to(tl.int64)],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
 
 
 # By queries
@@ -85,7 +131,8 @@ def stamp_attention_bwd_query_kernel(
     k_rows: Rows,  # [Tk, Hkv, D]
     v_rows: Rows,  # [Tk, Hkv, D]
     out_rows: Rows,  # [Tq, Hq, D]
-    per_query: PerQuery,  # reads lse, writes delta
+    lse_ptr,  # fp32 [Hq, Tq]
+    terms: QueryTerms,  # written
     dq_rows: Rows,  # [Tq, Hq, D] or None
     bucket_sums: BucketSums,
     cu_seqlens: Offsets,  # int32 [B + 1]
@@ -101,7 +148,7 @@ def stamp_attention_bwd_query_kernel(
     scale,
     tile: tl.constexpr,  # Tile
 ):
-    """A tile of queries of one sequence: delta, dQ, and the tile's part of the bias gradient.
+    """A tile of queries of one sequence: their terms, dQ, and the tile's part of the bias gradient.
 
         bucket_sums[b] = sum of dS_ij over i of this program, j with bucket(i, j) = b
 
@@ -141,20 +188,25 @@ def stamp_attention_bwd_query_kernel(
     if tile.causal:  # the last queries see the most keys: they start first
         block = num_blocks - 1 - block
     start_q = block * QUERIES
-    query, head = rows_of_tile(start_q, first_head, num_queries, tile)
+    query, head = rows_of_tile(start_q, first_head, tile)
 
     # delta = rowsum(dO * O)
     grad_out = load_rows(rows_of_head(grad_out_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
     out = load_rows(rows_of_head(out_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)  # [BLOCK_M]
-    row = head * total_q + first_q + query  # of lse and delta
-    if per_query.delta is not None:
-        tl.store(per_query.delta + row, delta, mask=query < num_queries)
+    lse = load_lse(lse_ptr + head * total_q, first_q + query, query < num_queries)  # [BLOCK_M]
+    if terms.ptr is not None:
+        terms_ptr = _terms_of(terms, head, index, first_q, tile)
+        _store_terms(terms_ptr, query, lse, delta)
+        if tile.block_of_terms > QUERIES:  # noqa: SIM102  (a constant, and a condition of the program)
+            if block == num_blocks - 1:  # the rest of the block
+                end = tl.cdiv(num_queries, tile.block_of_terms) * tile.block_of_terms
+                for start in range(start_q + QUERIES, end, QUERIES):
+                    _store_terms(terms_ptr, start - start_q + query, float("inf"), 0.0)
 
     if dq_rows.ptr is not None or bucket_sums.ptr is not None:
         first_k, num_keys = sequence_rows(index, cu_seqlens.k)
         q = load_rows(rows_of_head(q_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
-        lse = load_lse(per_query.lse, row, query < num_queries)  # [BLOCK_M]
         if bias.weights is not None:
             queries = tile_positions(bias.positions_q, first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
         if bucket_sums.ptr is not None:
@@ -206,7 +258,7 @@ def stamp_attention_bwd_key_kernel(
     q_rows: Rows,  # [Tq, Hq, D]
     k_rows: Rows,  # [Tk, Hkv, D]
     v_rows: Rows,  # [Tk, Hkv, D]
-    per_query: PerQuery,
+    terms: QueryTerms,
     dk_rows: Rows,  # [Tk, Hkv, D] or None
     dv_rows: Rows,  # [Tk, Hkv, D] or None
     cu_seqlens: Offsets,  # int32 [B + 1]
@@ -217,7 +269,6 @@ def stamp_attention_bwd_key_kernel(
     keep_scale,
     num_tiles,
     num_sequences,
-    total_q,
     total_k,
     num_heads_kv,
     scale,
@@ -268,12 +319,11 @@ def stamp_attention_bwd_key_kernel(
         for head_in_group in range(0, tile.gqa_group_size, tile.heads):
             first_head = head_kv * tile.gqa_group_size + head_in_group
             for start_q in range(first_query, num_queries, QUERIES):
-                query, head = rows_of_tile(start_q, first_head, num_queries, tile)
+                query, head = rows_of_tile(start_q, first_head, tile)
                 q = load_rows(rows_of_head(q_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
                 # [BLOCK_M, BLOCK_D]
                 grad_out = load_rows(rows_of_head(grad_out_rows, head), first_q, query, num_queries, tile)
-                row = head * total_q + first_q + query  # of lse and delta
-                lse = load_lse(per_query.lse, row, query < num_queries)  # [BLOCK_M]
+                lse, delta = _load_terms(_terms_of(terms, head, index, first_q, tile), query)  # [BLOCK_M]
                 # S^T = scale K Q^T + bias^T
                 scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [BLOCK_N, BLOCK_M]
                 if bias.weights is not None:
@@ -281,6 +331,9 @@ def stamp_attention_bwd_key_kernel(
                     scores += bias_tile(bias, head, queries, keys, BY_KEYS=True)
                 # P^T = exp(S^T - lse)
                 weights = tl.exp2(scores - lse[None, :])
+                if tile.queries * tile.heads < BLOCK_M:  # rows that repeat others
+                    is_repeated = tl.arange(0, BLOCK_M) >= tile.queries * tile.heads
+                    weights = tl.where(is_repeated[None, :], 0.0, weights)
                 if tile.causal:
                     is_hidden = key[:, None] > query[None, :] + (num_keys - num_queries)
                     weights = tl.where(is_hidden, 0.0, weights)
@@ -295,8 +348,6 @@ def stamp_attention_bwd_key_kernel(
                     # dV += (P D)^T dO
                     dv = tl.dot(dropped.to(grad_out.dtype), grad_out, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
                 if dk_rows.ptr is not None:
-                    # [BLOCK_M]; loaded before the product: after it, sm_100 spills 8 bytes at head_dim 128
-                    delta = tl.load(per_query.delta + row, mask=query < num_queries, other=0.0)
                     # dP^T = D^T * (V dO^T)
                     d_weights = tl.dot(v, tl.trans(grad_out), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                     if dropout.seed is not None:
@@ -348,7 +399,6 @@ def packed_attention_backward(
     dk = k.new_empty(k.shape if needs.need_dk else 0)
     dv = v.new_empty(v.shape if needs.need_dv else 0)
     dbias_table = bias_table.new_empty(bias_table.shape) if needs.need_dbias else q.new_empty(0)
-    delta = lse.new_empty(lse.shape) if needs.need_dk else None  # from the query kernel to the key kernel
 
     has_bias, has_dropout = bias_table is not None, dropout_p > 0
     max_seqlen_q, max_seqlen_k = sequences.max_seqlen_q, sequences.max_seqlen_k
@@ -365,27 +415,35 @@ def packed_attention_backward(
         has_dropout=has_dropout,
         has_positions=bias.positions_q is not None or bias.positions_k is not None,
     )
+    tile_of_queries = Tile.of(q, k, causal, for_queries.block_m, for_queries.block_n, heads=heads)
+    tile_of_keys = Tile.of(q, k, causal, for_keys.block_m, for_keys.block_n, heads=heads)
+    terms = QueryTerms(None, 0)
+    if needs.need_dk or needs.need_dv:
+        block_of_terms = max(tile_of_queries.queries, tile_of_keys.queries)
+        terms = QueryTerms.empty(lse, num_sequences, block_of_terms)
+        tile_of_queries, tile_of_keys = (
+            tile._replace(block_of_terms=block_of_terms) for tile in (tile_of_queries, tile_of_keys)
+        )
     shared = dict(
         grad_out_rows=Rows.of(grad_out),
         q_rows=Rows.of(q),
         k_rows=Rows.of(k),
         v_rows=Rows.of(v),
-        per_query=PerQuery(lse, delta),
+        terms=terms,
         cu_seqlens=Offsets(cu_seqlens_q, cu_seqlens_k),
         bias=Bias.of(bias, q.device),
         dropout_seed=dropout_seed if dropout_p > 0 else None,
         dropout_threshold=dropout_threshold(dropout_p),
         keep_scale=1 / (1 - dropout_p),
         num_sequences=num_sequences,
-        total_q=total_q,
         scale=scale,
     )
 
-    if needs.need_dq or needs.need_dk or needs.need_dbias:
+    if any(needs):
         num_buckets, bucket_sums, ranges = 0, None, None
         if needs.need_dbias:
             num_buckets = bias_table.shape[0]
-        tile = Tile.of(q, k, causal, for_queries.block_m, for_queries.block_n, heads=heads, num_buckets=num_buckets)
+        tile = tile_of_queries._replace(num_buckets=num_buckets)
         grid = Grid.of(total_q, num_sequences, max_seqlen_q, tile.queries, tiles_q)
         if needs.need_dbias:
             bucket_sums = lse.new_empty(grid.num_tiles, num_heads, num_buckets)
@@ -397,6 +455,8 @@ def packed_attention_backward(
             order=grid.order,
             num_tiles=grid.num_tiles,
             out_rows=Rows.of(out),
+            lse_ptr=lse,
+            total_q=total_q,
             dq_rows=Rows.of(dq if needs.need_dq else None),
             bucket_sums=BucketSums(bucket_sums, ranges),
             num_heads=num_heads,
@@ -417,7 +477,7 @@ def packed_attention_backward(
             dv_rows=Rows.of(dv if needs.need_dv else None),
             total_k=total_k,
             num_heads_kv=num_heads_kv,
-            tile=Tile.of(q, k, causal, for_keys.block_m, for_keys.block_n, heads=heads),
+            tile=tile_of_keys,
             **launch_options(for_keys),
         )
     return dq, dk, dv, dbias_table

@@ -177,7 +177,7 @@ def stamp_attention_fwd_general_kernel(
     first_k, num_keys = sequence_rows(index, cu_seqlens.k)
     sequence = Sequence(index=index, first_q=first_q, num_queries=num_queries, first_k=first_k, num_keys=num_keys)
     dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
-    query, head = rows_of_tile(start_q, first_head, num_queries, tile)
+    query, head = rows_of_tile(start_q, first_head, tile)
     # A limit of its own: with that of the stores, their mask would stay in registers through the loops.
     limit = tl.minimum(num_queries, total_q - first_q)
     q = load_rows(rows_of_head(q_rows, head), first_q, query, limit, tile)  # [BLOCK_M, BLOCK_D]

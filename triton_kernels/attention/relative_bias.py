@@ -22,7 +22,7 @@ from stamp_kernels.relative_position import relative_position_bucket
 from stamp_kernels.triton_kernels.constants import device_constant
 from stamp_kernels.triton_kernels.device import launch_grid
 from stamp_kernels.triton_kernels.launching import launch
-from stamp_kernels.triton_kernels.rows import LOG2_E, ceil_div, contiguous
+from stamp_kernels.triton_kernels.rows import INTERPRETED, LOG2_E, ceil_div, contiguous
 
 # The largest max_distance with a row by distance, which then takes 512 KB for each head.
 MAX_TABLE_DISTANCE = 2**16
@@ -36,8 +36,6 @@ MARGIN = tl.constexpr(_MARGIN)
 FAR = 2**30
 
 _WEIGHTS_BLOCK = 1024
-
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Bias(NamedTuple):
@@ -260,7 +258,7 @@ def _load_each(pointers):
     tile of scores would have to follow, through shared memory, and the softmax would be computed in both layouts.
     Nothing writes to the tensor while the kernel runs.
     """
-    if _INTERPRETED:
+    if INTERPRETED:
         return tl.load(pointers)
     else:
         return tl.inline_asm_elementwise(

@@ -89,6 +89,7 @@ class Tile(NamedTuple):
             k and v. See `queries`.
         slot: rows of a sequence where a tile has several (the slots kernel), otherwise 0.
         num_buckets: of the bias gradient (the query kernel of the backward), 0 without one.
+        block_of_terms: queries of a block of `backward.QueryTerms`.
     """
 
     head_dim: int
@@ -100,6 +101,7 @@ class Tile(NamedTuple):
     heads: int = 1
     slot: int = 0
     num_buckets: int = 0
+    block_of_terms: int = 0
 
     @property
     def queries(self) -> int:
@@ -269,10 +271,10 @@ def zero_tail_values(values_ptr, cu_seqlens_ptr, num_sequences, total_rows, shar
 
 
 @triton.jit
-def rows_of_tile(start_q, first_head, num_queries, tile: tl.constexpr):
+def rows_of_tile(start_q, first_head, tile: tl.constexpr):
     """(query, head) of each row of a tile: the index in the sequence, [BLOCK_M], and the head.
 
-    The head is a scalar, or [BLOCK_M] where the tile has several. A row without a head has a query past the end.
+    The head is a scalar, or [BLOCK_M] where the tile has several. Rows for which there is no head repeat the last one.
     """
     BLOCK_M: tl.constexpr = tile.block_m
     row = tl.arange(0, BLOCK_M)
@@ -281,8 +283,7 @@ def rows_of_tile(start_q, first_head, num_queries, tile: tl.constexpr):
     else:
         QUERIES: tl.constexpr = tile.queries
         place = row // QUERIES
-        query = tl.where(place < tile.heads, start_q + row % QUERIES, num_queries)
-        return query, first_head + tl.minimum(place, tile.heads - 1)
+        return start_q + row % QUERIES, first_head + tl.minimum(place, tile.heads - 1)
 
 
 @triton.jit
