@@ -246,7 +246,7 @@ def stamp_attention_bwd_query_kernel(
             dq *= scale
             store_rows(rows_of_head(dq_rows, head), dq, first_q, query, num_queries, tile)
         if bucket_sums.ptr is not None:
-            tl.store(bucket_sums_ptrs, total_by_bucket(sums, ranges), mask=bucket < tile.num_buckets)
+            tl.store(bucket_sums_ptrs, total_by_bucket(sums, ranges, bias), mask=bucket < tile.num_buckets)
 
 
 # By keys

@@ -77,12 +77,13 @@ class PartialSums(NamedTuple):
 
     Attributes:
         buckets: fp32 [STRIPS, BLOCK_BUCKETS], by bucket.
-        distances: fp32 [STRIPS, BLOCK_N], by distance: those that the next block may add to. They are not in `buckets`.
-        lowest: int32 [STRIPS], the distance of the first column of `distances`.
+        rotated: fp32 [BLOCK_M, BLOCK_N], the last block, see `_rotated`. The distances that it does not share with the
+            block before are not in `buckets`, because the next block may have more of them.
+        lowest: int32 [STRIPS], the distance of the first column of `rotated`.
     """
 
     buckets: Tensor
-    distances: Tensor
+    rotated: Tensor
     lowest: Tensor
 
 
@@ -123,7 +124,7 @@ def no_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_BUCKETS: tl.cons
     STRIPS: tl.constexpr = BLOCK_M // STRIP
     return PartialSums(
         buckets=tl.zeros([STRIPS, BLOCK_BUCKETS], tl.float32),
-        distances=tl.zeros([STRIPS, BLOCK_N], tl.float32),
+        rotated=tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
         lowest=tl.zeros([STRIPS], tl.int32),
     )
 
@@ -139,9 +140,10 @@ def add_to_bucket_sums(sums, d_scores, queries, keys, num_queries, num_keys, ran
         queries, keys: TilePositions. Blocks of keys must come in rising order.
         ranges: BucketRanges.
     """
+    BLOCK_M: tl.constexpr = d_scores.shape[0]
     BLOCK_N: tl.constexpr = d_scores.shape[1]
     STRIPS: tl.constexpr = sums.buckets.shape[0]
-    buckets, distances, lowest = sums.buckets, sums.distances, sums.lowest
+    buckets, rotated, lowest = sums.buckets, sums.rotated, sums.lowest
     of_pair = bucket_tile(bias, queries, keys)
     extent_q = _extent(bias.positions_q, queries, num_queries)
     extent_k = _extent(bias.positions_k, keys, num_keys)
@@ -150,24 +152,30 @@ def add_to_bucket_sums(sums, d_scores, queries, keys, num_queries, num_keys, ran
         bucket = tl.load(bias.buckets + entry_of(bias, least))
         buckets = _add_to_bucket(buckets, bucket, d_scores)
     elif bias.positions_q is None and bias.positions_k is None:
-        by_distance, wrapped = _sums_by_distance(d_scores)
-        # No later block reaches the distances that the previous block and this one share.
+        before = rotated
+        rotated = _rotated(d_scores)
+        # No later block reaches the distances that the block before and this one share.
+        shared = tl.where(_is_inside(BLOCK_M, BLOCK_N), before, rotated)
         lowest = keys.start - queries.start - tl.arange(0, STRIPS) * STRIP
-        buckets += _sums_over_ranges(distances + wrapped, lowest - BLOCK_N, ranges)
-        distances = by_distance
+        buckets += _sums_over_ranges(_sums_of_strips(shared), lowest - BLOCK_N, ranges)
     else:
         previous = tl.gather(extent_k.position, tl.maximum(tl.arange(0, BLOCK_N) - 1, 0), axis=0)
         if tl.max((previous > extent_k.position).to(tl.int32), axis=0) == 0:
             buckets += _sums_of_rising(d_scores, extent_q, extent_k, ranges)
         else:
             buckets = _add_by_bucket(buckets, d_scores, of_pair, least, greatest, ranges)
-    return PartialSums(buckets=buckets, distances=distances, lowest=lowest)
+    return PartialSums(buckets=buckets, rotated=rotated, lowest=lowest)
 
 
 @triton.jit
-def total_by_bucket(sums, ranges):
+def total_by_bucket(sums, ranges, bias):
     """fp32 [BLOCK_BUCKETS]: the PartialSums after the last block of keys."""
-    return tl.sum(sums.buckets + _sums_over_ranges(sums.distances, sums.lowest, ranges), axis=0)
+    if bias.positions_q is not None or bias.positions_k is not None:
+        return tl.sum(sums.buckets, axis=0)
+    BLOCK_M: tl.constexpr = sums.rotated.shape[0]
+    BLOCK_N: tl.constexpr = sums.rotated.shape[1]
+    last = _sums_of_strips(tl.where(_is_inside(BLOCK_M, BLOCK_N), sums.rotated, 0.0))
+    return tl.sum(sums.buckets + _sums_over_ranges(last, sums.lowest, ranges), axis=0)
 
 
 @triton.jit
@@ -244,24 +252,28 @@ def _add_to_bucket(sums, bucket, x):
 
 
 @triton.jit
-def _sums_by_distance(x):
-    """Sums of x `[BLOCK_M, BLOCK_N]` over the diagonals of each strip s of 16 rows, two times fp32 [STRIPS, BLOCK_N]:
+def _rotated(x):
+    """x `[BLOCK_M, BLOCK_N]` with row r of each strip of 16 rows rotated left by r columns: its diagonals are columns.
 
-        sums[s, c] = sum over r, j with j - r = c of x[16 s + r, j]
-        wrapped[s, c] = sum over r, j with j - r = c - BLOCK_N of x[16 s + r, j]
-
-    Row r is rotated left by r columns: column c then has what was in column (c + r) mod BLOCK_N, so each diagonal is a
-    column. `wrapped` has the elements that the rotation carried around the edge.
+    Column c of row r has what was in column (c + r) mod BLOCK_N. Where the rotation has carried it around the edge, it
+    belongs to the distance of column c - BLOCK_N, which the block before has, too.
     """
     BLOCK_M: tl.constexpr = x.shape[0]
     BLOCK_N: tl.constexpr = x.shape[1]
-    column = tl.arange(0, BLOCK_N)
-    source = tl.arange(0, BLOCK_M)[:, None] % STRIP + column[None, :]  # [BLOCK_M, BLOCK_N]
-    rotated = tl.reshape(tl.gather(x, source % BLOCK_N, axis=1), (BLOCK_M // STRIP, STRIP, BLOCK_N))
-    is_inside = (tl.arange(0, STRIP)[:, None] + column[None, :] < BLOCK_N)[None, :, :]
-    sums = tl.sum(tl.where(is_inside, rotated, 0.0), axis=1)
-    wrapped = tl.sum(tl.where(is_inside, 0.0, rotated), axis=1)
-    return sums, wrapped
+    source = tl.arange(0, BLOCK_M)[:, None] % STRIP + tl.arange(0, BLOCK_N)[None, :]
+    return tl.gather(x, source % BLOCK_N, axis=1)
+
+
+@triton.jit
+def _is_inside(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """bool `[BLOCK_M, BLOCK_N]`: what `_rotated` has not carried around the edge."""
+    return tl.arange(0, BLOCK_M)[:, None] % STRIP + tl.arange(0, BLOCK_N)[None, :] < BLOCK_N
+
+
+@triton.jit
+def _sums_of_strips(x):
+    """fp32 `[STRIPS, BLOCK_N]`: the sums of x `[BLOCK_M, BLOCK_N]` over the 16 rows of each strip."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // STRIP, STRIP, x.shape[1])), axis=1)
 
 
 @triton.jit
