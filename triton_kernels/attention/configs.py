@@ -233,12 +233,12 @@ def backward_config(
             block_n = max(block_n, min_block_n)
         shrinkage = config.block_m * config.block_n // (block_m * block_n)
         # A warp has at most 64 columns of an accumulator, and at most 4,096 elements of all of them. In a shrunk tile
-        # it has at most 16 x 32 pairs; half of them where a search for buckets, or factors, take registers too.
+        # it has at most 16 x 32 pairs; half of them where a search for buckets, dropout or factors take registers too.
         block_d = padded_head_dim(head_dim)
         accumulated = 2 * block_n * block_d if loops_over_queries else block_m * block_d
         num_warps = max(config.num_warps // shrinkage, block_d // 64, min(accumulated // 4096, config.num_warps), 1)
         if shrinkage > 1:
-            has_half = has_search or has_dropout or (from_registers and has_bias)
+            has_half = has_search or has_dropout or from_registers
             num_warps = max(num_warps, block_m * block_n // (256 if has_half else 512))
         is_one_round = max_rows_q <= block_m if loops_over_queries else max_seqlen_k <= block_n
         max_registers = config.max_registers if shrinkage == 1 else None
