@@ -183,6 +183,14 @@ def _unrolled(rounds: int) -> tuple[float, float]:
     return rounds // 4, rounds % 4
 
 
+def _sum_over_tiles(launch: Launch, workload: Attention) -> Execution:
+    """Some tiles a round."""
+    arguments = launch.arguments
+    tiles = min(arguments["num_tiles"], arguments["MOST_TILES"])
+    rounds = _tiles(tiles, arguments["BLOCK_TILES"])
+    return Execution(prod(launch.grid), {"stamp_attention_bwd_bias_kernel.start": rounds}, dependent_rounds=rounds)
+
+
 def _sum_over_heads(launch: Launch, workload: Attention) -> Execution:
     rounds = _unrolled(launch.arguments["num_heads"])
     return Execution(launch.grid[0], {"stamp_attention_fwd_centrality_kernel.head": rounds})
@@ -358,7 +366,7 @@ _EXECUTIONS: dict[str, Callable[[Launch, Any], Execution]] = {
     "stamp_attention_bwd_query_kernel": _backward_query,
     "stamp_attention_bwd_key_kernel": _backward_key,
     "stamp_attention_bias_kernel": _without_loops,
-    "stamp_attention_bwd_bias_kernel": _without_loops,
+    "stamp_attention_bwd_bias_kernel": _sum_over_tiles,
     "stamp_cross_entropy_count_rows_kernel": _without_loops,
     "stamp_cross_entropy_list_rows_kernel": _list_rows,
     "stamp_cross_entropy_fwd_kernel": _cross_entropy_forward,

@@ -25,6 +25,7 @@ from row_layouts import mixed_layouts
 from torch import Tensor
 
 from stamp_kernels.triton_kernels.aot import TARGETS
+from stamp_kernels.triton_kernels.attention.bias_gradient import sum_over_tiles
 from stamp_kernels.triton_kernels.attention.configs import backward_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,3 +247,11 @@ def test_max_seqlen_may_be_an_upper_bound(max_seqlen):
     want = forward_and_backward(dense_attention, in_float64(inputs))
     got = backward(inputs, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
     assert_results_close(got, {name: want[name] for name in got}, torch.float32)
+
+
+@pytest.mark.parametrize("num_tiles", [0, 1, 512, 513, 2048, 2049, 5000])
+def test_sums_over_tiles(num_tiles):
+    bucket_sums = torch.randint(-8, 9, (num_tiles, 3, 7), device=DEVICE).float()
+    dbias_table = torch.full((7, 3), torch.nan, device=DEVICE)
+    sum_over_tiles(dbias_table, bucket_sums)
+    assert torch.equal(dbias_table, bucket_sums.sum(0).t())
