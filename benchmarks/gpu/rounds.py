@@ -121,22 +121,26 @@ def _forward_slots(launch: Launch, workload: Attention) -> Execution:
 
 
 def _backward_query(launch: Launch, workload: Attention) -> Execution:
-    """Tiles of queries, all keys that their last query sees.
+    """Tiles of queries, all keys that their last query sees, those that all see first if they have their own loop.
 
     The positions of all workloads rise, so no tile takes a pass for each bucket.
     """
     tile, num_heads = launch.arguments["tile"], launch.arguments["num_heads"]
-    tiles = rounds = 0
+    tiles = whole = masked = 0
     for pair in _pairs(workload):
         for start in range(0, pair.num_queries, tile.queries):
             last_query = min(start + tile.queries, pair.num_queries) - 1
+            seen_by_all = _keys_seen(start, pair, tile.causal) // tile.block_n if tile.has_whole_blocks else 0
+            seen_by_any = _tiles(_keys_seen(last_query, pair, tile.causal), tile.block_n)
             tiles += pair.count
-            rounds += pair.count * _tiles(_keys_seen(last_query, pair, tile.causal), tile.block_n)
+            whole += pair.count * seen_by_all
+            masked += pair.count * (seen_by_any - seen_by_all)
     by_name: dict[str, Rounds] = {
-        "stamp_attention_bwd_query_kernel.start_k": rounds / tiles,
+        "_add_keys.start_k": (whole / tiles, masked / tiles) if tile.has_whole_blocks else masked / tiles,
         "_add_by_bucket.bucket": 0,
     }
-    return _attention_execution(launch, workload, tiles * num_heads // tile.heads, 3, by_name, rounds / tiles)
+    programs = tiles * num_heads // tile.heads
+    return _attention_execution(launch, workload, programs, 3, by_name, (whole + masked) / tiles)
 
 
 def _backward_key(launch: Launch, workload: Attention) -> Execution:

@@ -58,7 +58,7 @@ LENGTHS = dict(lengths=(100, 64, 33, 1, 200, 17, 78), lengths_q=(100, 64, 33, 1,
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_tiles_of_scores_are_those_with_a_visible_pair(causal):
-    """Forward and query kernel run a tile if one pair is visible; the forward's first copy if all are."""
+    """Forward and query kernel run a tile if one pair is visible; the first copy of their loop if all are."""
     workload = Attention("made", **LENGTHS, causal=causal)
     tile = Tile(64, 64, 1, causal, block_m=32, block_n=16)
     programs = some = every = 0
@@ -72,9 +72,11 @@ def test_tiles_of_scores_are_those_with_a_visible_pair(causal):
     assert forward.programs == 3 * programs
     assert forward.rounds["_attend_keys.start_k"] == pytest.approx((every / programs, (some - every) / programs))
     assert forward.flops == pytest.approx(3 * some * 2 * 2 * 32 * 16 * 64)
-    query = execution(launch("stamp_attention_bwd_query_kernel", tile=tile, num_heads=3), workload)
-    assert query.programs == 3 * programs
-    assert query.rounds["stamp_attention_bwd_query_kernel.start_k"] == pytest.approx(some / programs)
+    for has_whole_blocks, rounds in ((False, some / programs), (True, (every / programs, (some - every) / programs))):
+        tile = tile._replace(has_whole_blocks=has_whole_blocks)
+        query = execution(launch("stamp_attention_bwd_query_kernel", tile=tile, num_heads=3), workload)
+        assert query.programs == 3 * programs
+        assert query.rounds["_add_keys.start_k"] == pytest.approx(rounds)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -25,8 +25,10 @@ from row_layouts import mixed_layouts
 from torch import Tensor
 
 from stamp_kernels.triton_kernels.aot import TARGETS
+from stamp_kernels.triton_kernels.attention import backward as attention_backward
 from stamp_kernels.triton_kernels.attention.bias_gradient import sum_over_tiles
 from stamp_kernels.triton_kernels.attention.configs import backward_config
+from stamp_kernels.triton_kernels.device import H100
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GRADIENTS = ("dq", "dk", "dv", "dbias_table")
@@ -116,6 +118,7 @@ def test_head_dims(head_dim, dtype):
     assert_right(AttentionCase(heads=(2, 1), head_dim=head_dim, causal=True, bias="unidirectional"), dtype)
 
 
+@pytest.mark.parametrize("has_whole_blocks", [False, True])
 @pytest.mark.parametrize(
     "case",
     [
@@ -130,8 +133,18 @@ def test_head_dims(head_dim, dtype):
     ids=["causal", "bias_positions", "bias", "cross_causal_bias", "cross_bias_positions", "causal_dropout",
          "cross_dropout"],
 )  # fmt: skip
-def test_more_than_one_block(case):
+def test_more_than_one_block(monkeypatch, case, has_whole_blocks):
+    monkeypatch.setattr(attention_backward, "has_whole_blocks", lambda *_: has_whole_blocks)
     assert_right(case, torch.float32)
+
+
+@pytest.mark.parametrize("lengths", [(70, 3), (16, 17, 100), (1, 64)], ids=str)
+def test_key_tiles_of_more_queries_than_query_tiles(lengths):
+    case = AttentionCase(RaggedBatch(lengths, tail=1), heads=(2, 1), head_dim=136, bias="bidirectional")
+    config = dict(has_bias=True, has_dropout=False, has_positions=False)
+    queries, keys = backward_config(H100, 136, torch.float16, max(lengths), max(lengths), **config)
+    assert queries.block_m < keys.block_m
+    assert_right(case, torch.float16)
 
 
 @pytest.mark.parametrize("num_buckets", [4, 6, 20, 32])

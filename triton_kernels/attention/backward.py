@@ -33,6 +33,7 @@ from stamp_kernels.triton_kernels.attention.bias_gradient import (
 )
 from stamp_kernels.triton_kernels.attention.configs import (
     backward_config,
+    has_whole_blocks,
     heads_of_tile,
     launch_options,
     rows_of_queries,
@@ -49,6 +50,7 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     Grid,
     Offsets,
     Rows,
+    Sequence,
     Tile,
     TileOrder,
     load_lse,
@@ -124,6 +126,48 @@ def _load_terms(terms_ptr, query):
 # By queries
 
 
+@triton.jit
+def _add_keys(
+    dq, sums, q, grad_out, lse, delta, query, start_q, begin_k, end_k, k_rows, v_rows, bias, ranges, dropout, sequence,
+    head, scale_log2, tile: tl.constexpr, NEEDS_DQ: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dQ / scale [BLOCK_M, BLOCK_D] and the PartialSums, plus those of the keys `begin_k ... end_k - 1`.
+
+    MASKED False promises that every query sees every key. `ranges` None: nobody needs the sums.
+    """
+    BLOCK_M: tl.constexpr = tile.block_m
+    BLOCK_N: tl.constexpr = tile.block_n
+    num_queries, num_keys = sequence.num_queries, sequence.num_keys
+    if bias.weights is not None:
+        queries = tile_positions(bias.positions_q, sequence.first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
+    for start_k in range(begin_k, end_k, BLOCK_N):
+        key = start_k + tl.arange(0, BLOCK_N)
+        k = load_rows(k_rows, sequence.first_k, key, num_keys, tile, MASKED)  # [BLOCK_N, BLOCK_D]
+        v = load_rows(v_rows, sequence.first_k, key, num_keys, tile, MASKED)  # [BLOCK_N, BLOCK_D]
+        # S = scale Q K^T + bias
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        if bias.weights is not None:
+            keys = tile_positions(bias.positions_k, sequence.first_k, start_k, tl.arange(0, BLOCK_N), num_keys)
+            scores += bias_tile(bias, head, queries, keys)
+        # P = exp(S - lse)
+        weights = tl.exp2(scores - lse[:, None])
+        if MASKED:
+            weights = tl.where(visible_tile(query, key, num_queries, num_keys, tile.causal), weights, 0.0)
+        # dP = D * (dO V^T)
+        d_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if dropout.seed is not None:
+            keep = keep_tile(dropout, sequence.index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N))
+            d_weights = tl.where(keep, d_weights * dropout.keep_scale, 0.0)
+        # dS = P * (dP - delta)
+        d_scores = weights * (d_weights - delta[:, None])
+        if NEEDS_DQ:
+            # dQ += dS K
+            dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+        if ranges is not None:
+            sums = add_to_bucket_sums(sums, d_scores, queries, keys, num_queries, num_keys, ranges, bias)
+    return dq, sums
+
+
 @triton.jit(do_not_specialize=PER_BATCH)
 def stamp_attention_bwd_query_kernel(
     grad_out_rows: Rows,  # [Tq, Hq, D]
@@ -173,8 +217,8 @@ def stamp_attention_bwd_query_kernel(
                 dq_of_head = rows_of_head(dq_rows, first_head + i)
                 zero_tail(dq_of_head, cu_seqlens.q, num_sequences, total_q, share, num_shares, tile)
         return
+    BLOCK_BUCKETS: tl.constexpr = triton.next_power_of_2(max(tile.num_buckets, 1))
     if bucket_sums.ptr is not None:
-        BLOCK_BUCKETS: tl.constexpr = triton.next_power_of_2(tile.num_buckets)
         bucket = tl.arange(0, BLOCK_BUCKETS)
         bucket_sums_ptrs = bucket_sums.ptr + program.to(tl.int64) * tile.num_buckets + bucket
 
@@ -206,41 +250,27 @@ def stamp_attention_bwd_query_kernel(
 
     if dq_rows.ptr is not None or bucket_sums.ptr is not None:
         first_k, num_keys = sequence_rows(index, cu_seqlens.k)
+        sequence = Sequence(index=index, first_q=first_q, num_queries=num_queries, first_k=first_k, num_keys=num_keys)
         q = load_rows(rows_of_head(q_rows, head), first_q, query, num_queries, tile)  # [BLOCK_M, BLOCK_D]
-        if bias.weights is not None:
-            queries = tile_positions(bias.positions_q, first_q, start_q, tl.arange(0, BLOCK_M), num_queries)
+        ranges = None
         if bucket_sums.ptr is not None:
-            sums = no_sums(BLOCK_M, BLOCK_N, BLOCK_BUCKETS)
             ranges = load_bucket_ranges(bucket_sums.ranges, tile.num_buckets, BLOCK_BUCKETS)
+        sums = no_sums(BLOCK_M, BLOCK_N, BLOCK_BUCKETS)
         dropout = Dropout(seed=dropout_seed, threshold=dropout_threshold, keep_scale=keep_scale)
-        k_of_head = rows_of_head(k_rows, first_head // tile.gqa_group_size)
-        v_of_head = rows_of_head(v_rows, first_head // tile.gqa_group_size)
+        head_kv = first_head // tile.gqa_group_size
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         last_query = tl.minimum(start_q + QUERIES, num_queries) - 1
-        for start_k in range(0, num_keys_seen(last_query, num_queries, num_keys, tile.causal), BLOCK_N):
-            key = start_k + tl.arange(0, BLOCK_N)
-            k = load_rows(k_of_head, first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
-            v = load_rows(v_of_head, first_k, key, num_keys, tile)  # [BLOCK_N, BLOCK_D]
-            # S = scale Q K^T + bias
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
-            if bias.weights is not None:
-                keys = tile_positions(bias.positions_k, first_k, start_k, tl.arange(0, BLOCK_N), num_keys)
-                scores += bias_tile(bias, head, queries, keys)
-            # P = exp(S - lse)
-            visible = visible_tile(query, key, num_queries, num_keys, tile.causal)
-            weights = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
-            # dP = D * (dO V^T)
-            d_weights = tl.dot(grad_out, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-            if dropout.seed is not None:
-                keep = keep_tile(dropout, index, head, groups_of(start_q, BLOCK_M), groups_of(start_k, BLOCK_N))
-                d_weights = tl.where(keep, d_weights * dropout.keep_scale, 0.0)
-            # dS = P * (dP - delta)
-            d_scores = weights * (d_weights - delta[:, None])
-            if dq_rows.ptr is not None:
-                # dQ += dS K
-                dq = tl.dot(d_scores.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
-            if bucket_sums.ptr is not None:
-                sums = add_to_bucket_sums(sums, d_scores, queries, keys, num_queries, num_keys, ranges, bias)
+        seen_by_any = num_keys_seen(last_query, num_queries, num_keys, tile.causal)
+        seen_by_all = 0
+        if tile.has_whole_blocks:
+            seen_by_all = tl.maximum(num_keys_seen(start_q, num_queries, num_keys, tile.causal), 0)
+            seen_by_all = seen_by_all // BLOCK_N * BLOCK_N
+        for masked in tl.static_range(0 if tile.has_whole_blocks else 1, 2):
+            dq, sums = _add_keys(
+                dq, sums, q, grad_out, lse, delta, query, start_q, seen_by_all if masked else 0,
+                seen_by_any if masked else seen_by_all, rows_of_head(k_rows, head_kv), rows_of_head(v_rows, head_kv),
+                bias, ranges, dropout, sequence, head, scale_log2, tile, dq_rows.ptr is not None, masked,
+            )  # fmt: skip
 
         if dq_rows.ptr is not None:
             dq *= scale
@@ -405,8 +435,9 @@ def packed_attention_backward(
     heads = heads_of_tile(
         num_heads // num_heads_kv, max_seqlen_q, max_seqlen_k, has_bias=has_bias, has_dropout=has_dropout
     )
+    properties = device_properties(q.device)
     for_queries, for_keys = backward_config(
-        device_properties(q.device),
+        properties,
         head_dim,
         q.dtype,
         rows_of_queries(max_seqlen_q, heads),
@@ -443,7 +474,9 @@ def packed_attention_backward(
         num_buckets, bucket_sums, ranges = 0, None, None
         if needs.need_dbias:
             num_buckets = bias_table.shape[0]
-        tile = tile_of_queries._replace(num_buckets=num_buckets)
+        tile = tile_of_queries._replace(
+            num_buckets=num_buckets, has_whole_blocks=has_whole_blocks(properties, head_dim, total_k, num_sequences)
+        )
         grid = Grid.of(total_q, num_sequences, max_seqlen_q, tile.queries, tiles_q)
         if needs.need_dbias:
             bucket_sums = lse.new_empty(grid.num_tiles, num_heads, num_buckets)

@@ -253,6 +253,15 @@ def backward_config(
     )
 
 
+def has_whole_blocks(device: DeviceProperties, head_dim: int, total_k: int, num_sequences: int) -> bool:
+    """Whether the query kernel has a second loop, without masks, for the blocks of keys that all its queries see.
+
+    A round of it takes 8 to 33 % fewer instructions, and both loops 100 to 140 more around them. So it pays where the
+    mean sequence has many keys. On sm_120, 128 features spill 16 bytes in it.
+    """
+    return total_k > 256 * num_sequences and not (device.capability[0] == 12 and head_dim > 64)
+
+
 # Centrality
 
 

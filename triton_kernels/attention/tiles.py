@@ -89,6 +89,8 @@ class Tile(NamedTuple):
             k and v. See `queries`.
         slot: rows of a sequence where a tile has several (the slots kernel), otherwise 0.
         num_buckets: of the bias gradient (the query kernel of the backward), 0 without one.
+        has_whole_blocks: whether the blocks of keys that all queries see have a loop of their own, without masks (the
+            query kernel of the backward).
         block_of_terms: queries of a block of `backward.QueryTerms`.
     """
 
@@ -101,6 +103,7 @@ class Tile(NamedTuple):
     heads: int = 1
     slot: int = 0
     num_buckets: int = 0
+    has_whole_blocks: bool = False
     block_of_terms: int = 0
 
     @property
