@@ -242,7 +242,7 @@ def backward_config(
             num_warps = max(num_warps, block_m * block_n // (256 if has_half else 512))
         is_one_round = max_rows_q <= block_m if loops_over_queries else max_seqlen_k <= block_n
         max_registers = config.max_registers if shrinkage == 1 else None
-        if num_warps < 4 or head_dim > 128 or (major != 9 and has_either):
+        if num_warps < 4 or head_dim > 128 or (major != 9 and (has_either or head_dim > 64)):
             max_registers = 255
         return TileConfig(block_m, block_n, num_warps, 1 if is_one_round else config.num_stages, max_registers)
 

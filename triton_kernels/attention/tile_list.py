@@ -55,8 +55,9 @@ def stamp_tile_list_kernel(
         tl.store(entry_ptrs, index, mask=tile < num_tiles)
         tl.store(entry_ptrs + 1, tl.zeros_like(index) + tile * ROWS, mask=tile < num_tiles)
     # The entries that are left, shared by the programs
-    for first in range(tl.sum(total, axis=0) + tl.program_id(0) * BLOCK, num_entries, tl.num_programs(0) * BLOCK):
-        entry = first + tl.arange(0, BLOCK)
+    begin = tl.sum(total, axis=0) + tl.program_id(0) * BLOCK_OTHERS
+    for first in range(begin, num_entries, tl.num_programs(0) * BLOCK_OTHERS):
+        entry = first + tl.arange(0, BLOCK_OTHERS)
         tl.store(entries_ptr + entry * 2, -1, mask=entry < num_entries)
         tl.store(entries_ptr + entry * 2 + 1, -1, mask=entry < num_entries)
 
