@@ -301,11 +301,14 @@ class PackedBatch:
     def with_tiles(self) -> "PackedBatch":
         """The same batch with a tile list, for `packed_attention(..., tiles_q=packed.tiles)` in every layer.
 
-        Without one where none would be read: on the CPU, and where the longest sequence is not much longer than the
-        mean. Never syncs. `apply_stamp` calls it for each batch and after each pruning.
+        Without one on the CPU, and where most kernels would not read it because the longest sequence takes about as
+        many tiles as the mean. Never syncs. A stamped model calls it for each batch and after each pruning.
         """
         total, batch = self.values.shape[0], self.cu_seqlens.shape[0] - 1
-        if self.tiles is not None or self.values.is_cpu or lengths_are_alike(total, batch, self.max_seqlen):
+        if self.tiles is not None or self.values.is_cpu:
+            return self
+        # In a graph the question would be a guard on the sizes.
+        if not torch.compiler.is_compiling() and lengths_are_alike(total, batch, self.max_seqlen):
             return self
         return dataclasses.replace(self, tiles=tile_list(self.cu_seqlens, total))
 

@@ -190,7 +190,7 @@ def _unrolled(rounds: int) -> tuple[float, float]:
 def _sum_over_tiles(launch: Launch, workload: Attention) -> Execution:
     """Some tiles a round."""
     arguments = launch.arguments
-    tiles = min(arguments["num_tiles"], arguments["MOST_TILES"])
+    tiles = min(arguments["num_tiles"], arguments["MAX_TILES"])
     rounds = _tiles(tiles, arguments["BLOCK_TILES"])
     return Execution(prod(launch.grid), {"stamp_attention_bwd_bias_kernel.start": rounds}, dependent_rounds=rounds)
 

@@ -38,7 +38,7 @@ def check_cu_seqlens_contents(name: str, cu_seqlens: Tensor, total: int, max_seq
 
 
 def check_sequences_contents(sequences: Sequences, total_q: int, total_k: int) -> None:
-    """The offsets, as `check_cu_seqlens_contents` wants them, and the tile lists made from them."""
+    """The offsets, as `check_cu_seqlens_contents` checks them, and the tile lists made from them."""
     if not contents_are_checked(sequences.cu_seqlens_q.device):
         return
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, tiles_q, tiles_k = sequences

@@ -79,6 +79,19 @@ def test_batches_get_tiles_where_kernels_read_them():
         assert alike.with_tiles() is alike
 
 
+class WithTiles(torch.nn.Module):
+    def forward(self, packed: PackedBatch) -> PackedBatch:
+        return packed.with_tiles()
+
+
+def test_tiles_in_a_program_guard_no_size():
+    packed = packed_of(RaggedBatch((100, *[90] * 19), tail=5), 2, known=False).to("meta")
+    assert packed.with_tiles() is packed
+    shapes = [{0: torch.export.Dim("T", max=10**6)}, None, None]
+    program = torch.export.export(WithTiles(), (packed,), dynamic_shapes=(shapes,))
+    assert program.module()(packed).tiles.shape == (packed.values.shape[0] // 64 + 20, 2)
+
+
 @pytest.mark.gpu
 def test_pinned_batches_move_without_a_sync():
     batch = BATCHES["ragged"]

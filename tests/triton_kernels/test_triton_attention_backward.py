@@ -7,6 +7,8 @@ import pytest
 import torch
 from attention_cases import (
     CASES,
+    FEW_QUERIES,
+    KEYS_OF_FEW_QUERIES,
     KEYS_OF_RAGGED,
     AttentionCase,
     all_cases,
@@ -268,3 +270,12 @@ def test_sums_over_tiles(num_tiles):
     dbias_table = torch.full((7, 3), torch.nan, device=DEVICE)
     sum_over_tiles(dbias_table, bucket_sums)
     assert torch.equal(dbias_table, bucket_sums.sum(0).t())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_no_heads(dropout_p):
+    """Keys that no head reads have gradients of 0."""
+    case = AttentionCase(FEW_QUERIES, KEYS_OF_FEW_QUERIES, heads=(0, 1), dropout_p=dropout_p)
+    gradients = backward(case.inputs(torch.float32))
+    assert gradients["dq"].shape == (FEW_QUERIES.total, 0, 16)
+    assert not gradients["dk"].any() and not gradients["dv"].any()

@@ -67,14 +67,14 @@ from stamp_kernels.triton_kernels.attention.tiles import (
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
 from stamp_kernels.triton_kernels.launching import launch
-from stamp_kernels.triton_kernels.rows import INTERPRETED, LOG2_E, contiguous
+from stamp_kernels.triton_kernels.rows import INTERPRETED, LOG2_E, ceil_div, contiguous
 
 
 class QueryTerms(NamedTuple):
     """What the key kernel needs of each query, from the query kernel: lse in units of log 2, and delta.
 
-    The queries of a sequence take whole blocks, so that the key kernel masks nothing. Past the end, and where a query
-    sees no key, lse is +inf: exp2(score - lse) is 0.
+    The queries of a sequence take whole blocks, so that the key kernel loads them without a mask. Past the end, and
+    where a query sees no key, lse is +inf: exp2(score - lse) is 0.
 
     Attributes:
         ptr: fp32 `[Hq, num_rows, 2]`; None if nobody needs dK or dV.
@@ -87,7 +87,7 @@ class QueryTerms(NamedTuple):
     @classmethod
     def empty(cls, lse: Tensor, num_sequences: int, block: int) -> "QueryTerms":
         num_heads, total_q = lse.shape
-        num_rows = (total_q // block + num_sequences) * block
+        num_rows = ceil_div((total_q // block + num_sequences) * block, 16) * 16  # 16: one specialisation
         return cls(lse.new_empty(num_heads, num_rows, 2), num_rows)
 
 

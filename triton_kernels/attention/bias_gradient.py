@@ -30,7 +30,7 @@ from stamp_kernels.triton_kernels.rows import ceil_div
 # Most batches then take one launch.
 _SUM_TILES = 512
 _SUM_COLUMNS = 16
-_MOST_TILES = 2048
+_MAX_TILES = 2048
 
 # A tile is added up in strips of 16 rows: after a product, a warp has those in its registers.
 STRIP = tl.constexpr(16)
@@ -43,7 +43,7 @@ class BucketSums(NamedTuple):
     """What the query kernel adds up; both None where nobody needs the bias gradient.
 
     Attributes:
-        ptr: fp32 `[num_tiles, Hq, num_buckets]`, a row for each program.
+        ptr: fp32 `[num_tiles, Hq, num_buckets]`, a row for each program that has a tile.
         ranges: int32 `[3, num_buckets]`, from `distance_ranges`.
     """
 
@@ -304,24 +304,24 @@ def _prefix_at(prefix, c):
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def stamp_attention_bwd_bias_kernel(
-    sums_ptr,  # [ceil(num_tiles / MOST_TILES), num_columns], or its only row as [NUM_BUCKETS, Hq] if IS_LAST
+    sums_ptr,  # [ceil(num_tiles / MAX_TILES), num_columns], or its only row as [NUM_BUCKETS, Hq] if IS_LAST
     bucket_sums_ptr,  # fp32 [num_tiles, num_columns], num_columns = Hq * NUM_BUCKETS
     num_tiles,
     num_columns,
     NUM_BUCKETS: tl.constexpr,
-    MOST_TILES: tl.constexpr,
+    MAX_TILES: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     IS_LAST: tl.constexpr,
 ):
-    """Sums over MOST_TILES tiles of BLOCK_COLUMNS pairs of a head and a bucket, BLOCK_TILES tiles at a time.
+    """Sums over MAX_TILES tiles of BLOCK_COLUMNS pairs of a head and a bucket, BLOCK_TILES tiles at a time.
 
-    Grid: [ceil(num_tiles / MOST_TILES), ceil(num_columns / BLOCK_COLUMNS)].
+    Grid: [ceil(num_tiles / MAX_TILES), ceil(num_columns / BLOCK_COLUMNS)].
     """
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    first_tile = tl.program_id(0) * MOST_TILES
+    first_tile = tl.program_id(0) * MAX_TILES
     sums = tl.zeros([BLOCK_TILES, BLOCK_COLUMNS], tl.float32)
-    for start in range(first_tile, tl.minimum(first_tile + MOST_TILES, num_tiles), BLOCK_TILES):
+    for start in range(first_tile, tl.minimum(first_tile + MAX_TILES, num_tiles), BLOCK_TILES):
         tile_index = start + tl.arange(0, BLOCK_TILES)
         exists = (tile_index < num_tiles)[:, None] & (column < num_columns)[None, :]
         row_ptrs = bucket_sums_ptr + tile_index.to(tl.int64)[:, None] * num_columns
@@ -338,13 +338,13 @@ def stamp_attention_bwd_bias_kernel(
 def sum_over_tiles(dbias_table: Tensor, bucket_sums: Tensor) -> None:
     """Fill dbias_table `[num_buckets, Hq]`: bucket_sums `[num_tiles, Hq, num_buckets]` summed over the tiles.
 
-    Each launch leaves a row of sums for every _MOST_TILES tiles, until one is left.
+    Each launch leaves a row of sums for every _MAX_TILES tiles, until one is left.
     """
     num_tiles, num_heads, num_buckets = bucket_sums.shape
     num_columns = num_heads * num_buckets
     is_last = False
     while not is_last:
-        num_rows = max(ceil_div(num_tiles, _MOST_TILES), 1)
+        num_rows = max(ceil_div(num_tiles, _MAX_TILES), 1)
         is_last = num_rows == 1
         sums = dbias_table if is_last else bucket_sums.new_empty(num_rows, num_columns)
         launch(
@@ -355,7 +355,7 @@ def sum_over_tiles(dbias_table: Tensor, bucket_sums: Tensor) -> None:
             num_tiles=num_tiles,
             num_columns=num_columns,
             NUM_BUCKETS=num_buckets,
-            MOST_TILES=_MOST_TILES,
+            MAX_TILES=_MAX_TILES,
             BLOCK_TILES=_SUM_TILES,
             BLOCK_COLUMNS=_SUM_COLUMNS,
             IS_LAST=is_last,

@@ -76,11 +76,11 @@ def heads_of_tile(
     rows = next_power_of_2(gqa_group_size) * next_power_of_2(max_seqlen_q)
     if has_bias or has_dropout or max(max_seqlen_q, max_seqlen_k) <= _MAX_SEQLEN_SLOTS:
         return 1
-    return gqa_group_size if gqa_group_size <= _MAX_HEADS_OF_GROUP and rows <= _MAX_ROWS_OF_GROUP else 1
+    return gqa_group_size if 0 < gqa_group_size <= _MAX_HEADS_OF_GROUP and rows <= _MAX_ROWS_OF_GROUP else 1
 
 
 def rows_of_queries(max_seqlen_q: int, heads: int) -> int:
-    """The rows that so many queries take in a tile with so many heads."""
+    """The rows that the longest sequence takes in a tile with this many heads."""
     return next_power_of_2(heads) * max_seqlen_q
 
 

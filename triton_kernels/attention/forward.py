@@ -12,8 +12,9 @@ mask over 1 - p:
 - general kernel, any length: online softmax over blocks of keys. The column sums take a pass of their own, with as many
   instructions as to add up tiles of weights over their rows where a whole row fits the registers.
 
-The choice depends only on max_seqlen, dtype and head dim (`configs.forward_config`), and a sequence's rows are cut into
-the same tiles wherever the sequence is in the batch: it gets the same bits alone or in a batch. There are no atomics.
+The choice depends on max_seqlen, dtype, heads and options, not on lengths (`configs.forward_config`), and a sequence's
+rows are cut into the same tiles wherever the sequence is in the batch: it gets the same bits alone or in a batch. There
+are no atomics.
 """
 
 from typing import NamedTuple

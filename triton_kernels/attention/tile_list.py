@@ -37,7 +37,8 @@ def stamp_tile_list_kernel(
     """The entries of BLOCK sequences: (sequence, first row) of each of their tiles, of ROWS rows.
 
     Grid: [max(ceil(B / BLOCK), 1)]. A sequence's entries follow those of all sequences with more tiles, and of those
-    with as many and a lower index. Every program counts these, so that none waits for another.
+    with as many and a lower index. Every program counts these, so that none waits for another: B^2 comparisons in all,
+    nothing beside an attention of that many sequences.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     num_tiles = _tiles_of(index, cu_seqlens_ptr, num_sequences, ROWS)
@@ -49,15 +50,15 @@ def stamp_tile_list_kernel(
         least = num_tiles[:, None] + (other[None, :] >= index[:, None]).to(tl.int32)
         before += tl.where(of_other[None, :] >= least, of_other[None, :], 0)
         total += of_other
-    first_entry = tl.sum(before, axis=1)  # [BLOCK]
+    start_entry = tl.sum(before, axis=1)  # [BLOCK]
     for tile in range(tl.max(num_tiles, axis=0)):
-        entry_ptrs = entries_ptr + (first_entry + tile) * 2
+        entry_ptrs = entries_ptr + (start_entry + tile) * 2
         tl.store(entry_ptrs, index, mask=tile < num_tiles)
         tl.store(entry_ptrs + 1, tl.zeros_like(index) + tile * ROWS, mask=tile < num_tiles)
     # The entries that are left, shared by the programs
-    begin = tl.sum(total, axis=0) + tl.program_id(0) * BLOCK_OTHERS
-    for first in range(begin, num_entries, tl.num_programs(0) * BLOCK_OTHERS):
-        entry = first + tl.arange(0, BLOCK_OTHERS)
+    start_entry = tl.sum(total, axis=0) + tl.program_id(0) * BLOCK_OTHERS
+    for start in range(start_entry, num_entries, tl.num_programs(0) * BLOCK_OTHERS):
+        entry = start + tl.arange(0, BLOCK_OTHERS)
         tl.store(entries_ptr + entry * 2, -1, mask=entry < num_entries)
         tl.store(entries_ptr + entry * 2 + 1, -1, mask=entry < num_entries)
 

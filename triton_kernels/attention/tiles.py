@@ -27,7 +27,8 @@ from torch import Tensor
 from stamp_kernels.common.tiles import TILE_ROWS, lengths_are_alike
 from stamp_kernels.triton_kernels.rows import LOG2_E, ceil_div, next_power_of_2
 
-# Arguments whose values differ from batch to batch: a new value does not compile a new kernel.
+# Arguments whose values differ from batch to batch: a new value does not compile a new kernel. Triton specialises the
+# members of tuples whatever this says: tiles_per_sequence has three variants, for 1, multiples of 16 and the rest.
 PER_BATCH = ["num_tiles", "num_sequences", "total_q", "total_k", "dropout_threshold"]
 
 # Sequences that a step of `_search_tile` looks at.
@@ -143,7 +144,7 @@ class TileOrder(NamedTuple):
     """How a program finds its tile, see `locate_tile`; both None: it searches.
 
     Attributes:
-        tiles_per_sequence: every sequence has so many, past its end too.
+        tiles_per_sequence: those of the longest sequence, which every sequence gets.
         tile_list: from the op `tile_list`.
     """
 
@@ -165,11 +166,13 @@ class Grid(NamedTuple):
     def of(
         cls, total_rows: int, num_sequences: int, max_seqlen: int, block: int, tile_list: Tensor | None = None
     ) -> "Grid":
-        """The order with the fewest programs; a list rather than a search."""
+        """By sequence where that takes no more programs than a search. Otherwise by the list, if there is one and its
+        tiles are cut into two at most: smaller ones would mostly be idle.
+        """
         if lengths_are_alike(total_rows, num_sequences, max_seqlen, block):
             tiles_per_sequence = max(ceil_div(max_seqlen, block), 1)
             order, num_tiles = TileOrder(tiles_per_sequence, None), tiles_per_sequence * num_sequences
-        elif tile_list is not None:
+        elif tile_list is not None and block >= TILE_ROWS // 2:
             order, num_tiles = TileOrder(None, tile_list), tile_list.shape[0] * max(TILE_ROWS // block, 1)
         else:
             order, num_tiles = TileOrder(None, None), total_rows // block + num_sequences
@@ -245,7 +248,7 @@ _TAIL_BLOCK = tl.constexpr(64)
 
 
 def num_tail_programs(total_rows: int) -> int:
-    """How many programs of a head share the tail rows. Often there are none, and so many would be idle."""
+    """How many programs of a head share the tail rows. Often there are none, and a program for each block is idle."""
     return min(ceil_div(total_rows, _TAIL_BLOCK.value), 16)
 
 

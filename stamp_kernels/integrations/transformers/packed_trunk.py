@@ -43,11 +43,13 @@ class CrossAttention(NamedTuple):
     Attributes:
         source: the encoded sequences.
         cu_seqlens_q, max_seqlen_q: the offsets of the queries of each encoded sequence, and the most queries of one.
+        tiles_q: the tile list of the queries, if there is one.
     """
 
     source: PackedBatch
     cu_seqlens_q: Tensor
     max_seqlen_q: int
+    tiles_q: Tensor | None
 
 
 class Packing:

@@ -66,6 +66,7 @@ class PackedT5Attention(T5Attention):
             cross.source.cu_seqlens,
             cross.max_seqlen_q,
             cross.source.max_seqlen,
+            tiles_q=cross.tiles_q,
             tiles_k=cross.source.tiles,
             scale=self.scaling,
             dropout_p=self.dropout if self.training else 0.0,
@@ -107,8 +108,10 @@ class PackedT5Stack(T5Stack):
         return replace(inputs, values=self.dropout(packed_embeddings(inputs, self.embed_tokens, self.config.d_model)))
 
     def finish_packed(self, packed: PackedBatch) -> PackedBatch:
-        """The states after the last block, with the final norm and dropout."""
-        return replace(packed, values=self.dropout(self.final_layer_norm(packed.values)))
+        """The states after the last block, with the final norm and dropout; without the tile list, which is right only
+        as long as nobody replaces the offsets.
+        """
+        return replace(packed, values=self.dropout(self.final_layer_norm(packed.values)), tiles=None)
 
 
 class PackedT5Encoder(PackedTrunk, PackedT5Stack):
@@ -205,6 +208,7 @@ class PackedT5Decoder(PackedT5Stack):
                 packed_source,
                 packed.cu_seqlens if cu_seqlens_cross is None else cu_seqlens_cross,
                 packed.max_seqlen if max_seqlen_cross is None else max_seqlen_cross,
+                packed.tiles if cu_seqlens_cross is None else None,
             ),
         )
         hidden, position_bias = packed.values[None], None

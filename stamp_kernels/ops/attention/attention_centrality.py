@@ -109,7 +109,8 @@ def attention_centrality(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than its max_seqlen (on the
-            CPU, or under STAMP_KERNELS_CHECK=1); tiles are those of other offsets (under STAMP_KERNELS_CHECK=1).
+            CPU, or under STAMP_KERNELS_CHECK=1); tiles are those of other offsets (on a GPU
+            under STAMP_KERNELS_CHECK=1; the CPU's kernels do not read them).
     """
     q, k = cast_for_autocast(q=q, k=k)
     check_q_and_k(q, k, is_self_attention=cu_seqlens_k is None)

@@ -323,7 +323,8 @@ def packed_attention(
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: cu_seqlens does not rise from 0 to at most T, or a sequence is longer than its max_seqlen (on the
-            CPU, or under STAMP_KERNELS_CHECK=1); tiles are those of other offsets (under STAMP_KERNELS_CHECK=1);
+            CPU, or under STAMP_KERNELS_CHECK=1); tiles are those of other offsets (on a GPU
+            under STAMP_KERNELS_CHECK=1; the CPU's kernels do not read them);
             positions are 2^30 or more apart (on the CPU).
     """
     q, k, v = cast_for_autocast(q=q, k=k, v=v)

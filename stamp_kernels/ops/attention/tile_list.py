@@ -45,7 +45,8 @@ def tile_list(cu_seqlens: Tensor, total: int) -> Tensor:
 
     For the arguments `tiles_q` and `tiles_k` of `packed_attention` and `attention_centrality`, whose programs on a GPU
     then look up what they would otherwise search, and the long sequences do not start last. All layers, heads and
-    directions share a list. `PackedBatch.with_tiles` makes one where it pays. Nothing waits for the GPU.
+    directions share a list. `PackedBatch.with_tiles` makes one where it pays. Nothing waits for the GPU, which compares
+    all sequences with each other: that takes long only beyond 100,000 of them.
 
     Args:
         cu_seqlens: int32 `[B + 1]`, offsets of the sequences.

@@ -26,10 +26,12 @@ def test_blocks_between_prunings_share_tiles():
     model = stamped(tiny_t5(), pruning=PruningConfig(schedule=[(2, 0.5)])).to("meta")
     with _AttentionTiles() as called:
         model(packed_inputs=packed_batch().to("meta"), labels=padded_batch()["labels"].to("meta"))
-    assert called.ops.count("stamp::tile_list") == 2
+    assert called.ops.count("stamp::tile_list") == 3  # before and after pruning, and for the decoder
     (first, _), (second, _), (pruned, _) = called.forward[:3]
     assert first is second and first.shape == (sum(LENGTHS) // 64 + len(LENGTHS), 2)
     assert pruned.shape != first.shape
     decoder_tiles = called.forward[3:]
     assert [q for q, _ in decoder_tiles] == [None] * 6  # four tokens each
-    assert [k is pruned for _, k in decoder_tiles] == [False, True] * 3
+    _, (_, source), *_ = decoder_tiles
+    assert source.shape == pruned.shape
+    assert [k is source for _, k in decoder_tiles] == [False, True] * 3
