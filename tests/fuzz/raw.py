@@ -213,5 +213,5 @@ def _other_contents(x: Tensor, draw: Draw) -> Tensor:
         return torch.full_like(x, draw.choice([0.0, -1.0, 1e4, math.nan, math.inf, -math.inf]))
     limits = torch.iinfo(x.dtype)
     low, high = draw.choice([(-3, 10), (limits.min, limits.max), (0, 2), (10**6, 10**6 + 1)])
-    low, high = max(low, limits.min), min(high, limits.max)
+    low, high = min(max(low, limits.min), limits.max - 1), min(high, limits.max)
     return torch.randint(low, high, x.shape, dtype=torch.int64).to(x.dtype)
