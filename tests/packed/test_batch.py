@@ -38,6 +38,7 @@ def test_to_moves_what_lives_on_the_device(device):
     packed = dataclasses.replace(packed, tiles=tile_list(packed.cu_seqlens, batch.total))
     moved = packed.to(device)
     assert moved.tiles.device.type == device and torch.equal(moved.tiles.cpu(), packed.tiles)
+    assert packed.to("meta").tiles.is_meta
     assert {moved.values.device.type, moved.cu_seqlens.device.type, moved.positions.device.type} == {device}
     assert moved.lengths_cpu is packed.lengths_cpu
     assert packed_of(batch).to(device).positions is None
@@ -54,9 +55,10 @@ def test_pin_memory_pins_what_moves_to_the_device(monkeypatch, with_positions):
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     batch = BATCHES["ragged"]
     packed = dataclasses.replace(packed_of(batch, 2), positions=batch.positions() if with_positions else None)
+    packed = dataclasses.replace(packed, tiles=tile_list(packed.cu_seqlens, batch.total))
     # What the DataLoader's thread calls for a batch that is a mapping.
     result = torch_pin_memory({"packed": packed})["packed"]
-    moving = [packed.values, packed.cu_seqlens, *([packed.positions] if with_positions else [])]
+    moving = [packed.values, packed.cu_seqlens, *([packed.positions] if with_positions else []), packed.tiles]
     assert [id(x) for x in pinned] == [id(x) for x in moving]
     assert isinstance(result, PackedBatch)
     assert result.values is not packed.values

@@ -140,6 +140,21 @@ def test_more_than_one_block(monkeypatch, case, has_whole_blocks):
     assert_right(case, torch.float32)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_order_of_tiles_changes_no_bit(causal):
+    """By sequence, in a list, and by a search; the bias gradient adds up its tiles in their order."""
+    batch = RaggedBatch((128, 100, 120, 65, 128), tail=100)
+    inputs = AttentionCase(batch, bias="unidirectional", causal=causal, tiles=True).inputs(torch.float16)
+    listed = backward(inputs, max_seqlen_q=1000)
+    del inputs["tiles_q"]
+    searched = backward(inputs, max_seqlen_q=1000)
+    by_sequence = backward(inputs)
+    for name in ("dq", "dk", "dv"):
+        assert torch.equal(listed[name], by_sequence[name]) and torch.equal(searched[name], by_sequence[name]), name
+    assert_close(listed["dbias_table"], by_sequence["dbias_table"], torch.float16)
+    assert_close(searched["dbias_table"], by_sequence["dbias_table"], torch.float16)
+
+
 @pytest.mark.parametrize("lengths", [(70, 3), (16, 17, 100), (1, 64)], ids=str)
 def test_key_tiles_of_more_queries_than_query_tiles(lengths):
     case = AttentionCase(RaggedBatch(lengths, tail=1), heads=(2, 1), head_dim=136, bias="bidirectional")

@@ -75,6 +75,17 @@ def test_several_blocks_of_queries_and_keys(causal, cross):
     assert_close(run(inputs, lse), want)
 
 
+def test_order_of_tiles_changes_no_bit():
+    batch = RaggedBatch((128, 100, 120, 65, 128), tail=100)
+    inputs = AttentionCase(batch, causal=True, bias="unidirectional", query_mask=True, tiles=True).inputs(torch.float16)
+    lse, _ = lse_and_centrality(inputs)
+    by_sequence = run(inputs, lse)
+    inputs["max_seqlen_q"] = 1000
+    listed = run(inputs, lse)
+    del inputs["tiles_q"]
+    assert torch.equal(listed, by_sequence) and torch.equal(run(inputs, lse), by_sequence)
+
+
 def test_strided_views():
     batch = BATCHES["ragged"]
     q, k, _ = torch.randn(batch.total, 3, 2, 17)[..., 1:].unbind(1)

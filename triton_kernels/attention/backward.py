@@ -62,6 +62,7 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     rows_with_vector_strides,
     sequence_rows,
     store_rows,
+    tail_share,
     visible_tile,
     zero_tail,
 )
@@ -211,7 +212,7 @@ def stamp_attention_bwd_query_kernel(
     first_head = (program % programs_of_tile * tile.heads).to(tl.int64)
     tile_index = program // programs_of_tile
     if tile_index >= num_tiles:
-        share, num_shares = tile_index - num_tiles, tl.num_programs(0) // programs_of_tile - num_tiles
+        share, num_shares = tail_share(tile_index, num_tiles, programs_of_tile)
         if dq_rows.ptr is not None:
             for i in range(tile.heads):
                 dq_of_head = rows_of_head(dq_rows, first_head + i)
@@ -319,7 +320,7 @@ def stamp_attention_bwd_key_kernel(
     head_kv = (tl.program_id(0) % num_heads_kv).to(tl.int64)
     tile_index = tl.program_id(0) // num_heads_kv
     if tile_index >= num_tiles:
-        share, num_shares = tile_index - num_tiles, tl.num_programs(0) // num_heads_kv - num_tiles
+        share, num_shares = tail_share(tile_index, num_tiles, num_heads_kv)
         if dk_rows.ptr is not None:
             zero_tail(rows_of_head(dk_rows, head_kv), cu_seqlens.k, num_sequences, total_k, share, num_shares, tile)
         if dv_rows.ptr is not None:

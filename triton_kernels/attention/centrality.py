@@ -27,6 +27,7 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     rows_of_head,
     rows_with_vector_strides,
     sequence_rows,
+    tail_share,
     zero_tail_values,
 )
 from stamp_kernels.triton_kernels.device import device_properties, launch_grid
@@ -101,7 +102,7 @@ def stamp_attention_centrality_kernel(
     BLOCK_N: tl.constexpr = tile.block_n
     tile_index = tl.program_id(0)
     if tile_index >= num_tiles:
-        share, num_shares = tile_index - num_tiles, tl.num_programs(0) - num_tiles
+        share, num_shares = tail_share(tile_index, num_tiles, 1)
         zero_tail_values(centrality_ptr, cu_seqlens.k, num_sequences, total_k, share, num_shares)
         return
     index, block = locate_tile(tile_index, order, cu_seqlens.k, num_sequences, BLOCK_N)

@@ -52,6 +52,7 @@ from stamp_kernels.triton_kernels.attention.tiles import (
     rows_with_vector_strides,
     sequence_rows,
     store_rows,
+    tail_share,
     visible_tile,
     zero_tail,
     zero_tail_values,
@@ -162,7 +163,7 @@ def stamp_attention_fwd_general_kernel(
     first_head = (tl.program_id(0) % programs_of_tile * tile.heads).to(tl.int64)
     tile_index = tl.program_id(0) // programs_of_tile
     if tile_index >= num_tiles:
-        share, num_shares = tile_index - num_tiles, tl.num_programs(0) // programs_of_tile - num_tiles
+        share, num_shares = tail_share(tile_index, num_tiles, programs_of_tile)
         for i in range(tile.heads):
             _zero_tail(out_rows, lse_ptr, first_head + i, cu_seqlens.q, num_sequences, total_q, share, num_shares, tile)
         return
@@ -265,7 +266,7 @@ def stamp_attention_fwd_slots_kernel(
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     tile_index = tl.program_id(0) // num_heads
     if tile_index >= num_tiles:
-        share, num_shares = tile_index - num_tiles, tl.num_programs(0) // num_heads - num_tiles
+        share, num_shares = tail_share(tile_index, num_tiles, num_heads)
         _zero_tail(out_rows, lse_ptr, head, cu_seqlens.q, num_sequences, total_q, share, num_shares, tile)
         return
 

@@ -37,8 +37,7 @@ def stamp_tile_list_kernel(
     """The entries of BLOCK sequences: (sequence, first row) of each of their tiles, of ROWS rows.
 
     Grid: [max(ceil(B / BLOCK), 1)]. A sequence's entries follow those of all sequences with more tiles, and of those
-    with as many and a lower index. Every program counts these, so that none waits for another: B^2 comparisons in all,
-    nothing beside an attention of that many sequences.
+    with as many and a lower index. Every program counts these, so that none waits for another: B^2 comparisons in all.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     num_tiles = _tiles_of(index, cu_seqlens_ptr, num_sequences, ROWS)
@@ -51,13 +50,13 @@ def stamp_tile_list_kernel(
         before += tl.where(of_other[None, :] >= least, of_other[None, :], 0)
         total += of_other
     start_entry = tl.sum(before, axis=1)  # [BLOCK]
-    for tile in range(tl.max(num_tiles, axis=0)):
-        entry_ptrs = entries_ptr + (start_entry + tile) * 2
-        tl.store(entry_ptrs, index, mask=tile < num_tiles)
-        tl.store(entry_ptrs + 1, tl.zeros_like(index) + tile * ROWS, mask=tile < num_tiles)
+    for block in range(tl.max(num_tiles, axis=0)):
+        entry_ptrs = entries_ptr + (start_entry + block) * 2
+        tl.store(entry_ptrs, index, mask=block < num_tiles)
+        tl.store(entry_ptrs + 1, tl.zeros_like(index) + block * ROWS, mask=block < num_tiles)
     # The entries that are left, shared by the programs
-    start_entry = tl.sum(total, axis=0) + tl.program_id(0) * BLOCK_OTHERS
-    for start in range(start_entry, num_entries, tl.num_programs(0) * BLOCK_OTHERS):
+    start_unused = tl.sum(total, axis=0) + tl.program_id(0) * BLOCK_OTHERS
+    for start in range(start_unused, num_entries, tl.num_programs(0) * BLOCK_OTHERS):
         entry = start + tl.arange(0, BLOCK_OTHERS)
         tl.store(entries_ptr + entry * 2, -1, mask=entry < num_entries)
         tl.store(entries_ptr + entry * 2 + 1, -1, mask=entry < num_entries)

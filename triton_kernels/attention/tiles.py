@@ -253,6 +253,12 @@ def num_tail_programs(total_rows: int) -> int:
 
 
 @triton.jit
+def tail_share(tile_index, num_tiles, programs_of_tile):
+    """(share, num_shares) of a program past the tiles: which share of the tail rows it has, of how many."""
+    return tile_index - num_tiles, tl.num_programs(0) // programs_of_tile - num_tiles
+
+
+@triton.jit
 def zero_tail(rows, cu_seqlens_ptr, num_sequences, total_rows, share, num_shares, tile: tl.constexpr):
     """One head's rows 0 on a share of the tail rows: every num_shares-th block of them."""
     BLOCK: tl.constexpr = _TAIL_BLOCK

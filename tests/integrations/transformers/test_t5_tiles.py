@@ -1,5 +1,8 @@
 """Tile lists in a stamped T5, on tensors without contents: kernels for the CPU have lists of their own."""
 
+from dataclasses import replace
+
+import torch
 from t5_cases import LENGTHS, packed_batch, padded_batch, stamped, tiny_t5
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,3 +38,17 @@ def test_blocks_between_prunings_share_tiles():
     _, (_, source), *_ = decoder_tiles
     assert source.shape == pruned.shape
     assert [k is source for _, k in decoder_tiles] == [False, True] * 3
+
+
+def test_long_decoder_sequences_have_tiles():
+    decoder = stamped(tiny_t5()).to("meta").decoder
+    source, queries = (packed_batch().to("meta") for _ in range(2))
+    source = replace(source, values=torch.zeros(sum(LENGTHS), 24, device="meta"))
+    with _AttentionTiles() as called:
+        decoder(packed_inputs=queries, packed_source=source)
+    (self_q, _), (cross_q, cross_k) = called.forward[:2]
+    assert self_q is cross_q and cross_q is not cross_k
+    assert all(tiles is not None for tiles in (self_q, cross_k))
+    with _AttentionTiles() as called:  # several queries of each encoded sequence have other offsets
+        decoder(packed_inputs=queries, packed_source=source, cu_seqlens_cross=queries.cu_seqlens, max_seqlen_cross=200)
+    assert called.forward[1][0] is None
