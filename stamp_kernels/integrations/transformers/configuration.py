@@ -33,7 +33,8 @@ class PruningConfig:
     protect_first: int = 0
     protect_last: int = 0
     norm: Literal["l1", "l2"] = "l1"
-    positions: Literal["original", "compact"] = "original"
+    positions: Literal["original", "compact", "none"] = "original"
+    layout: Literal["compact", "original"] = "compact"
     prune_in_eval: bool = True
     min_keep: int = 1
     codes_per_item: int | None = None
@@ -71,7 +72,7 @@ class PruningConfig:
             block: SemanticAdaptivePruning(
                 keep_ratio,
                 norm=self.norm,
-                positions=self.positions,
+                positions="original" if self.positions == "none" else self.positions,
                 prune_in_eval=self.prune_in_eval,
                 min_keep=self.min_keep,
                 codes_per_item=self.codes_per_item,

@@ -1,24 +1,50 @@
 """What stamped models return: the outputs of their base models, and what pruning and prediction add."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.utils.generic import ModelOutput
 
+from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
 from stamp_kernels.packed import PackedBatch
 
-__all__ = ["EncoderOutput", "Seq2SeqOutput"]
+__all__ = ["EncoderOutput", "Seq2SeqOutput", "as_requested"]
+
+
+class _NamedFields(ModelOutput):
+    """An output that lacks fields of the base model's, so that most of its fields cannot be found by number."""
+
+    def num_places(self) -> int:
+        """How many fields from the first on have the place that they have in the base model's output."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        fields, places = self.to_tuple(), self.num_places()
+        chosen = range(len(fields))[key]
+        if any(place >= places for place in ([chosen] if isinstance(chosen, int) else chosen)):
+            raise IndexError(
+                f"{type(self).__name__}[{key}]: this output has {', '.join(self.keys())}, and only the first {places} "
+                "can be found by number: use their names, or ask for the base model's tuple with return_dict=False"
+            )
+        return fields[key]
 
 
 @dataclass
-class EncoderOutput(BaseModelOutput):
+class EncoderOutput(BaseModelOutput, _NamedFields):
     """The states of a trunk: packed if its inputs were packed, padded otherwise.
 
     Attributes:
         last_hidden_state: `[B, S', d_model]`, 0 on padding. Without pruning every token keeps its place, and S' is the
             length of the inputs. With pruning the kept tokens are moved to the left, and S' is the largest number of
-            tokens that a history may keep. None for packed inputs.
+            tokens that a history may keep; with `layout="original"` they keep their places too, and the states of
+            dropped tokens are 0. None for packed inputs.
+        hidden_states: if they are requested: the embeddings and the states of every block, without pruning. With
+            pruning only last_hidden_state, because the blocks run on different tokens.
         attention_mask: bool `[B, S']`, True where last_hidden_state has a token. `generate` repeats it for the beams
             together with the states.
         positions: int32 `[B, S']`, each state's index in its history before pruning (holes of the mask counted), or
@@ -30,6 +56,10 @@ class EncoderOutput(BaseModelOutput):
     positions: Tensor | None = None
     packed: PackedBatch | None = None
 
+    def num_places(self) -> int:
+        # A PackedBatch is never found by number. hidden_states follow the states as in the base model's output.
+        return 0 if self.last_hidden_state is None else 1 + (self.hidden_states is not None)
+
     def padded(self) -> "EncoderOutput":
         """The same states padded on the right, as decoding with a cache needs them."""
         if self.packed is None:
@@ -38,22 +68,38 @@ class EncoderOutput(BaseModelOutput):
         length = max(self.packed.max_seqlen, 1)
         states = self.packed.to_padded(length)
         lengths = self.packed.cu_seqlens.diff()
-        return EncoderOutput(
-            last_hidden_state=states,
-            attention_mask=torch.arange(length, device=states.device) < lengths[:, None],
+        mask = torch.arange(length, device=states.device) < lengths[:, None]
+        output = EncoderOutput(
+            last_hidden_state=with_states_behind(states, PackedStates(self.packed, mask)),
+            attention_mask=mask,
             positions=replace(self.packed, values=self.packed.materialized_positions()).to_padded(length),
         )
+        return output
+
+    def mean_pooled(self) -> Tensor:
+        """`[B, d_model]`: the mean state of each history's (kept) tokens, 0 for a history without tokens.
+
+        In the place of `(states * mask).sum(1) / mask.sum(1)` with the mask of the inputs, which counts dropped tokens.
+        """
+        padded = self.padded()
+        states, mask = padded.last_hidden_state, padded.attention_mask
+        assert states is not None and mask is not None
+        weights = mask.to(states.dtype)
+        return (states * weights[..., None]).sum(1) / weights.sum(1).clamp(min=1)[:, None]
 
 
 @dataclass
-class Seq2SeqOutput(Seq2SeqLMOutput):
+class Seq2SeqOutput(Seq2SeqLMOutput, _NamedFields):
     """The output of an encoder-decoder.
+
+    Where the loss is computed without the base model's forward, only loss and logits can be found by number.
 
     Attributes:
         loss: the loss to minimise: next_token_loss, plus prediction_loss in training with a PredictionConfig.
         logits: `[B, N, vocab_size]`. None if they are skipped.
         encoder_last_hidden_state: `[B, S', d_model]`, states of the kept tokens, see EncoderOutput. None if logits are
             skipped.
+        decoder_hidden_states, encoder_hidden_states: if they are requested: a tuple whose last entry is the last state.
         encoder_attention_mask, encoder_positions: `[B, S']`, which of these rows are tokens, and their positions, see
             EncoderOutput.
         encoder_packed: the same states packed, if logits are skipped.
@@ -65,3 +111,21 @@ class Seq2SeqOutput(Seq2SeqLMOutput):
     encoder_packed: PackedBatch | None = None
     next_token_loss: Tensor | None = None
     prediction_loss: Tensor | None = None
+
+    def num_places(self) -> int:
+        own = (self.loss is not None) + (self.logits is not None)
+        return getattr(self, "places_of_base", own)
+
+    @classmethod
+    def of_base(cls, output: Seq2SeqLMOutput, **fields: Any) -> "Seq2SeqOutput":
+        """The base model's output, in its order, and further fields behind it."""
+        extended = cls(**output, **fields)
+        extended.places_of_base = len(output.keys())
+        return extended
+
+
+def as_requested(output: ModelOutput, return_dict: bool | None, config: Any) -> Any:
+    """The output, or a tuple of its fields where the argument or the config asks for one."""
+    if return_dict is None:
+        return_dict = getattr(config, "return_dict", True)
+    return output if return_dict else output.to_tuple()

@@ -3,17 +3,18 @@
 `apply_stamp` changes the class of modules that the base model has made (`module.__class__ = ...`), so parameters,
 submodules and hooks stay as they are. Blocks run on hidden states `[1, T, d_model]` and are called like any module, so
 that what is attached to them (hooks, gradient checkpointing, FSDP2, LoRA) works. The attention of a block gets the
-packing as a keyword argument.
+packing in the place of its mask.
 """
 
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.integrations.transformers.configuration import PruningConfig
+from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput
 from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
 from stamp_kernels.modules._arguments import check_packed
@@ -21,24 +22,45 @@ from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
 from stamp_kernels.packed import PackedBatch
 
 __all__ = [
-    "INTERMEDIATE_OUTPUTS",
-    "CrossAttention",
+    "CrossPacking",
     "PackedTrunk",
     "Packing",
     "check_at_most_one_given",
+    "check_consumed",
     "check_one_given",
     "packed_embeddings",
     "protected_ends",
-    "refuse_intermediate_outputs",
-    "replace_class",
     "with_empty_tail",
 ]
 
-INTERMEDIATE_OUTPUTS = ("output_attentions", "output_hidden_states")  # options of Hugging Face's models
+
+class Packing:
+    """What the self-attention of a block needs to know about the batch, in the place of its attention mask.
+
+    The mask is the one argument that every release, block and layer hands to its attention. An attention that does not
+    know a Packing cannot add it to its scores either, and fails instead of mixing the sequences.
+
+    Not a dataclass: FSDP2 rebuilds the dataclasses among a block's arguments, and the attention would then write to the
+    copy.
+
+    Attributes:
+        queries: the sequences that the block runs on. Their values are not read.
+        wants_centrality: whether the self-attention has to compute the centrality of its keys.
+        has_bias: whether the relative-position bias is added.
+        centrality: `[T]`, the result, written by the self-attention.
+        is_consumed: whether a packed attention has read it. Not written under torch.compile.
+    """
+
+    def __init__(self, queries: PackedBatch, *, wants_centrality: bool = False, has_bias: bool = True) -> None:
+        self.queries = queries
+        self.wants_centrality = wants_centrality
+        self.has_bias = has_bias
+        self.centrality: Tensor | None = None
+        self.is_consumed = False
 
 
-class CrossAttention(NamedTuple):
-    """What cross attention reads.
+class CrossPacking:
+    """What the cross attention of a block needs to know, in the place of its attention mask, see Packing.
 
     Attributes:
         source: the encoded sequences.
@@ -46,36 +68,33 @@ class CrossAttention(NamedTuple):
         tiles_q: the tile list of the queries, if there is one.
     """
 
-    source: PackedBatch
-    cu_seqlens_q: Tensor
-    max_seqlen_q: int
-    tiles_q: Tensor | None
+    def __init__(self, source: PackedBatch, cu_seqlens_q: Tensor, max_seqlen_q: int, tiles_q: Tensor | None) -> None:
+        self.source = source
+        self.cu_seqlens_q = cu_seqlens_q
+        self.max_seqlen_q = max_seqlen_q
+        self.tiles_q = tiles_q
+        self.is_consumed = False
 
 
-class Packing:
-    """What the attention of a block needs to know about the batch.
+def check_consumed(block: nn.Module, block_number: int, *packings: Packing | CrossPacking | None) -> None:
+    """After a block has run, see `Packing.is_consumed`.
 
-    Not a dataclass: FSDP2 rebuilds the dataclasses among a block's arguments, and the attention would then write
-    centrality to the copy.
-
-    Attributes:
-        queries: the sequences that the block runs on. Their values are not read.
-        cross: for blocks with cross attention.
-        wants_centrality: whether the self-attention has to compute the centrality of its keys.
-        centrality: `[T]`, the result, written by the self-attention.
+    Raises:
+        RuntimeError: an attention of the block did not run packed, so that sequences may have been mixed.
     """
+    if torch.compiler.is_compiling() or all(packing is None or packing.is_consumed for packing in packings):
+        return
+    if any(_is_compiled(module) for module in block.modules()):
+        return
+    raise RuntimeError(
+        f"block {block_number}, a {type(block).__name__}, did not give its attention_mask (encoder_attention_mask) to "
+        "its T5Attention as `mask`, which packed sequences need: hand it on, or leave this model unstamped"
+    )
 
-    def __init__(
-        self,
-        queries: PackedBatch,
-        *,
-        cross: CrossAttention | None = None,
-        wants_centrality: bool = False,
-    ) -> None:
-        self.queries = queries
-        self.cross = cross
-        self.wants_centrality = wants_centrality
-        self.centrality: Tensor | None = None
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Compiled by `module.compile()` or by `torch.compile(module)`."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 class PackedTrunk(nn.Module):
@@ -85,12 +104,15 @@ class PackedTrunk(nn.Module):
 
         for block_number, block in enumerate(self.blocks, start=1):
             packing = self.packing_for(block_number, packed)
-            hidden = block(packed.values[None], packing=packing)
+            hidden = block(packed.values[None], packing)
+            check_consumed(block, block_number, packing)
             packed = self.after_block(block_number, hidden[0], packing)
     """
 
     stamp_pruning: nn.ModuleDict
     stamp_protected_ends: tuple[int, int]
+    stamp_drops_bias: bool  # after the first pruning
+    stamp_keeps_places: bool  # of the kept tokens in padded outputs
 
     def set_pruning(self, config: PruningConfig | None) -> None:
         """Prune as the configuration says; None: not at all."""
@@ -99,10 +121,12 @@ class PackedTrunk(nn.Module):
         self.stamp_pruning = nn.ModuleDict({str(block_number): module for block_number, module in modules.items()})
         self.stamp_pruning.train(self.training)
         self.stamp_protected_ends = (0, 0) if config is None else (config.protect_first, config.protect_last)
+        self.stamp_drops_bias = config is not None and config.positions == "none"
+        self.stamp_keeps_places = config is not None and config.layout == "original"
 
     def remove_pruning(self) -> None:
         """Undo `set_pruning`: the stack has only its own attributes again."""
-        del self.stamp_pruning, self.stamp_protected_ends
+        del self.stamp_pruning, self.stamp_protected_ends, self.stamp_drops_bias, self.stamp_keeps_places
 
     @property
     def is_pruned(self) -> bool:
@@ -123,7 +147,12 @@ class PackedTrunk(nn.Module):
 
     def packing_for(self, block_number: int, packed: PackedBatch) -> Packing:
         """The packing for a block, counted from 1, that runs on this batch. The blocks up to a pruning share tiles."""
-        return Packing(packed.with_tiles(), wants_centrality=str(block_number) in self.stamp_pruning and self.is_pruned)
+        prunes_before = any(int(pruned_block) < block_number for pruned_block in self.stamp_pruning)
+        return Packing(
+            packed.with_tiles(),
+            wants_centrality=str(block_number) in self.stamp_pruning and self.is_pruned,
+            has_bias=not (self.stamp_drops_bias and prunes_before and self.is_pruned),
+        )
 
     def after_block(self, block_number: int, hidden: Tensor, packing: Packing) -> PackedBatch:
         """The batch for the next block, from the hidden states `[T, d_model]` of this one: pruned if scheduled."""
@@ -140,14 +169,39 @@ class PackedTrunk(nn.Module):
         return pruned
 
     def padded_output(self, encoded: PackedBatch, layout: PaddedLayout | None) -> EncoderOutput:
-        """States in the places that their tokens have in a padded batch; on the left if pruned or without layout."""
-        if layout is None or self.is_pruned:
+        """States in the places that their tokens have in a padded batch; on the left if they were pruned (unless the
+        configuration keeps places) or without layout.
+        """
+        if layout is None or (self.is_pruned and not self.stamp_keeps_places):
             return EncoderOutput(packed=encoded).padded()
-        return EncoderOutput(
-            last_hidden_state=layout.pad(encoded.values),
-            attention_mask=layout.mask,
-            positions=layout.pad(encoded.materialized_positions()),
-        )
+        if self.is_pruned:
+            output = _in_their_places(encoded, layout.mask)
+        else:
+            output = EncoderOutput(
+                last_hidden_state=layout.pad(encoded.values),
+                attention_mask=layout.mask,
+                positions=layout.pad(encoded.materialized_positions()),
+            )
+        states, mask = cast(Tensor, output.last_hidden_state), cast(Tensor, output.attention_mask)
+        with_states_behind(states, PackedStates(encoded, mask))
+        return output
+
+
+def _in_their_places(encoded: PackedBatch, mask: Tensor) -> EncoderOutput:
+    """The states of the tokens that pruning has kept, in the columns of a padded batch with this mask `[B, S]`."""
+    (batch, length), total = mask.shape, encoded.values.shape[0]
+    sequence, positions = sequence_of_row(encoded.cu_seqlens, total), encoded.materialized_positions()
+    is_tail = sequence == batch
+    first_column = torch.cat([mask.int().argmax(1), mask.new_zeros(1, dtype=torch.int64)])  # of each history's tokens
+    # Tail rows go to one more row, which is cut off.
+    place = torch.where(is_tail, batch * length, sequence * length + first_column[sequence] + positions)
+
+    def padded(values: Tensor) -> Tensor:
+        rows = values.new_zeros(batch * length + 1, *values.shape[1:]).index_copy(0, place, values)
+        return rows[:-1].unflatten(0, (batch, length))
+
+    states = torch.where(is_tail[:, None], 0, encoded.values)
+    return EncoderOutput(last_hidden_state=padded(states), attention_mask=padded(~is_tail), positions=padded(positions))
 
 
 def protected_ends(
@@ -168,7 +222,7 @@ def protected_ends(
     return protect, packed.lengths_cpu.clamp(max=most) // codes_per_item
 
 
-def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module, hidden_size: int) -> Tensor:
+def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module | None, hidden_size: int) -> Tensor:
     """`[T, hidden_size]`: token ids `[T]` embedded, or embeddings `[T, hidden_size]` unchanged.
 
     Raises:
@@ -185,6 +239,8 @@ def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module, hidden_size:
         return with_empty_tail(inputs).values
     if values.dim() != 1 or values.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"packed_inputs.values must be int32 or int64 token ids [T], got {found}")
+    if embed_tokens is None:
+        raise ValueError(f"packed_inputs.values must be embeddings [T, {hidden_size}] for a stack without embed_tokens")
     return cast(Tensor, embed_tokens(with_empty_tail(inputs).values))
 
 
@@ -200,13 +256,6 @@ def with_empty_tail(packed: PackedBatch) -> PackedBatch:
         return packed
     is_tail = torch.arange(total, device=packed.values.device) >= packed.cu_seqlens[-1]
     return replace(packed, values=packed.values.masked_fill(is_tail.view(-1, *[1] * (packed.values.dim() - 1)), 0))
-
-
-def replace_class(root: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Change the class of all modules below `root` whose class is exactly `old`."""
-    for module in root.modules():
-        if type(module) is old:
-            module.__class__ = new
 
 
 def check_one_given(**arguments: object) -> None:
@@ -225,15 +274,3 @@ def check_at_most_one_given(**arguments: object) -> None:
     given = [name for name, value in arguments.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"at most one of {', '.join(arguments)} may be given, got {', '.join(given)}")
-
-
-def refuse_intermediate_outputs(config: object, kwargs: dict[str, object]) -> None:
-    """Attention maps are never built, and the tokens differ from block to block, so neither can be returned.
-
-    Raises:
-        ValueError: an argument or the model's config asks for them.
-    """
-    for name in INTERMEDIATE_OUTPUTS:
-        requested = kwargs.get(name)
-        if requested or (requested is None and getattr(config, name, False)):
-            raise ValueError(f"{name}=True: packed stacks do not keep them; use forward hooks, or remove_stamp(model)")

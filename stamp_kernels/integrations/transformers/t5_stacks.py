@@ -1,36 +1,54 @@
-"""T5's attention, encoder and decoder on packed sequences: the classes that take the place of Hugging Face's."""
+"""T5's attention, encoder and decoder on packed sequences: the classes that take the place of Hugging Face's.
+
+A stack is called as before, on padded inputs, and packs them itself; or on packed inputs. What a packed stack does not
+have (attention maps, a cache, masks of more dimensions) is computed by Hugging Face's own forward on padded inputs.
+"""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import logging
 
-from stamp_kernels.integrations.transformers.outputs import EncoderOutput
+from stamp_kernels.integrations.transformers.classes import StampedModule, packs
+from stamp_kernels.integrations.transformers.encoded import SharedSource, states_behind
+from stamp_kernels.integrations.transformers.outputs import EncoderOutput, as_requested
 from stamp_kernels.integrations.transformers.packed_trunk import (
-    INTERMEDIATE_OUTPUTS,
-    CrossAttention,
+    CrossPacking,
     PackedTrunk,
     Packing,
     check_at_most_one_given,
+    check_consumed,
     check_one_given,
     packed_embeddings,
-    refuse_intermediate_outputs,
     with_empty_tail,
+)
+from stamp_kernels.integrations.transformers.padded_layout import pack_padded
+from stamp_kernels.integrations.transformers.versions import (
+    STACK_ARGUMENTS,
+    attention_outputs,
+    base_parameters,
+    run_block,
 )
 from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.ops.attention.packed_attention import AttentionOutput, packed_attention
 from stamp_kernels.packed import PackedBatch
 from stamp_kernels.relative_position import RelativePositionBias
 
-__all__ = ["PackedT5Attention", "PackedT5Decoder", "PackedT5Encoder"]
+__all__ = ["PackedT5Attention", "PackedT5Decoder", "PackedT5Encoder", "options_of_base"]
+
+logger = logging.get_logger(__name__)
+
+_STACK_PARAMETERS = base_parameters(T5Stack.forward)
+_NO_OPTIONS = ("return_dict", "num_items_in_batch", "output_hidden_states")  # packed stacks have these, or ignore them
 
 
-class PackedT5Attention(T5Attention):
-    """T5's attention, on packed sequences if there is a `packing`.
+@packs(T5Attention)
+class PackedT5Attention(StampedModule, T5Attention):
+    """T5's attention, on packed sequences if there is a packing in the place of the mask.
 
     The `position_bias` that each block passes to the next is then the first block's bias table `[num_buckets, heads]`.
     """
@@ -38,52 +56,45 @@ class PackedT5Attention(T5Attention):
     def forward(
         self,
         hidden_states: Tensor,  # [1, T, d_model]
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | CrossPacking | None = None,
         key_value_states: Tensor | None = None,  # [1, Ts, d_model]
         position_bias: Tensor | None = None,
         *args: Any,
-        packing: Packing | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if packing is None:
-            output = super().forward(hidden_states, mask, key_value_states, position_bias, *args, **kwargs)
-            return cast(tuple[Tensor, Tensor | None, Tensor | None], output)
-        if key_value_states is not None and packing.cross is not None:
-            position_bias = None
-            attended = self._cross_attention(hidden_states, key_value_states, packing.cross)
-        else:
+    ) -> tuple[Any, ...]:
+        if isinstance(mask, Packing):
             if position_bias is None:
                 # Later blocks get this copy of the table: if the first block is sharded, the table is whole only here.
                 buckets = torch.arange(self.relative_attention_num_buckets, device=hidden_states.device)
                 position_bias = self.relative_attention_bias(buckets)
-            attended = self._self_attention(hidden_states, position_bias, packing)
-        return self.o(attended.view(1, -1, self.inner_dim)), position_bias, None
-
-    def _cross_attention(self, hidden_states: Tensor, key_value_states: Tensor, cross: CrossAttention) -> Tensor:
-        return packed_attention(
-            *self._project(hidden_states, key_value_states),
-            cross.cu_seqlens_q,
-            cross.source.cu_seqlens,
-            cross.max_seqlen_q,
-            cross.source.max_seqlen,
-            tiles_q=cross.tiles_q,
-            tiles_k=cross.source.tiles,
-            scale=self.scaling,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+            attended = self._self_attention(hidden_states, position_bias, mask)
+        elif isinstance(mask, CrossPacking):
+            position_bias = None
+            attended = self._cross_attention(hidden_states, cast(Tensor, key_value_states), mask)
+        elif isinstance(source := states_behind(key_value_states), SharedSource):
+            position_bias = None
+            attended = self._shared_cross_attention(hidden_states, source)
+        else:
+            output = super().forward(hidden_states, mask, key_value_states, position_bias, *args, **kwargs)
+            return cast(tuple[Any, ...], output)
+        states = self.o(attended.reshape(*hidden_states.shape[:2], self.inner_dim))
+        return attention_outputs(states, position_bias, kwargs.get("past_key_value"))
 
     def _self_attention(self, hidden_states: Tensor, bias_table: Tensor, packing: Packing) -> Tensor:
         queries = packing.queries
+        bias = RelativePositionBias(
+            bias_table, bidirectional=not self.is_decoder, max_distance=self.relative_attention_max_distance
+        )
         attended = packed_attention(
-            *self._project(hidden_states, hidden_states),
+            self._heads(self.q(hidden_states)),
+            self._heads(self.k(hidden_states)),
+            self._heads(self.v(hidden_states)),
             queries.cu_seqlens,
             max_seqlen_q=queries.max_seqlen,
             tiles_q=queries.tiles,
-            causal=self.is_causal,
-            scale=self.scaling,
-            relative_bias=RelativePositionBias(
-                bias_table, bidirectional=not self.is_decoder, max_distance=self.relative_attention_max_distance
-            ),
+            causal=self.is_decoder,
+            scale=1.0,
+            relative_bias=bias if packing.has_bias else None,
             positions_q=queries.positions,
             dropout_p=self.dropout if self.training else 0.0,
             return_centrality=packing.wants_centrality,
@@ -91,21 +102,80 @@ class PackedT5Attention(T5Attention):
         if isinstance(attended, AttentionOutput):
             packing.centrality = attended.centrality
             attended = attended.out
+        _consume(packing)
         return attended
 
-    def _project(self, hidden_states: Tensor, key_value_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[T, heads, d_kv]`, k and v `[Ts, heads, d_kv]`."""
-        heads = (-1, self.n_heads, self.key_value_proj_dim)
-        q, k, v = self.q(hidden_states), self.k(key_value_states), self.v(key_value_states)
-        return q.view(heads), k.view(heads), v.view(heads)
+    def _cross_attention(self, hidden_states: Tensor, key_value_states: Tensor, packing: CrossPacking) -> Tensor:
+        attended = packed_attention(
+            self._heads(self.q(hidden_states)),
+            self._heads(self.k(key_value_states)),
+            self._heads(self.v(key_value_states)),
+            packing.cu_seqlens_q,
+            packing.source.cu_seqlens,
+            packing.max_seqlen_q,
+            packing.source.max_seqlen,
+            tiles_q=packing.tiles_q,
+            tiles_k=packing.source.tiles,
+            scale=1.0,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        _consume(packing)
+        return attended
+
+    def _shared_cross_attention(self, hidden_states: Tensor, source: SharedSource) -> Tensor:
+        """The beams of each history `[R, N, d_model]` attend to its keys and values, which are computed once."""
+        if id(self) not in source.keys_and_values:
+            states = source.packed.values
+            source.keys_and_values[id(self)] = self._heads(self.k(states)), self._heads(self.v(states))
+        rows = hidden_states.shape[0] * hidden_states.shape[1]
+        return packed_attention(
+            self._heads(self.q(hidden_states)),
+            *source.keys_and_values[id(self)],
+            source.offsets(rows),
+            source.packed.cu_seqlens,
+            rows // max(source.num_sequences, 1),
+            source.packed.max_seqlen,
+            tiles_k=source.packed.tiles,
+            scale=1.0,
+        )
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """`[..., heads * d_kv]` to `[T, heads, d_kv]`."""
+        return states.view(-1, self.n_heads, self.key_value_proj_dim)
 
 
-class PackedT5Stack(T5Stack):
+def _consume(packing: Packing | CrossPacking) -> None:
+    if not torch.compiler.is_compiling():  # a graph would write it at its end, and not at all under checkpointing
+        packing.is_consumed = True
+
+
+class _Source(NamedTuple):
+    """What the decoder's cross attentions read, and the decoder rows of each encoded sequence (None: one)."""
+
+    packed: PackedBatch
+    cu_seqlens_q: Tensor | None = None
+    max_seqlen_q: int | None = None
+
+
+class PackedT5Stack(StampedModule, T5Stack):
     """What both stacks share on packed sequences."""
+
+    def embeds_by_token(self) -> bool:
+        """Whether embed_tokens looks tokens up one by one, so that it may be given packed ones."""
+        embed_tokens = getattr(self, "embed_tokens", None)  # some models delete it
+        return isinstance(embed_tokens, nn.Embedding) and type(embed_tokens).forward is nn.Embedding.forward
+
+    def padded_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Token ids `[B, S]` or embeddings `[B, S, d_model]`, whichever can be packed."""
+        if inputs_embeds is not None:
+            return inputs_embeds
+        ids = cast(Tensor, input_ids)
+        return ids if self.embeds_by_token() else cast(Tensor, self.embed_tokens(ids))
 
     def embed_packed(self, inputs: PackedBatch) -> PackedBatch:
         """Token ids `[T]` embedded, or embeddings `[T, d_model]` unchanged, with dropout."""
-        return replace(inputs, values=self.dropout(packed_embeddings(inputs, self.embed_tokens, self.config.d_model)))
+        embed_tokens = getattr(self, "embed_tokens", None)
+        return replace(inputs, values=self.dropout(packed_embeddings(inputs, embed_tokens, self.config.d_model)))
 
     def finish_packed(self, packed: PackedBatch) -> PackedBatch:
         """The states after the last block, with the final norm and dropout; without the tile list, which is right only
@@ -113,105 +183,248 @@ class PackedT5Stack(T5Stack):
         """
         return replace(packed, values=self.dropout(self.final_layer_norm(packed.values)), tiles=None)
 
+    def wants_hidden_states(self, kwargs: dict[str, Any]) -> bool:
+        requested = kwargs.get("output_hidden_states")
+        return bool(getattr(self.config, "output_hidden_states", False) if requested is None else requested)
 
+
+@packs(T5Stack)
 class PackedT5Encoder(PackedTrunk, PackedT5Stack):
     """T5's encoder on packed sequences, pruned between blocks."""
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,  # [B, S]
         attention_mask: Tensor | None = None,  # [B, S]
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
         inputs_embeds: Tensor | None = None,  # [B, S, d_model]
+        *args: Any,
         packed_inputs: PackedBatch | None = None,
         **kwargs: Any,
-    ) -> EncoderOutput:
+    ) -> Any:
         """Encode histories, given in exactly one of three ways.
 
         Args:
             input_ids: int32 or int64 token ids, padded anywhere.
             attention_mask: nonzero on tokens. None: all are. For input_ids and inputs_embeds.
+            encoder_hidden_states, encoder_attention_mask: not for an encoder.
             inputs_embeds: embeddings in place of token ids.
             packed_inputs: token ids `[T]` or embeddings `[T, d_model]` as a PackedBatch.
+            args, kwargs: of T5Stack.forward. Options that a packed stack does not have run Hugging Face's own forward,
+                on padded inputs, if nothing is pruned.
+
+        Returns:
+            EncoderOutput, or a tuple with return_dict=False.
 
         Raises:
-            ValueError: an argument has a wrong shape or dtype, none or several are given, or the attention maps or
-                hidden states of all blocks are requested.
+            ValueError: an argument has a wrong shape or dtype, none or several are given, or a pruned stack or packed
+                inputs are given options that only padded stacks have.
         """
-        refuse_intermediate_outputs(self.config, kwargs)
         check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds, packed_inputs=packed_inputs)
         check_at_most_one_given(attention_mask=attention_mask, packed_inputs=packed_inputs)
+        kwargs |= dict(zip(_STACK_PARAMETERS[5:], args, strict=False))
+        padded = dict(encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
+        options = options_of_base(self.config, attention_mask=attention_mask, **padded, **_known(kwargs))
+        if options:
+            self._check_base_can_run(options, packed_inputs)
+            return super().forward(input_ids, attention_mask, **padded, inputs_embeds=inputs_embeds, **kwargs)
+        collected: list[PackedBatch] | None = [] if self.wants_hidden_states(kwargs) and not self.is_pruned else None
         if packed_inputs is not None:
-            return EncoderOutput(packed=self.encode_packed(packed_inputs))
-        inputs = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
-        packed, layout = self.pack_inputs(inputs, attention_mask)
-        return self.padded_output(self.encode_packed(packed), layout)
+            output = EncoderOutput(packed=self.encode_packed(packed_inputs))
+        else:
+            packed, layout = self.pack_inputs(self.padded_inputs(input_ids, inputs_embeds), attention_mask)
+            output = self.padded_output(self.encode_packed(packed, collected), layout)
+            last = cast(Tensor, output.last_hidden_state)
+            if collected is not None:
+                output.hidden_states = (*[layout.pad(each.values) for each in collected], last)
+            elif self.wants_hidden_states(kwargs):
+                output.hidden_states = (last,)
+        return as_requested(output, kwargs.get("return_dict"), self.config)
 
-    def encode_packed(self, inputs: PackedBatch) -> PackedBatch:
-        """The loop over the blocks: states `[T', d_model]` of the kept tokens."""
+    @property
+    def takes_packed(self) -> bool:
+        """Whether forward takes packed_inputs, which a subclass's own forward may not know."""
+        return type(self).forward is PackedT5Encoder.forward
+
+    def encode_packed(self, inputs: PackedBatch, collected: list[PackedBatch] | None = None) -> PackedBatch:
+        """The loop over the blocks: states `[T', d_model]` of the kept tokens. What each block reads is collected."""
         packed = self.embed_packed(inputs)
         position_bias = None
         for block_number, block in enumerate(self.block, start=1):
+            if collected is not None:
+                collected.append(packed)
             packing = self.packing_for(block_number, packed)
-            hidden, position_bias, _ = block(packed.values[None], None, position_bias, packing=packing)
+            hidden, position_bias = run_block(self, block, packed.values[None], packing, position_bias)
+            check_consumed(block, block_number, packing)
             packed = self.after_block(block_number, hidden[0], packing)
         return self.finish_packed(packed)
 
+    def _check_base_can_run(self, options: list[str], packed_inputs: PackedBatch | None) -> None:
+        if self.is_pruned or packed_inputs is not None:
+            why = "is pruned" if packed_inputs is None else "has packed_inputs"
+            raise ValueError(
+                f"{', '.join(options)}: packed stacks do not have this, and Hugging Face's own forward cannot run "
+                f"because the encoder {why}"
+            )
+        _warn_of_base(options)
 
+
+@packs(T5Stack)
 class PackedT5Decoder(PackedT5Stack):
-    """T5's decoder, on packed sequences if they are given."""
+    """T5's decoder, on packed sequences where no cache is needed."""
 
-    @can_return_tuple
     def forward(
         self,
+        input_ids: Tensor | None = None,  # [B, N]
+        attention_mask: Tensor | None = None,  # [B, N]
+        encoder_hidden_states: Tensor | None = None,  # [B, S, d_model]
+        encoder_attention_mask: Tensor | None = None,  # [B, S]
+        inputs_embeds: Tensor | None = None,  # [B, N, d_model]
         *args: Any,
         packed_inputs: PackedBatch | None = None,
         packed_source: PackedBatch | None = None,
         cu_seqlens_cross: Tensor | None = None,  # int32 [B + 1]
         max_seqlen_cross: int | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput | EncoderOutput:
-        """Without packed_inputs T5's own forward. With them, teacher forcing on packed sequences, without a cache.
+    ) -> Any:
+        """T5's forward. It runs packed in training or with use_cache=False, if no cache is given, and on packed inputs.
 
         Args:
+            input_ids, attention_mask, inputs_embeds: as for T5, padded anywhere.
+            encoder_hidden_states, encoder_attention_mask: the encoder's states and their mask. If the states are the
+                tensor that a stamped encoder returned, the mask is not read: the kept tokens are known.
             packed_inputs: decoder token ids `[T]`, already shifted right, or their embeddings `[T, d_model]`.
             packed_source: the encoder's states, values `[Ts, d_model]`.
             cu_seqlens_cross, max_seqlen_cross: offsets of the decoder tokens that read each source sequence, if several
                 decoder sequences share one (the beams of a search). None: one decoder sequence for each.
+            args, kwargs: of T5Stack.forward.
 
         Returns:
-            EncoderOutput with only packed: states `[T, d_model]` before the language-model head and its scaling.
+            T5Stack's output. For packed_inputs, which are teacher forcing without a cache, EncoderOutput with only
+            packed: states `[T, d_model]` before the language-model head and its scaling.
 
         Raises:
             ValueError: packed_inputs have a wrong shape or dtype, packed_source is missing, only one of
-                cu_seqlens_cross and max_seqlen_cross is given, or padded and packed inputs are given together.
+                cu_seqlens_cross and max_seqlen_cross is given, padded and packed inputs are given together, or a mask
+                does not fit its states.
         """
-        refuse_intermediate_outputs(self.config, kwargs)
         if (packed_inputs is None) != (packed_source is None):
             missing = "packed_inputs" if packed_inputs is None else "packed_source"
             raise ValueError(f"packed_inputs and packed_source must be given together, got None for {missing}")
         if (cu_seqlens_cross is None) != (max_seqlen_cross is None):
             missing = "cu_seqlens_cross" if cu_seqlens_cross is None else "max_seqlen_cross"
             raise ValueError(f"cu_seqlens_cross and max_seqlen_cross must be given together, got None for {missing}")
-        if packed_inputs is None or packed_source is None:
-            return cast(BaseModelOutput, super().forward(*args, **kwargs))
-        padded = ["positional arguments"] if args else []
-        padded += [name for name, value in kwargs.items() if value is not None and name not in INTERMEDIATE_OUTPUTS]
-        if padded:
-            raise ValueError(f"forward takes no {', '.join(padded)} with packed_inputs")
-        check_packed("packed_source", packed_source)
-        packed = self.embed_packed(packed_inputs).with_tiles()
-        packed_source = with_empty_tail(packed_source).with_tiles()
-        packing = Packing(
-            packed,
-            cross=CrossAttention(
-                packed_source,
-                packed.cu_seqlens if cu_seqlens_cross is None else cu_seqlens_cross,
-                packed.max_seqlen if max_seqlen_cross is None else max_seqlen_cross,
-                packed.tiles if cu_seqlens_cross is None else None,
-            ),
+        kwargs |= dict(zip(_STACK_PARAMETERS[5:], args, strict=False))
+        padded = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            inputs_embeds=inputs_embeds,
         )
-        hidden, position_bias = packed.values[None], None
-        for block in self.block:
-            hidden, position_bias, _ = block(hidden, None, position_bias, packed_source.values[None], packing=packing)
-        return EncoderOutput(packed=self.finish_packed(replace(packed, values=hidden[0])))
+        masks = dict(attention_mask=attention_mask, encoder_attention_mask=encoder_attention_mask)
+        options = options_of_base(self.config, **masks, **_known(kwargs))
+        if packed_inputs is not None:
+            check_packed("packed_source", packed_source)
+            given = [name for name, value in padded.items() if value is not None] + options
+            if given:
+                raise ValueError(f"forward takes no {', '.join(given)} with packed_inputs")
+            given_source = _Source(cast(PackedBatch, packed_source), cu_seqlens_cross, max_seqlen_cross)
+            return EncoderOutput(packed=self.decode_packed(packed_inputs, given_source))
+
+        behind = states_behind(encoder_hidden_states)
+        if options or (kwargs.get("use_cache") is None and not self.training):  # the default is a cache
+            if behind is not None and not isinstance(behind, SharedSource):
+                padded["encoder_attention_mask"] = behind.mask
+            _check_mask(encoder_hidden_states, padded["encoder_attention_mask"])
+            return super().forward(**padded, **kwargs)
+        check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        inputs, layout = pack_padded(self.padded_inputs(input_ids, inputs_embeds), attention_mask)
+        source: _Source | None = None
+        if isinstance(behind, SharedSource):
+            rows = layout.mask.shape[0] * layout.mask.shape[1]
+            source = _Source(behind.packed, behind.offsets(rows), rows // max(behind.num_sequences, 1))
+        elif behind is not None:
+            source = _Source(behind.packed)
+        elif encoder_hidden_states is not None:
+            _check_mask(encoder_hidden_states, encoder_attention_mask)
+            source = _Source(pack_padded(encoder_hidden_states, encoder_attention_mask)[0])
+        collected: list[PackedBatch] | None = [] if self.wants_hidden_states(kwargs) else None
+        decoded = self.decode_packed(inputs, source, collected)
+        last = layout.pad(decoded.values)
+        hidden_states = None if collected is None else (*[layout.pad(each.values) for each in collected], last)
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last, hidden_states=hidden_states)
+        return as_requested(output, kwargs.get("return_dict"), self.config)
+
+    @property
+    def takes_packed(self) -> bool:
+        """Whether forward takes packed_inputs, which a subclass's own forward may not know."""
+        return type(self).forward is PackedT5Decoder.forward
+
+    def decode_packed(
+        self, inputs: PackedBatch, source: _Source | None, collected: list[PackedBatch] | None = None
+    ) -> PackedBatch:
+        """The loop over the blocks, see `PackedT5Encoder.encode_packed`. No source: no cross attention."""
+        packed = self.embed_packed(inputs).with_tiles()
+        encoded = None if source is None else with_empty_tail(source.packed).with_tiles()
+        position_bias = None
+        for block_number, block in enumerate(self.block, start=1):
+            if collected is not None:
+                collected.append(packed)
+            packing, cross = Packing(packed), None
+            if source is not None and encoded is not None:
+                shared = source.cu_seqlens_q is not None
+                cross = CrossPacking(
+                    encoded,
+                    cast(Tensor, source.cu_seqlens_q) if shared else packed.cu_seqlens,
+                    cast(int, source.max_seqlen_q) if shared else packed.max_seqlen,
+                    None if shared else packed.tiles,
+                )
+            states = None if encoded is None else encoded.values[None]
+            hidden, position_bias = run_block(self, block, packed.values[None], packing, position_bias, states, cross)
+            check_consumed(block, block_number, packing, cross)
+            packed = replace(packed, values=hidden[0])
+        return self.finish_packed(packed)
+
+
+def options_of_base(config: Any, **arguments: Any) -> list[str]:
+    """The names of the arguments that ask for what packed stacks do not have."""
+    options = [
+        name
+        for name, value in arguments.items()
+        if name not in _NO_OPTIONS and not name.endswith("attention_mask") and value is not None and value is not False
+    ]
+    options += [f"{name} of {mask.dim()} dimensions" for name, mask in _masks(arguments) if mask.dim() != 2]
+    if arguments.get("output_attentions") is None and getattr(config, "output_attentions", False):
+        options.append("output_attentions")
+    return options
+
+
+def _known(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Without those that T5Stack ignores, such as the labels that `generate` hands to an encoder."""
+    return {name: value for name, value in kwargs.items() if name in STACK_ARGUMENTS}
+
+
+def _masks(arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, x) for name, x in arguments.items() if name.endswith("attention_mask") and isinstance(x, Tensor)]
+
+
+def _check_mask(states: Tensor | None, mask: Tensor | None) -> None:
+    """Raises:
+    ValueError: the mask is for another number of columns, for example for histories before pruning.
+    """
+    if states is None or mask is None or mask.dim() != 2 or isinstance(states_behind(states), SharedSource):
+        return
+    if mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"encoder_attention_mask must have shape {list(states.shape[:2])}, that of the encoder's states, got "
+            f"{list(mask.shape)}: with pruning give the attention_mask of the encoder's output, or keep all columns "
+            'with PruningConfig(layout="original")'
+        )
+
+
+def _warn_of_base(options: list[str]) -> None:
+    logger.warning_once(
+        f"{', '.join(options)}: packed stacks do not have this, so Hugging Face's padded forward runs, which is slower"
+    )

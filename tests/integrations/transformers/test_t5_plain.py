@@ -252,7 +252,7 @@ def test_errors_name_the_argument():
         (dict(input_ids=ids, packed_inputs=packed, labels=labels), r"got input_ids, packed_inputs"),
         (dict(input_ids=ids, attention_mask=ids[:, :3], labels=labels), r"attention_mask must have shape \[6, 200\]"),
         (dict(input_ids=ids[0], labels=labels), r"token ids \[B, S\] or embeddings \[B, S, d_model\], got \[200\]"),
-        (dict(**batch, future_labels=labels), r"forward takes no future_labels with labels"),
+        (dict(**batch, future_labels=labels), r"forward takes no future_labels"),
         (dict(packed_inputs=packed, attention_mask=batch["attention_mask"], labels=labels), EXCLUSIVE["mask"]),
         (dict(packed_inputs=ids, labels=labels), r"packed_inputs must be a PackedBatch, got Tensor"),
         (dict(packed_inputs=ids, decoder_input_ids=labels), r"packed_inputs must be a PackedBatch, got Tensor"),
@@ -260,7 +260,7 @@ def test_errors_name_the_argument():
         (dict(**batch, decoder_input_ids=labels, decoder_inputs_embeds=embeds), EXCLUSIVE["decoder"]),
         (dict(input_ids=ids, decoder_input_ids=labels, decoder_inputs_embeds=embeds), EXCLUSIVE["decoder"]),
         (dict(input_ids=ids, decoder_input_ids=labels, skip_logits=True), r"skip_logits=True needs labels"),
-        (dict(**batch, output_attentions=True), r"output_attentions=True: packed stacks do not keep them"),
+        (dict(packed_inputs=packed, labels=labels, output_attentions=True), r"output_attentions: packed stacks do not"),
     ]
     for values, text in (
         (torch.zeros(3, 2), r"embeddings \[T, 24\] or token ids \[T\], got torch.float32 \[3, 2\]"),
@@ -284,12 +284,13 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=text):
             model.decoder(**arguments)
-    with pytest.raises(ValueError, match=r"forward takes no positional arguments with packed_inputs"):
+    with pytest.raises(ValueError, match=r"forward takes no input_ids with packed_inputs"):
         model.decoder(labels, **both)
     with pytest.raises(ValueError, match=r"future_ids needs labels in training"):
         model(input_ids=ids, decoder_input_ids=labels, future_ids=labels)
     model.eval()(input_ids=ids, decoder_input_ids=labels, future_ids=labels)
     with pytest.raises(
-        ValueError, match=r"model must be a T5EncoderModel or .* not wrapped or sharded, got Sequential"
+        ValueError,
+        match=r"model must be a T5Stack or .* not wrapped or sharded, got torch.nn.modules.container.Sequential",
     ):
         remove_stamp(torch.nn.Sequential(model))

@@ -1,0 +1,104 @@
+"""What differs between the supported releases of transformers, from 4.47 on. Every other file is the same for all.
+
+| | 4.47 to 4.55 | 4.56, 4.57 | 5.x |
+|---|---|---|---|
+| attention returns | states, cache, bias | states, bias | states, bias, weights |
+| gradient checkpointing | in the loop of the stack | in the block | in the block |
+| states are scaled before the head | if embeddings are tied | if embeddings are tied | `config.scale_decoder_outputs` |
+
+The masks reach the attention of a block in the same way everywhere: `attention_mask` of a block is `mask` of its
+self-attention, `encoder_attention_mask` that of its cross attention. Packed stacks use this way, see `Packing`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
+
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:  # before 4.53
+
+    class GradientCheckpointingLayer(nn.Module):  # type: ignore[no-redef]
+        """No block is one."""
+
+
+try:
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError:  # before 5.0
+    _CAN_RECORD_REGISTRY = {}  # type: ignore[assignment]
+
+
+__all__ = [
+    "MODEL_ARGUMENTS",
+    "STACK_ARGUMENTS",
+    "attention_outputs",
+    "base_parameters",
+    "head_scale",
+    "let_record",
+    "run_block",
+]
+
+_ATTENTION_PARAMETERS = inspect.signature(T5Attention.forward).parameters
+_ATTENTION_RETURNS_CACHE = "past_key_value" in _ATTENTION_PARAMETERS
+_ATTENTION_RETURNS_WEIGHTS = "output_attentions" not in _ATTENTION_PARAMETERS
+
+
+def attention_outputs(states: Tensor, position_bias: Tensor | None, cache: Any = None) -> tuple[Any, ...]:
+    """What T5Attention.forward returns, without attention maps."""
+    if _ATTENTION_RETURNS_CACHE:
+        return states, cache, position_bias
+    return (states, position_bias, None) if _ATTENTION_RETURNS_WEIGHTS else (states, position_bias)
+
+
+def let_record(stack_class: type[PreTrainedModel]) -> None:
+    """Let Hugging Face's own forward record attention maps and hidden states in stacks of a class that is not theirs.
+
+    From 5.0 on it looks the class up in a table to which the constructor adds.
+    """
+    # dict's method: that of the newest releases takes a model.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(stack_class), getattr(stack_class, "_can_record_outputs", None))
+
+
+def run_block(stack: PreTrainedModel, block: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
+    """(states, position bias) of a block of the stack, called without a cache and with gradient checkpointing if it is
+    on.
+    """
+    run: Callable[..., Any] = block
+    # getattr: the attribute is missing before `gradient_checkpointing_enable` in some releases.
+    is_checkpointed = getattr(stack, "gradient_checkpointing", False) and stack.training
+    if is_checkpointed and not isinstance(block, GradientCheckpointingLayer):
+        run = functools.partial(stack._gradient_checkpointing_func, block.__call__)
+    output = run(*args)
+    return output[0], output[1]
+
+
+def _parameters_and_options(forward: Callable[..., Any]) -> set[str]:
+    try:
+        from transformers.utils.generic import TransformersKwargs
+    except ImportError:  # before 4.54
+        options = {"return_dict"}
+    else:
+        options = {"return_dict", *TransformersKwargs.__annotations__}
+    return options | set(inspect.signature(forward).parameters) | {"past_key_values", "use_cache"}
+
+
+# The keyword arguments that have a meaning for T5's own forward, and for that of its stacks.
+MODEL_ARGUMENTS = _parameters_and_options(T5ForConditionalGeneration.forward)
+STACK_ARGUMENTS = _parameters_and_options(T5Stack.forward)
+
+
+def head_scale(model: T5ForConditionalGeneration) -> float:
+    """The factor of the decoder's states before the language-model head."""
+    scales = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
+    return cast(float, model.model_dim**-0.5) if scales else 1.0
+
+
+def base_parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of a method's parameters in the order of positional arguments, without self."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds][1:]
