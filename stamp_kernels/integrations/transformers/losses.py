@@ -8,18 +8,20 @@ from torch.nn import functional as F
 from stamp_kernels.integrations.transformers.multi_step_targets import IGNORE_INDEX
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import multi_token_cross_entropy
 
-__all__ = ["next_token_loss", "shared_unembedding"]
+__all__ = ["loss_of_logits", "next_token_loss", "shared_unembedding"]
 
 
-def next_token_loss(
-    lm_head: nn.Module, states: Tensor, logits: Tensor | None, labels: Tensor, num_labels: Tensor
-) -> Tensor:
-    """The mean cross-entropy of states `[T, d_model]`, 0 without labels. Logits are used if they exist."""
+def next_token_loss(lm_head: nn.Module, states: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
+    """The mean cross-entropy of states `[T, d_model]`, 0 without labels."""
     # A module in place of the head (an adapter, a quantized layer) or a hook on it needs the head to be called.
-    if logits is None and _is_plain_linear(lm_head):
+    if _is_plain_linear(lm_head):
         head = cast(nn.Linear, lm_head)
         return multi_token_cross_entropy(states, head.weight, labels[:, None], bias=head.bias)
-    logits = lm_head(states) if logits is None else logits
+    return loss_of_logits(lm_head(states), labels, num_labels)
+
+
+def loss_of_logits(logits: Tensor, labels: Tensor, num_labels: Tensor) -> Tensor:
+    """The mean cross-entropy of logits `[T, vocab_size]`, 0 without labels."""
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / num_labels.clamp(min=1)
 

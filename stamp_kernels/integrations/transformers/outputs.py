@@ -11,27 +11,32 @@ from transformers.utils.generic import ModelOutput
 from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
 from stamp_kernels.packed import PackedBatch
 
-__all__ = ["EncoderOutput", "Seq2SeqOutput", "as_requested"]
+__all__ = ["EncoderOutput", "Seq2SeqOutput", "as_requested", "selected_layers"]
 
 
 class _NamedFields(ModelOutput):
-    """An output that lacks fields of the base model's, so that most of its fields cannot be found by number."""
+    """An output whose tuple has only the fields with the places of the base model's tuple. The others have names."""
 
     def num_places(self) -> int:
-        """How many fields from the first on have the place that they have in the base model's output."""
+        """How many fields from the first on have the base model's places."""
         raise NotImplementedError
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return super().to_tuple()[: self.num_places()]
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
             return super().__getitem__(key)
-        fields, places = self.to_tuple(), self.num_places()
-        chosen = range(len(fields))[key]
-        if any(place >= places for place in ([chosen] if isinstance(chosen, int) else chosen)):
+        try:
+            chosen = range(len(self))[key]
+        except IndexError:
+            chosen = len(self)
+        if any(place >= self.num_places() for place in ([chosen] if isinstance(chosen, int) else chosen)):
             raise IndexError(
-                f"{type(self).__name__}[{key}]: this output has {', '.join(self.keys())}, and only the first {places} "
-                "can be found by number: use their names, or ask for the base model's tuple with return_dict=False"
+                f"{type(self).__name__}[{key}]: of {', '.join(self.keys())} only the first {self.num_places()} can be "
+                "found by number: use their names, or ask for the base model's tuple with return_dict=False"
             )
-        return fields[key]
+        return self.to_tuple()[key]
 
 
 @dataclass
@@ -125,7 +130,15 @@ class Seq2SeqOutput(Seq2SeqLMOutput, _NamedFields):
 
 
 def as_requested(output: ModelOutput, return_dict: bool | None, config: Any) -> Any:
-    """The output, or a tuple of its fields where the argument or the config asks for one."""
+    """The output, or the base model's tuple where the argument or the config asks for one."""
     if return_dict is None:
         return_dict = getattr(config, "return_dict", True)
     return output if return_dict else output.to_tuple()
+
+
+def selected_layers(hidden_states: tuple[Tensor, ...], wanted: Any) -> tuple[Tensor | None, ...]:
+    """Hidden states as output_hidden_states asks for them: True, or the indices of layers, None in place of others."""
+    if isinstance(wanted, bool):
+        return hidden_states
+    kept = {index % len(hidden_states) for index in wanted}
+    return tuple(states if index in kept else None for index, states in enumerate(hidden_states))

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from stamp_kernels.ops.pruning.gather import gather_tokens
 from stamp_kernels.ops.pruning.selection import TokenSelection
@@ -29,10 +30,14 @@ class PaddedLayout:
         rows = values if self.selection is None else gather_tokens(values, self.selection)
         return rows.unflatten(0, self.mask.shape)
 
-    def pack(self, values: Tensor) -> Tensor:
-        """`[B, S, ...]` to `[T, ...]`."""
+    def pack(self, values: Tensor, fill_value: int) -> Tensor:
+        """`[B, S, ...]` to `[T, ...]`, fill_value on tail rows."""
         rows = values.flatten(0, 1)
-        return rows if self.selection is None else rows.index_select(0, self.selection.inverse)
+        if self.selection is None:
+            return rows
+        places = self.selection.inverse
+        is_tail = (places < 0).view(-1, *[1] * (rows.dim() - 1))
+        return rows.index_select(0, places.clamp(min=0)).masked_fill(is_tail, fill_value)
 
 
 def pack_padded(inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBatch, PaddedLayout]:
@@ -49,7 +54,8 @@ def pack_padded(inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBa
     if attention_mask is not None:
         if attention_mask.shape != (batch, length):
             raise ValueError(f"attention_mask must have shape {[batch, length]}, got {list(attention_mask.shape)}")
-        return _pack_by_mask(inputs, attention_mask.bool())
+        pack_by_mask = _pack_at_capacity if torch.compiler.is_exporting() else _pack_by_mask
+        return pack_by_mask(inputs, attention_mask.bool())
     # Without padding all sizes are known on the CPU.
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=inputs.device) * length
     lengths_cpu = torch.full((batch,), length, dtype=torch.int64, device="cpu")
@@ -72,3 +78,22 @@ def _pack_by_mask(inputs: Tensor, mask: Tensor) -> tuple[PackedBatch, PaddedLayo
         packed = replace(packed, positions=column - column[packed.cu_seqlens[sequence]])
     selection = TokenSelection(packed_row, packed.cu_seqlens, packed.max_seqlen, padded_row, total)
     return packed, PaddedLayout(mask, selection)
+
+
+def _pack_at_capacity(inputs: Tensor, mask: Tensor) -> tuple[PackedBatch, PaddedLayout]:
+    """With B * S rows, of which those that are too many are tail rows: no size depends on the mask, as torch.export
+    needs it.
+    """
+    batch, length = mask.shape
+    valid = mask.flatten()
+    valid_up_to = valid.cumsum(0)
+    row = torch.arange(batch * length, device=mask.device)
+    padded_row = torch.where(row < valid_up_to[-1], torch.searchsorted(valid_up_to, row + 1), -1)
+    packed_row = torch.where(valid, valid_up_to - 1, -1)
+    cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    packing = TokenSelection(padded_row, cu_seqlens, length, packed_row.to(torch.int32), batch * length)
+    unpacking = TokenSelection(packed_row, cu_seqlens, length, padded_row.to(torch.int32), batch * length)
+    first_column = mask.int().argmax(1)[padded_row.clamp(min=0) // length]
+    positions = torch.where(padded_row < 0, 0, padded_row % length - first_column).to(torch.int32)
+    packed = PackedBatch(gather_tokens(inputs.flatten(0, 1), packing), cu_seqlens, length, positions=positions)
+    return packed, PaddedLayout(mask, unpacking)

@@ -36,7 +36,7 @@ from stamp_kernels.integrations.transformers.generation import (
     SharedEncoderOutput,
     has_static_cache,
 )
-from stamp_kernels.integrations.transformers.losses import next_token_loss, shared_unembedding
+from stamp_kernels.integrations.transformers.losses import loss_of_logits, next_token_loss, shared_unembedding
 from stamp_kernels.integrations.transformers.multi_step_targets import IGNORE_INDEX, multi_step_targets
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput, Seq2SeqOutput
 from stamp_kernels.integrations.transformers.packed_trunk import check_at_most_one_given, check_one_given
@@ -230,10 +230,16 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         decoded: PackedBatch = self.decoder(packed_inputs=packed_decoder_inputs, packed_source=source).packed
         states = replace(decoded, values=head_inputs(self, decoded.values))
 
-        packed_labels = decoder_layout.pack(labels)
+        packed_labels = decoder_layout.pack(labels, IGNORE_INDEX)
         num_labels = (packed_labels != IGNORE_INDEX).sum()
-        logits = None if skip_logits else self.lm_head(states.values)
-        loss = next_token_loss(self.lm_head, states.values, logits, packed_labels, num_labels)
+        logits = None
+        if skip_logits:
+            loss = next_token_loss(self.lm_head, states.values, packed_labels, num_labels)
+        else:
+            # The loss is a function of the logits that are returned, whose gradient somebody may want.
+            logits = decoder_layout.pad(self.lm_head(states.values))
+            seen_labels = labels.masked_fill(~decoder_layout.mask, IGNORE_INDEX)
+            loss = loss_of_logits(logits.flatten(0, 1), seen_labels.flatten(), num_labels)
         share: float | Tensor = 1.0
         if num_items_in_batch is not None:
             share = _share(num_labels, num_items_in_batch, loss)
@@ -254,7 +260,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         decoder_states = (decoder_layout.pad(decoded.values),) if wants_states else None
         return Seq2SeqOutput(
             loss=loss if prediction_loss is None else loss + prediction_loss,
-            logits=None if logits is None else decoder_layout.pad(logits),
+            logits=logits,
             decoder_hidden_states=decoder_states,
             encoder_last_hidden_state=padded_states,
             encoder_hidden_states=(cast(Tensor, padded_states),) if wants_states else None,
@@ -357,7 +363,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         targets = multi_step_targets(labels, future_ids, cast(PredictionConfig, self.stamp_prediction_config))
         loss: Tensor = prediction(
             states.values,
-            layout.pack(targets),
+            layout.pack(targets, IGNORE_INDEX),
             unembedding=shared_unembedding(self.lm_head) if prediction.unembedding is None else None,
             cu_seqlens=states.cu_seqlens,
             max_seqlen=states.max_seqlen,
@@ -385,7 +391,8 @@ def _padded_states(
     if isinstance(encoder_outputs, EncoderOutput):
         padded = encoder_outputs.padded()
         return cast(Tensor, padded.last_hidden_state), padded.attention_mask, padded.positions
-    return encoder_outputs[0], attention_mask, None
+    behind = states_behind(encoder_outputs[0])
+    return encoder_outputs[0], behind.mask if isinstance(behind, PackedStates) else attention_mask, None
 
 
 def _packed_source(encoder_outputs: BaseModelOutput | tuple[Tensor, ...], attention_mask: Tensor | None) -> PackedBatch:

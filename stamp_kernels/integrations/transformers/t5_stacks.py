@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from stamp_kernels.integrations.transformers.classes import StampedModule, packs
 from stamp_kernels.integrations.transformers.encoded import SharedSource, states_behind
-from stamp_kernels.integrations.transformers.outputs import EncoderOutput, as_requested
+from stamp_kernels.integrations.transformers.outputs import EncoderOutput, as_requested, selected_layers
 from stamp_kernels.integrations.transformers.packed_trunk import (
     CrossPacking,
     PackedTrunk,
@@ -183,9 +183,10 @@ class PackedT5Stack(StampedModule, T5Stack):
         """
         return replace(packed, values=self.dropout(self.final_layer_norm(packed.values)), tiles=None)
 
-    def wants_hidden_states(self, kwargs: dict[str, Any]) -> bool:
+    def wants_hidden_states(self, kwargs: dict[str, Any]) -> Any:
+        """False, True, or the indices of the layers."""
         requested = kwargs.get("output_hidden_states")
-        return bool(getattr(self.config, "output_hidden_states", False) if requested is None else requested)
+        return getattr(self.config, "output_hidden_states", False) if requested is None else requested
 
 
 @packs(T5Stack)
@@ -235,11 +236,11 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
         else:
             packed, layout = self.pack_inputs(self.padded_inputs(input_ids, inputs_embeds), attention_mask)
             output = self.padded_output(self.encode_packed(packed, collected), layout)
-            last = cast(Tensor, output.last_hidden_state)
-            if collected is not None:
-                output.hidden_states = (*[layout.pad(each.values) for each in collected], last)
-            elif self.wants_hidden_states(kwargs):
-                output.hidden_states = (last,)
+            if self.wants_hidden_states(kwargs):
+                last = cast(Tensor, output.last_hidden_state)
+                hidden_states = (*[layout.pad(each.values) for each in collected or ()], last)
+                selected = selected_layers(hidden_states, self.wants_hidden_states(kwargs))
+                output = EncoderOutput(**{**output, "hidden_states": selected})
         return as_requested(output, kwargs.get("return_dict"), self.config)
 
     @property
@@ -353,7 +354,10 @@ class PackedT5Decoder(PackedT5Stack):
         collected: list[PackedBatch] | None = [] if self.wants_hidden_states(kwargs) else None
         decoded = self.decode_packed(inputs, source, collected)
         last = layout.pad(decoded.values)
-        hidden_states = None if collected is None else (*[layout.pad(each.values) for each in collected], last)
+        hidden_states: Any = None
+        if collected is not None:
+            every_layer = (*[layout.pad(each.values) for each in collected], last)
+            hidden_states = selected_layers(every_layer, self.wants_hidden_states(kwargs))
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last, hidden_states=hidden_states)
         return as_requested(output, kwargs.get("return_dict"), self.config)
 
