@@ -21,8 +21,13 @@ class PruningConfig:
     Attributes:
         schedule: pairs (block, keep_ratio). Blocks are counted from 1, and tokens are pruned after the block.
         protect_first, protect_last: how many tokens at each end of a history are always kept, such as a user token in
-            front or an end-of-sequence token behind. They do not count towards the budget. Multiples of codes_per_item.
-        norm, positions, prune_in_eval, min_keep, codes_per_item: as in `SemanticAdaptivePruning`.
+            front or an end-of-sequence token behind. They do not count towards the budget. With codes_per_item they may
+            have any length, and the tokens between them are whole items. Histories that are not longer than both ends
+            are kept whole.
+        codes_per_item: tokens of an item that are kept or dropped together. A separator behind every item is one of
+            them. If the last item of a history has another token in the place of its separator, or none, choose a
+            protect_last that keeps the last item too.
+        norm, positions, prune_in_eval, min_keep: as in `SemanticAdaptivePruning`.
         budget: as in `SemanticAdaptivePruning`. The max_seqlen of padded inputs is their padded length.
 
     Raises:
@@ -50,12 +55,6 @@ class PruningConfig:
             raise ValueError(f"schedule must have blocks from 1 on, each once, got {self.schedule}")
         _set_counts(self, protect_first=0, protect_last=0, min_keep=0, codes_per_item=1)
         self.build_modules()
-        codes = self.codes_per_item or 1
-        if self.protect_first % codes != 0 or self.protect_last % codes != 0:
-            raise ValueError(
-                f"protect_first and protect_last must be multiples of codes_per_item {codes}, "
-                f"got {self.protect_first} and {self.protect_last}"
-            )
 
     def check_blocks(self, num_blocks: int) -> None:
         """Raises:
@@ -76,6 +75,8 @@ class PruningConfig:
                 min_keep=self.min_keep,
                 codes_per_item=self.codes_per_item,
                 budget=self.budget,
+                protect_first=self.protect_first,
+                protect_last=self.protect_last,
             )
             for block, keep_ratio in self.schedule
         }

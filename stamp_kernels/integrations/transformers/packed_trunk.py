@@ -12,7 +12,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.integrations.transformers.configuration import PruningConfig
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput
 from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
@@ -28,7 +27,6 @@ __all__ = [
     "check_at_most_one_given",
     "check_one_given",
     "packed_embeddings",
-    "protected_ends",
     "refuse_intermediate_outputs",
     "replace_class",
     "with_empty_tail",
@@ -131,13 +129,7 @@ class PackedTrunk(nn.Module):
         if not packing.wants_centrality:
             return packed
         prune = cast(SemanticAdaptivePruning, self.stamp_pruning[str(block_number)])
-        if self.stamp_protected_ends == (0, 0):
-            return cast(PrunedBatch, prune(packed, packing.centrality)).packed
-        protect, num_protected = protected_ends(packed, *self.stamp_protected_ends, prune.codes_per_item or 1)
-        pruned: PackedBatch = prune(packed, packing.centrality, protect=protect, num_protected=num_protected).packed
-        if prune.budget == "max_seqlen":  # the module does not know that each sequence has so few protected tokens
-            pruned = replace(pruned, max_seqlen=prune.most_kept(packed.max_seqlen, sum(self.stamp_protected_ends)))
-        return pruned
+        return cast(PrunedBatch, prune(packed, packing.centrality)).packed
 
     def padded_output(self, encoded: PackedBatch, layout: PaddedLayout | None) -> EncoderOutput:
         """States in the places that their tokens have in a padded batch; on the left if pruned or without layout."""
@@ -148,24 +140,6 @@ class PackedTrunk(nn.Module):
             attention_mask=layout.mask,
             positions=layout.pad(encoded.materialized_positions()),
         )
-
-
-def protected_ends(
-    packed: PackedBatch, protect_first: int, protect_last: int, codes_per_item: int = 1
-) -> tuple[Tensor, int | Tensor]:
-    """(protect, num_protected) for SemanticAdaptivePruning: the tokens at both ends of every sequence.
-
-    Protected tokens are never pruned, so they are still at the ends after any pruning point.
-    """
-    total, num_sequences = packed.values.shape[0], len(packed.cu_seqlens) - 1
-    row = torch.arange(total, device=packed.values.device)
-    sequence = sequence_of_row(packed.cu_seqlens, total)  # num_sequences on tail rows
-    starts, ends = packed.cu_seqlens[sequence], packed.cu_seqlens[(sequence + 1).clamp(max=num_sequences)]
-    protect = ((row < starts + protect_first) | (row >= ends - protect_last)) & (sequence < num_sequences)
-    most = protect_first + protect_last
-    if packed.lengths_cpu is None:
-        return protect, num_sequences * (most // codes_per_item)  # an upper bound
-    return protect, packed.lengths_cpu.clamp(max=most) // codes_per_item
 
 
 def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module, hidden_size: int) -> Tensor:

@@ -26,7 +26,7 @@ V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 LENGTHS = (7, 1, 30, 2, 13)
 THIRD = ((2, 1 / 3),)
 
-# Where the padding is, and the lengths of the histories in tokens (in items with codes_per_item).
+# Where the padding is, and the lengths of the histories in tokens (in items with codes_per_item, see `batch_of`).
 BATCHES = {
     "right": ("right", LENGTHS),
     "left": ("left", LENGTHS),
@@ -50,6 +50,13 @@ PRUNINGS = {
     "protect_both": PruningConfig(((1, 0.5), (3, 0.5)), protect_first=3, protect_last=2, min_keep=0),
     "only_protected": PruningConfig(((2, 0.0),), protect_first=1, protect_last=1, min_keep=0),
     "protect_items": PruningConfig(((1, 0.5), (2, 0.5)), codes_per_item=3, protect_first=3, protect_last=6),
+    "user_and_eos": PruningConfig(((1, 0.5), (2, 0.5)), codes_per_item=4, protect_first=1, protect_last=1),
+    "separators": PruningConfig(((1, 1 / 3), (3, 0.5)), codes_per_item=5, protect_first=1, protect_last=6, min_keep=2),
+    "compact_user": PruningConfig(((1, 0.5), (2, 0.5)), codes_per_item=3, protect_first=2, positions="compact"),
+    "only_ends": PruningConfig(THIRD, codes_per_item=4, protect_first=7, protect_last=2, min_keep=0),
+    "max_seqlen_user": PruningConfig(
+        ((1, 0.5), (2, 0.25)), budget="max_seqlen", codes_per_item=4, protect_first=3, protect_last=2
+    ),
     "max_seqlen": PruningConfig(THIRD, budget="max_seqlen"),
     "max_seqlen_two_points": PruningConfig(((1, 0.5), (2, 0.5)), budget="max_seqlen", protect_first=1),
     "max_seqlen_items": PruningConfig(((1, 0.5), (2, 0.5)), budget="max_seqlen", codes_per_item=2),
@@ -67,10 +74,18 @@ def in_turn(names: Collection[Any], others: Collection[Any], *, each: int) -> li
 
 
 def batch_of(name: str, pruning: PruningConfig | None = None) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels of a batch of BATCHES; whole items if the pruning has codes_per_item."""
+    """input_ids, attention_mask and labels of a batch of BATCHES.
+
+    If the pruning has codes_per_item, histories are whole items. If it also protects ends, two of the items are the
+    ends, and histories of less than two items are that many tokens.
+    """
     padding, lengths = BATCHES[name]
-    codes_per_item = 1 if pruning is None else pruning.codes_per_item or 1
-    lengths = tuple(codes_per_item * length for length in lengths)
+    if pruning is not None and pruning.codes_per_item is not None:
+        codes_per_item, ends = pruning.codes_per_item, pruning.protect_first + pruning.protect_last
+        lengths = tuple(
+            codes_per_item * length if ends == 0 else length if length < 2 else ends + codes_per_item * (length - 2)
+            for length in lengths
+        )
     if padding in ("right", "left"):
         return padded_batch(lengths, padding_side=padding)
     batch = padded_batch(lengths)
@@ -147,15 +162,13 @@ def best_tokens(
     importance: Tensor, kept: Tensor, protected: Tensor, keep_ratio: float, columns: int, pruning: PruningConfig
 ) -> Tensor:
     """bool `[B, S]`: which of the tokens kept so far are kept after one more pruning."""
-    histories = [row.nonzero()[:, 0].view(-1, pruning.codes_per_item or 1) for row in kept]  # columns of each item
-    is_kept = torch.zeros_like(kept)
-    for row, items in enumerate(histories):
-        is_protected = protected[row][items].any(1)
-        free = items[~is_protected]
-        of = len(free) if pruning.budget == "sequence" else columns // (pruning.codes_per_item or 1)
-        best = importance[row][free].sum(1).topk(min(len(free), budget_of(of, keep_ratio, pruning))).indices
-        is_kept[row, items[is_protected].flatten()] = True
-        is_kept[row, free[best].flatten()] = True
+    codes_per_item = pruning.codes_per_item or 1
+    is_kept = protected.clone()
+    for row, of_importance in enumerate(importance):
+        items = (kept & ~protected)[row].nonzero()[:, 0].view(-1, codes_per_item)  # columns of each item
+        of = len(items) if pruning.budget == "sequence" else columns // codes_per_item
+        best = of_importance[items].sum(1).topk(min(len(items), budget_of(of, keep_ratio, pruning))).indices
+        is_kept[row, items[best].flatten()] = True
     return is_kept
 
 

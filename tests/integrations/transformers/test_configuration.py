@@ -13,7 +13,7 @@ from stamp_kernels.modules.prediction import LinearDecay
     "config",
     [
         PruningConfig(),
-        PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", protect_first=4, codes_per_item=4, min_keep=2),
+        PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", protect_first=1, codes_per_item=4, min_keep=2),
         PredictionConfig(),
         PredictionConfig(
             2, 2, vocab_ranges=[(0, 5), (5, 9)], step_weights=[1, 0.5], lambda_=LinearDecay(0.3, 0.1, 100)
@@ -30,9 +30,11 @@ def test_survives_json(config):
 
 
 def test_modules_follow_the_schedule():
-    modules = PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", min_keep=2).build_modules()
+    config = PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", min_keep=2, protect_first=1, protect_last=3)
+    modules = config.build_modules()
     assert {block: module.keep_ratio for block, module in modules.items()} == {1: 0.5, 3: 0.25}
     assert all(module.norm == "l2" and module.min_keep == 2 for module in modules.values())
+    assert all(module.protected_ends == (1, 3) for module in modules.values())
 
 
 def test_prediction_module_follows_the_configuration():
@@ -67,10 +69,6 @@ def test_prediction_module_follows_the_configuration():
         (lambda: PruningConfig(codes_per_item=0), r"codes_per_item must be in \[1, inf\), got 0"),
         (lambda: PruningConfig(protect_last=1.5), r"protect_last must be an int \(not a tensor\), got float"),
         (lambda: PruningConfig(protect_first=-1), r"protect_first must be in \[0, inf\), got -1"),
-        (
-            lambda: PruningConfig(codes_per_item=4, protect_last=1),
-            r"protect_first and protect_last must be multiples of codes_per_item 4, got 0 and 1",
-        ),
         (lambda: PruningConfig().check_blocks(1), r"schedule must have blocks from 1 to 1, got 2"),
         (lambda: PredictionConfig(0), r"num_steps must be in \[1, inf\), got 0"),
         (lambda: PredictionConfig(None), r"num_steps must be an int \(not a tensor\), got NoneType"),
