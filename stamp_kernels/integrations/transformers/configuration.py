@@ -88,7 +88,8 @@ class PredictionConfig:
 
     Attributes:
         num_steps: the number of steps beyond the labels.
-        codes_per_item: codes of an item. The labels of a user are whole items.
+        codes_per_item: codes of an item. The labels of a user are whole items, with eos_token_id behind them if that is
+            set.
         unit: what a step counts. With `"item"`, step k of a position predicts the same code of the item k further on;
             with `"token"`, the token k further on.
         head: the kind of head, one for each step, see `MultiStepPrediction`.
@@ -97,6 +98,9 @@ class PredictionConfig:
         vocab_ranges: for each level the (start, end) of its codes in the vocabulary. The softmax of a level then runs
             only over this range. Needs unit="item". None: the whole vocabulary.
         step_weights, lambda_, num_attention_heads: as in `MultiStepPrediction`.
+        eos_token_id: the end-of-sequence token, if the labels have one behind the last item of a user. The next-token
+            loss trains it. It is no part of an item: no step is predicted from it, and none predicts it. Labels may
+            then have any number of columns.
 
     Raises:
         ValueError: a value is not allowed.
@@ -111,9 +115,10 @@ class PredictionConfig:
     step_weights: Sequence[float] | None = None
     lambda_: float | LinearDecay = 0.3
     num_attention_heads: int | None = None
+    eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        _set_counts(self, num_steps=1, codes_per_item=1, num_attention_heads=1)
+        _set_counts(self, num_steps=1, codes_per_item=1, num_attention_heads=1, eos_token_id=0)
         check_choice("unit", self.unit, ("item", "token"))
         check_choice("unembedding", self.unembedding, ("shared", "own"))
         if self.vocab_ranges is not None:
@@ -123,6 +128,8 @@ class PredictionConfig:
                     f"vocab_ranges must have one (start, end) for each of the {self.codes_per_item} levels and needs "
                     f'unit="item", got {self.vocab_ranges} and unit={self.unit!r}'
                 )
+            if self.eos_token_id is not None and any(a <= self.eos_token_id < b for a, b in self.vocab_ranges):
+                raise ValueError(f"eos_token_id must be outside of vocab_ranges, got {self.eos_token_id}")
         if isinstance(self.lambda_, list | tuple):  # JSON makes lists of tuples
             if len(self.lambda_) != 3:
                 raise ValueError(f"lambda_ must be a number or LinearDecay(start, end, steps), got {self.lambda_}")

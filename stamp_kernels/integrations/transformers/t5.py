@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from stamp_kernels.integrations.transformers.apply import StampedModel, Stamping, register
 from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig
 from stamp_kernels.integrations.transformers.losses import next_token_loss, shared_unembedding
-from stamp_kernels.integrations.transformers.multi_step_targets import IGNORE_INDEX, multi_step_targets
+from stamp_kernels.integrations.transformers.multi_step_targets import IGNORE_INDEX, item_rows, multi_step_targets
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput, Seq2SeqOutput
 from stamp_kernels.integrations.transformers.packed_trunk import (
     INTERMEDIATE_OUTPUTS,
@@ -248,9 +248,12 @@ class StampT5ForConditionalGeneration(StampedModel, T5ForConditionalGeneration):
         if future_ids is None:
             raise ValueError("future_ids must be given in training with a PredictionConfig, got None")
         targets = multi_step_targets(labels, future_ids, cast(PredictionConfig, self.stamp_prediction_config))
+        num_columns = targets.shape[1]
+        is_hidden = ~layout.mask[:, :num_columns, None]
         loss: Tensor = prediction(
             states.values,
-            layout.pack(targets),
+            targets.masked_fill(is_hidden, IGNORE_INDEX).flatten(0, 1),
+            item_rows=item_rows(layout, num_columns),
             unembedding=shared_unembedding(self.lm_head) if prediction.unembedding is None else None,
             cu_seqlens=states.cu_seqlens,
             max_seqlen=states.max_seqlen,

@@ -18,6 +18,7 @@ from stamp_kernels.modules.prediction import LinearDecay
         PredictionConfig(
             2, 2, vocab_ranges=[(0, 5), (5, 9)], step_weights=[1, 0.5], lambda_=LinearDecay(0.3, 0.1, 100)
         ),
+        PredictionConfig(2, 2, vocab_ranges=[(2, 5), (5, 9)], eos_token_id=np.int64(1)),
         PredictionConfig(1, unit="token", head="transformer", num_attention_heads=2, unembedding="own"),
         PruningConfig([(np.int64(1), np.float32(0.5))], protect_last=np.int64(2), min_keep=np.int32(1)),
         PredictionConfig(np.int64(2), step_weights=np.array([1, 0.5]), lambda_=np.float32(0.5)),
@@ -89,6 +90,12 @@ def test_prediction_module_follows_the_configuration():
         (
             lambda: PredictionConfig(1, 1, vocab_ranges=[(0, 5.5)]),
             r"vocab_ranges must be pairs \(start, end\) of ints, got \[\(0, 5\.5\)\]",
+        ),
+        (lambda: PredictionConfig(eos_token_id=-1), r"eos_token_id must be in \[0, inf\), got -1"),
+        (lambda: PredictionConfig(eos_token_id="1"), r"eos_token_id must be an int \(not a tensor\), got str"),
+        (
+            lambda: PredictionConfig(1, 2, vocab_ranges=[(0, 5), (5, 9)], eos_token_id=5),
+            r"eos_token_id must be outside of vocab_ranges, got 5",
         ),
         (lambda: PredictionConfig(1, 0), r"codes_per_item must be in \[1, inf\), got 0"),
         (lambda: PredictionConfig(unit="step"), r"unit must be one of"),
