@@ -27,8 +27,19 @@ class PruningConfig:
         codes_per_item: tokens of an item that are kept or dropped together. A separator behind every item is one of
             them. If the last item of a history has another token in the place of its separator, or none, choose a
             protect_last that keeps the last item too.
-        norm, positions, prune_in_eval, min_keep: as in `SemanticAdaptivePruning`.
+        norm, prune_in_eval, min_keep: as in `SemanticAdaptivePruning`.
+        positions: as in `SemanticAdaptivePruning`. With `"none"` the blocks after the first pruning have no
+            relative-position bias at all, as in RASTP's implementation.
         budget: as in `SemanticAdaptivePruning`. The max_seqlen of padded inputs is their padded length.
+        layout: where the kept states are in the encoder's padded output. `"compact"` moves them to the left.
+            `"original"` leaves each in the column of its token; the states of dropped tokens are 0 and the output's
+            attention_mask is False there. Packed inputs have no columns to leave them in.
+        voters: whose attention the centrality adds up. With `"padded"` the padding of a padded batch votes too, as in
+            padded implementations that mask keys but not queries, such as RASTP's. It votes at the first pruning,
+            which drops it. Packed inputs have no padding.
+
+    RASTP's implementation, whose padded length is a multiple of 3, is `PruningConfig([(2, 1 / 3)], positions="none",
+    budget="max_seqlen", voters="padded")`.
 
     Raises:
         ValueError: a value is not allowed, or the schedule has a block twice.
@@ -38,11 +49,13 @@ class PruningConfig:
     protect_first: int = 0
     protect_last: int = 0
     norm: Literal["l1", "l2"] = "l1"
-    positions: Literal["original", "compact"] = "original"
+    positions: Literal["original", "compact", "none"] = "original"
     prune_in_eval: bool = True
     min_keep: int = 1
     codes_per_item: int | None = None
     budget: Literal["sequence", "max_seqlen"] = "sequence"
+    layout: Literal["compact", "original"] = "compact"
+    voters: Literal["tokens", "padded"] = "tokens"
 
     def __post_init__(self) -> None:
         schedule = [
@@ -54,6 +67,9 @@ class PruningConfig:
         if len(set(blocks)) < len(blocks) or min(blocks, default=1) < 1:
             raise ValueError(f"schedule must have blocks from 1 on, each once, got {self.schedule}")
         _set_counts(self, protect_first=0, protect_last=0, min_keep=0, codes_per_item=1)
+        check_choice("positions", self.positions, ("original", "compact", "none"))
+        check_choice("layout", self.layout, ("compact", "original"))
+        check_choice("voters", self.voters, ("tokens", "padded"))
         self.build_modules()
 
     def check_blocks(self, num_blocks: int) -> None:
@@ -70,7 +86,7 @@ class PruningConfig:
             block: SemanticAdaptivePruning(
                 keep_ratio,
                 norm=self.norm,
-                positions=self.positions,
+                positions="original" if self.positions == "none" else self.positions,
                 prune_in_eval=self.prune_in_eval,
                 min_keep=self.min_keep,
                 codes_per_item=self.codes_per_item,

@@ -1,7 +1,7 @@
 """STAMP written out in Hugging Face's own eager T5 modules, where nothing is gathered or packed.
 
 The padded batch stays `[B, S]` through all blocks. A token that pruning drops is masked out as a key, for the later
-blocks and for the decoder.
+blocks and for the decoder. `encode_rastp` is RASTP's encoder, which gathers columns of the padded batch.
 """
 
 import copy
@@ -65,6 +65,7 @@ PRUNINGS = {
     "only_training": PruningConfig(((1, 0.5),), prune_in_eval=False),
     "nothing_kept": PruningConfig(((2, 0.0),), min_keep=0),
 }
+RASTP = PruningConfig(((2, 1 / 3),), positions="none", budget="max_seqlen", voters="padded")
 
 
 def in_turn(names: Collection[Any], others: Collection[Any], *, each: int) -> list[tuple[Any, Any]]:
@@ -129,6 +130,7 @@ def encode_padded(
 
     bias_of_columns = base.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length)  # [1, H, S, S]
     bias = bias_of_columns
+    voters = torch.ones_like(kept) if pruning is not None and pruning.voters == "padded" else kept
     hidden = base.encoder.embed_tokens(input_ids)
     for block_number, (self_attention, feed_forward) in enumerate((b.layer for b in base.encoder.block), start=1):
         hide_keys = torch.zeros(kept.shape, dtype=hidden.dtype).masked_fill(~kept, torch.finfo(hidden.dtype).min)
@@ -136,15 +138,53 @@ def encode_padded(
         hidden = feed_forward(hidden)
         if block_number not in schedule:
             continue
-        centrality = (attention * kept[:, None, :, None]).sum((1, 2))  # [B, S], over heads and kept queries
+        centrality = (attention * voters[:, None, :, None]).sum((1, 2))  # [B, S], over heads and voting queries
         saliency = torch.linalg.vector_norm(hidden, 1 if pruning.norm == "l1" else 2, dim=-1)
         kept = best_tokens((saliency * centrality).detach(), kept, protected, schedule[block_number], columns, pruning)
         columns = columns_after(columns, schedule[block_number], pruning)
+        voters = kept
+        if pruning.positions == "none":
+            bias = torch.zeros_like(bias_of_columns)
         if pruning.positions == "compact":
             place = (kept.cumsum(1) - 1).clamp(min=0)  # [B, S]
             bias = torch.stack([bias_of_columns[0][:, row][:, :, row] for row in place])  # [B, H, S, S]
     states = base.encoder.final_layer_norm(hidden)
     return Encoded(states.masked_fill(~kept[..., None], 0.0), kept)
+
+
+def encode_rastp(
+    base: T5ForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor, block_number: int = 2
+) -> tuple[Encoded, Tensor]:
+    """RASTP's encoder: Hugging Face's blocks as they are, on fewer columns of the padded batch after one of them.
+
+    Returns:
+        What was kept, in the columns `[B, S]` of the inputs, and the mask `[B, k]` of the columns that remain.
+    """
+    blocks, length = base.encoder.block, input_ids.shape[1]
+    maps: list[Tensor] = []
+    attention = blocks[block_number - 1].layer[0].SelfAttention
+    hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[2]))
+    hidden, mask = base.encoder.embed_tokens(input_ids), attention_mask.bool()
+    bias = blocks[0].layer[0].SelfAttention.compute_bias(length, length)
+    for block in blocks[:block_number]:
+        hidden = block(hidden, attention_mask=_hiding(mask, hidden.dtype), position_bias=bias)[0]
+    hook.remove()
+    received = maps[0].sum(1).sum(1)  # [B, S], over the heads, then over all queries, padding too
+    importance = (received * hidden.abs().sum(-1)).detach().masked_fill(~mask, -math.inf)
+    columns = importance.topk(max(1, int(length * (1 / 3))), sorted=False).indices.sort().values  # [B, k]
+    hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[2]))
+    remaining = mask.gather(1, columns)
+    for block in blocks[block_number:]:
+        hidden = block(hidden, attention_mask=_hiding(remaining, hidden.dtype), position_bias=None)[0]
+    states = base.encoder.final_layer_norm(hidden).masked_fill(~remaining[..., None], 0.0)
+    in_place = torch.zeros(*input_ids.shape, states.shape[2], dtype=states.dtype)
+    in_place = in_place.scatter(1, columns[..., None].expand_as(states), states)
+    return Encoded(in_place, torch.zeros_like(mask).scatter(1, columns, remaining)), remaining
+
+
+def _hiding(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[B, 1, 1, S]`, added to the scores: 0 for keys in the mask, the least number for others."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
 
 
 def budget_of(items: int, keep_ratio: float, pruning: PruningConfig) -> int:

@@ -14,6 +14,7 @@ from stamp_kernels.modules.prediction import LinearDecay
     [
         PruningConfig(),
         PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", protect_first=1, codes_per_item=4, min_keep=2),
+        PruningConfig(positions="none", layout="original", voters="padded"),
         PredictionConfig(),
         PredictionConfig(
             2, 2, vocab_ranges=[(0, 5), (5, 9)], step_weights=[1, 0.5], lambda_=LinearDecay(0.3, 0.1, 100)
@@ -36,6 +37,8 @@ def test_modules_follow_the_schedule():
     assert {block: module.keep_ratio for block, module in modules.items()} == {1: 0.5, 3: 0.25}
     assert all(module.norm == "l2" and module.min_keep == 2 for module in modules.values())
     assert all(module.protected_ends == (1, 3) for module in modules.values())
+    for positions, of_modules in (("original", "original"), ("compact", "compact"), ("none", "original")):
+        assert PruningConfig(positions=positions).build_modules()[2].positions == of_modules
 
 
 def test_prediction_module_follows_the_configuration():
@@ -62,9 +65,11 @@ def test_prediction_module_follows_the_configuration():
         (lambda: PruningConfig(protect_first=None), r"protect_first must be an int \(not a tensor\), got NoneType"),
         (lambda: PruningConfig(norm="l3"), r"norm must be one of \('l1', 'l2'\), got 'l3'"),
         (
-            lambda: PruningConfig(positions="none"),
-            r"positions must be one of \('original', 'compact'\), got 'none'",
+            lambda: PruningConfig(positions="rotary"),
+            r"positions must be one of \('original', 'compact', 'none'\), got 'rotary'",
         ),
+        (lambda: PruningConfig(layout="left"), r"layout must be one of \('compact', 'original'\), got 'left'"),
+        (lambda: PruningConfig(voters="all"), r"voters must be one of \('tokens', 'padded'\), got 'all'"),
         (lambda: PruningConfig(budget="batch"), r"budget must be one of \('sequence', 'max_seqlen'\), got 'batch'"),
         (lambda: PruningConfig(min_keep=-1), r"min_keep must be in \[0, inf\), got -1"),
         (lambda: PruningConfig(codes_per_item=0), r"codes_per_item must be in \[1, inf\), got 0"),
