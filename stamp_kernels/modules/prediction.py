@@ -20,6 +20,8 @@ from stamp_kernels.ops._checks import (
 )
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
+from stamp_kernels.ops.pruning.gather import gather_tokens
+from stamp_kernels.ops.pruning.selection import TokenSelection
 
 __all__ = ["LinearDecay", "LinearHead", "MultiStepPrediction", "ResidualHead", "TransformerHead"]
 
@@ -249,6 +251,7 @@ class MultiStepPrediction(nn.Module):
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        item_rows: TokenSelection | None = None,
         target_counts: Tensor | None = None,
         training_step: int | None = None,
         return_step_losses: Literal[False] = False,
@@ -264,6 +267,7 @@ class MultiStepPrediction(nn.Module):
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        item_rows: TokenSelection | None = None,
         target_counts: Tensor | None = None,
         training_step: int | None = None,
         return_step_losses: Literal[True],
@@ -278,6 +282,7 @@ class MultiStepPrediction(nn.Module):
         bias: Tensor | None = None,  # [V]
         cu_seqlens: Tensor | None = None,  # [B + 1] int32
         max_seqlen: int | None = None,
+        item_rows: TokenSelection | None = None,
         target_counts: Tensor | None = None,  # [K, L]
         training_step: int | None = None,
         return_step_losses: bool = False,
@@ -294,6 +299,9 @@ class MultiStepPrediction(nn.Module):
             bias: added to the logits, as in `multi_token_cross_entropy`.
             cu_seqlens, max_seqlen: int32 `[B + 1]` offsets of the packed sequences and their longest length. Only
                 head="transformer" reads them, and it needs them.
+            item_rows: for hidden states that are not whole items, such as those of packed positions of which some are
+                hidden or belong to no item: the selection that gathers the rows of the items, M rows with index -1 for
+                a code that has none. targets are then `[M, K]`, ignore_index on those. None: all rows, in their order.
             target_counts: how many valid targets each (step, level) has in a larger batch that this one is a part of
                 (several ranks, or accumulated steps). The losses are then sums over this part divided by these counts,
                 so that the losses of all parts add up to the loss of the whole batch. None: this batch is the whole.
@@ -310,10 +318,15 @@ class MultiStepPrediction(nn.Module):
         """
         check_tensor("hidden", hidden, shape=["N", self.hidden_size], dtypes=FLOATING_DTYPES)
         num_rows = hidden.shape[0]
-        check_tensor("targets", targets, shape=[num_rows, self.num_steps], dtypes=[torch.int64], device=hidden.device)
-        if num_rows % self.codes_per_item != 0:
+        num_codes = num_rows
+        if item_rows is not None:
+            num_codes = item_rows.indices.shape[0]
+            check_tensor("item_rows.inverse", item_rows.inverse, shape=[num_rows], device=hidden.device)
+        check_tensor("targets", targets, shape=[num_codes, self.num_steps], dtypes=[torch.int64], device=hidden.device)
+        if num_codes % self.codes_per_item != 0:
             raise ValueError(
-                f"hidden must have rows for whole items of {self.codes_per_item} codes, got {num_rows} rows"
+                f"{'hidden' if item_rows is None else 'item_rows'} must have rows for whole items of "
+                f"{self.codes_per_item} codes, got {num_codes} rows"
             )
         weight = unembedding if self.unembedding is None else self.unembedding
         if weight is None or (unembedding is not None and self.unembedding is not None):
@@ -335,10 +348,14 @@ class MultiStepPrediction(nn.Module):
             never_read = torch.arange(num_rows, device=hidden.device) >= cast(Tensor, cu_seqlens)[-1]
         else:
             never_read = (targets == self.ignore_index).all(1)
+            if item_rows is not None:  # inverse is -1 on rows that are in no item: the last entry, which is added
+                never_read = F.pad(never_read, (0, 1), value=True)[item_rows.inverse]
         hidden = hidden.masked_fill(never_read[:, None], 0.0)
         # Every (step, level) is one step of the cross-entropy, whose rows are the items.
-        items_and_levels = (num_rows // self.codes_per_item, self.codes_per_item)
+        items_and_levels = (num_codes // self.codes_per_item, self.codes_per_item)
         by_step = [head(hidden, cu_seqlens, max_seqlen) for head in self.heads]
+        if item_rows is not None:
+            by_step = gather_tokens(by_step, item_rows)
         states = torch.cat([x.unflatten(0, items_and_levels).transpose(0, 1) for x in by_step])  # [K * L, items, D]
         targets = targets.unflatten(0, items_and_levels).transpose(1, 2).flatten(1)  # [items, K * L]
         step_weights = (1.0,) * self.num_steps if self.step_weights is None else self.step_weights

@@ -16,6 +16,7 @@ from stamp_kernels.modules import prediction
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import SemanticAdaptivePruning
 from stamp_kernels.ops.cross_entropy.shift_targets import shift_targets
+from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.packed import PackedBatch
 
 
@@ -124,6 +125,50 @@ def test_levels(head):
     got = aux(states.flatten(0, 1), codes.flatten(0, 1), **others, return_step_losses=True)
     assert_close(got.step_losses, expected)
     assert_close(got.loss, 0.3 * (expected[0] + 0.5 * expected[1]))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_item_rows_gather_the_codes_of_items(head):
+    """Two items of four codes for each of two users. Some codes have no row, and each user has a row behind the items.
+
+    The expected loss is the sum over the valid targets, row by row.
+    """
+    codebooks = [(0, 10), (10, 25), (25, 31), (31, 40)]
+    aux = module(head, num_steps=2, codes_per_item=4, vocab_ranges=codebooks * 2)
+    places = [[0, 1, 2, 3, 5, 6, 8], [1, 2, 4, 7, 8]]  # of each row: the code, or 8 behind the items
+    batch = RaggedBatch((7, 5), tail=2)
+    hidden, _, others = packed_inputs(batch)
+    indices, inverse = torch.full((16,), -1), torch.full((batch.total,), -1, dtype=torch.int32)
+    for user, (rows, of_user) in enumerate(zip(batch.slices(), places, strict=True)):
+        for row, place in zip(range(rows.start, rows.stop), of_user, strict=True):
+            if place < 8:
+                indices[8 * user + place], inverse[row] = row, 8 * user + place
+    item_rows = TokenSelection(indices, torch.tensor([0, 8, 16], dtype=torch.int32), 8, inverse, batch.total)
+    targets = torch.stack([torch.randint(*codebooks[place % 4], (2,)) for place in range(16)])
+    targets[indices < 0] = -100
+    targets[:8, 1] = -100
+
+    expected, losses = 0.0, [[[] for _ in codebooks] for _ in aux.heads]
+    for step, head_of_step in enumerate(aux.heads):
+        outputs = head_output(head_of_step, hidden, batch)
+        for code, row in enumerate(indices.tolist()):
+            if targets[code, step] != -100:
+                start, end = codebooks[code % 4]
+                losses[step][code % 4].append(
+                    loss_of_target(outputs[row], others["unembedding"], targets[code, step], (start, end))
+                )
+        expected = expected + sum(sum(of_level) / len(of_level) / 4 for of_level in losses[step] if of_level)
+    dirty = hidden.detach().clone()
+    # Rows that are in no item are read only by an attention.
+    never_read = torch.arange(batch.total) >= batch.valid if head == "transformer" else inverse < 0
+    dirty[never_read] = math.nan
+    dirty.requires_grad_()
+    loss = aux(dirty, targets, **others, item_rows=item_rows)
+    assert_close(loss, 0.3 * expected)
+    wrt = list(aux.parameters())
+    got, want = torch.autograd.grad(loss, [dirty, *wrt]), torch.autograd.grad(0.3 * expected, [hidden, *wrt])
+    for x, y in zip(got, want, strict=True):
+        assert_close(x, y)
 
 
 def test_codes_per_item_without_ranges_changes_nothing():
@@ -418,6 +463,9 @@ def test_numpy_numbers_count_as_numbers():
     assert torch.equal(aux(hidden, targets, **others), expected(hidden, targets, **others))
 
 
+SELECTION = TokenSelection(torch.zeros(8).long(), BATCH.cu_seqlens, 8, torch.zeros(31).int(), 31)
+
+
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
@@ -425,6 +473,17 @@ def test_numpy_numbers_count_as_numbers():
         ({}, {"targets": torch.zeros(31, 2).long()}, r"targets must have shape \[31, 3\], got \[31, 2\]"),
         ({}, {"targets": torch.zeros(31, 3)}, r"targets must have dtype torch.int64, got torch.float32"),
         ({"codes_per_item": 4}, {}, r"hidden must have rows for whole items of 4 codes, got 31 rows"),
+        (
+            {"codes_per_item": 4},
+            {"item_rows": SELECTION._replace(indices=torch.zeros(6).long()), "targets": torch.zeros(6, 3).long()},
+            r"item_rows must have rows for whole items of 4 codes, got 6 rows",
+        ),
+        ({}, {"item_rows": SELECTION}, r"targets must have shape \[8, 3\], got \[31, 3\]"),
+        (
+            {},
+            {"item_rows": SELECTION._replace(inverse=torch.zeros(7).int())},
+            r"item_rows.inverse must have shape \[31\], got \[7\]",
+        ),
         ({}, {"unembedding": None}, r"exactly one of .*unembedding.* got neither"),
         ({"vocab_size": VOCAB}, {}, r"exactly one of .*unembedding.* got both"),
         ({"head": "transformer"}, {"cu_seqlens": None}, r'head="transformer" needs cu_seqlens and max_seqlen'),

@@ -1,5 +1,6 @@
 """SemanticAdaptivePruning against a loop over the sequences, and against pruning of padded rows."""
 
+import dataclasses
 import math
 import re
 from fractions import Fraction
@@ -343,6 +344,162 @@ def test_padded_budget_needs_no_lengths(monkeypatch, protecting, codes_per_item)
     )
 
 
+# Protected ends
+
+
+def kept_between_ends(
+    batch: RaggedBatch,
+    importance: Tensor,
+    first: int,
+    last: int,
+    codes_per_item: int,
+    *,
+    ratio: Fraction = Fraction(1, 3),
+    min_keep: int = 1,
+    columns: int | None = None,
+) -> list[list[int]]:
+    """The rows that each sequence keeps; `columns` is the padded length if it decides the budget."""
+    kept = []
+    for rows in batch.slices():
+        tokens = list(range(rows.start, rows.stop))
+        if len(tokens) <= first + last:
+            kept.append(tokens)
+            continue
+        middle = tokens[first : len(tokens) - last]
+        items = [middle[i : i + codes_per_item] for i in range(0, len(middle), codes_per_item)]
+        of = len(items) if columns is None else columns // codes_per_item
+        items.sort(key=lambda item: -sum(importance[token].item() for token in item))  # stable: ties by place
+        best = [token for item in items[: max(min_keep, math.ceil(ratio * of))] for token in item]
+        kept.append(sorted(tokens[:first] + best + tokens[len(tokens) - last :]))
+    return kept
+
+
+@settings(max_examples=100)
+@given(
+    items=ragged_batches(max_length=6),
+    codes_per_item=st.integers(1, 5),
+    first=st.integers(0, 6),
+    last=st.integers(0, 6),
+    tail=st.integers(0, 6),
+    min_keep=st.integers(0, 2),
+    lengths_known=st.sampled_from(["lengths_cpu", "on_host", "never"]),
+    budget=st.sampled_from(["sequence", "max_seqlen"]),
+    with_targets=st.booleans(),
+)
+def test_whole_items_between_protected_ends(
+    items, codes_per_item, first, last, tail, min_keep, lengths_known, budget, with_targets
+):
+    """Sequences of 0 and 1 items are that many tokens, which the ends may be longer than."""
+    ends = first + last
+    lengths = tuple(n if 0 < ends >= n < 2 else ends + codes_per_item * n for n in items.lengths)
+    batch = RaggedBatch(lengths, tail)
+    packed = packed_of(
+        batch, lengths_cpu=torch.tensor(lengths, dtype=torch.int64) if lengths_known == "lengths_cpu" else None
+    )
+    packed = dataclasses.replace(packed, max_seqlen=batch.max_seqlen + 3)
+    centrality, targets = torch.rand(batch.total), torch.randint(9, (batch.total,))
+    prune = SemanticAdaptivePruning(
+        THIRD,
+        codes_per_item=codes_per_item,
+        min_keep=min_keep,
+        budget=budget,
+        protect_first=first,
+        protect_last=last,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if lengths_known != "on_host":
+            patch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
+        pruned, selection, kept_targets = prune(packed, centrality, targets=targets if with_targets else None)
+    columns = packed.max_seqlen if budget == "max_seqlen" else None
+    importance = packed.values.abs().sum(1) * centrality
+    kept = kept_between_ends(batch, importance, first, last, codes_per_item, min_keep=min_keep, columns=columns)
+    assert_pruned(pruned, packed, kept)
+    rows = [row for sequence in kept for row in sequence]
+    inverse = {row: kept_row for kept_row, row in enumerate(rows)}
+    assert selection.inverse.tolist() == [inverse.get(row, -1) for row in range(batch.total)]
+    if with_targets:
+        assert kept_targets[: len(rows)].tolist() == targets[rows].tolist()
+        assert (kept_targets[len(rows) :] == -100).all()
+    if lengths_known == "lengths_cpu":
+        assert pruned.values.shape[0] == len(rows) and pruned.lengths_cpu is not None
+    longest = ends + codes_per_item * max(
+        min_keep, math.ceil(Fraction(1, 3) * ((packed.max_seqlen - (0 if columns else ends)) // codes_per_item))
+    )
+    assert pruned.max_seqlen <= min(packed.max_seqlen, longest)
+    assert budget == "sequence" or pruned.max_seqlen == min(packed.max_seqlen, longest)
+
+
+def test_capacity_of_protected_ends(monkeypatch):
+    """Without known lengths: a third of 51 tokens in items, one more item and both ends for each of 3 sequences."""
+    monkeypatch.setattr(budget_ops, "sizes_are_on_host", lambda cu_seqlens: False)
+    batch = RaggedBatch((2, 34, 10), tail=5)
+    for codes_per_item, capacity in ((4, 4 * (12 // 3 + 3) + 3 * 2), (1, 51 // 3 + 3 + 3 * 2)):
+        prune = SemanticAdaptivePruning(THIRD, codes_per_item=codes_per_item, protect_first=1, protect_last=1)
+        assert prune(packed_of(batch), torch.rand(51)).packed.values.shape[0] == capacity
+
+
+def test_protected_ends_survive_two_prunings():
+    batch = RaggedBatch((2 + 4 * 8, 1, 2 + 4 * 3), tail=3)
+    prune = SemanticAdaptivePruning(0.5, codes_per_item=4, protect_first=1, protect_last=1)
+    packed = packed_of(batch)
+    once, *_ = prune(packed, torch.rand(batch.total))
+    twice, *_ = prune(once, torch.rand(once.values.shape[0]))
+    assert twice.cu_seqlens.diff().tolist() == [2 + 4 * 2, 1, 2 + 4 * 1]
+    for b, rows in enumerate(batch.slices()):
+        positions = twice.positions[twice.cu_seqlens[b] : twice.cu_seqlens[b + 1]].tolist()
+        assert positions[0] == 0 and positions[-1] == rows.stop - rows.start - 1
+        items = [positions[i : i + 4] for i in range(1, len(positions) - 1, 4)]
+        assert all(item == list(range(item[0], item[0] + 4)) and item[0] % 4 == 1 for item in items)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_lengths", [False, True])
+@pytest.mark.parametrize("budget", ["sequence", "max_seqlen"])
+@pytest.mark.parametrize("codes_per_item", [None, 4])
+def test_protected_ends_never_sync(codes_per_item, budget, with_lengths):
+    batch = RaggedBatch((14, 0, 1, 6, 30), tail=6)
+    source = packed_of(batch, lengths_cpu=torch.tensor(batch.lengths) if with_lengths else None)
+    packed, centrality = source.to("cuda"), torch.rand(batch.total)
+    on_device = centrality.cuda()
+    prune = SemanticAdaptivePruning(
+        THIRD, codes_per_item=codes_per_item, budget=budget, protect_first=1, protect_last=1
+    )
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pruned, *_ = prune(packed, on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    columns = batch.max_seqlen if budget == "max_seqlen" else None
+    importance = source.values.abs().sum(1) * centrality
+    kept = kept_between_ends(batch, importance, 1, 1, codes_per_item or 1, columns=columns)
+    assert_pruned(pruned.to("cpu"), source, kept)
+
+
+@pytest.mark.parametrize("budget", ["sequence", "max_seqlen"])
+@pytest.mark.parametrize("codes_per_item", [None, 4])
+def test_protected_ends_compile_once_for_all_sizes(codes_per_item, budget):
+    prune = SemanticAdaptivePruning(
+        THIRD, codes_per_item=codes_per_item, budget=budget, protect_first=1, protect_last=1
+    )
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(prune, fullgraph=True, dynamic=True, backend=counter)
+    compilations = None
+    for lengths, tail in (((10, 6), 3), ((22, 0, 18), 2), ((14, 14, 1, 82), 8)):
+        batch = RaggedBatch(lengths, tail)
+        packed = packed_of(batch, 24, lengths_cpu=torch.tensor(lengths))
+        centrality = torch.rand(batch.total)
+        hidden = packed.values.requires_grad_()
+        pruned, *_ = compiled(packed, centrality)
+        columns = batch.max_seqlen if budget == "max_seqlen" else None
+        importance = packed.values.abs().sum(1) * centrality
+        kept = kept_between_ends(batch, importance, 1, 1, codes_per_item or 1, columns=columns)
+        assert_pruned(pruned, packed, kept)
+        pruned.values.sum().backward()
+        assert hidden.grad.sum() == 24 * sum(map(len, kept))
+        compilations = compilations or counter.frame_count
+        assert counter.frame_count == compilations
+
+
 # Errors
 
 
@@ -359,6 +516,8 @@ def test_padded_budget_needs_no_lengths(monkeypatch, protecting, codes_per_item)
         ({"keep_ratio": "1/3"}, "keep_ratio must be a number (not a tensor), got str"),
         ({"keep_ratio": None}, "keep_ratio must be a number (not a tensor), got NoneType"),
         ({"min_keep": 1.5}, "min_keep must be an int (not a tensor), got float"),
+        ({"protect_first": -1}, "protect_first must be in [0, inf), got -1"),
+        ({"protect_last": 1.5}, "protect_last must be an int (not a tensor), got float"),
     ],
 )
 def test_names_the_bad_argument(arguments, message):
@@ -395,10 +554,22 @@ def test_names_the_bad_input():
             pruning(packed, centrality, protect=torch.zeros(99, dtype=torch.bool))
     with pytest.raises(RuntimeError, match=r"whole items of codes_per_item 3 tokens, got a sequence of 5"):
         by_item(packed, centrality)
+    between_ends = SemanticAdaptivePruning(0.5, codes_per_item=3, protect_first=1, protect_last=1)
+    message = (
+        r"between protect_first 1 and protect_last 1 must be whole items of codes_per_item 3 tokens, "
+        r"got 11 of the 13 tokens of sequence 3"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        between_ends(packed, centrality)
+    with pytest.raises(ValueError, match="protect goes with protect_first=0 and protect_last=0, got both"):
+        between_ends(packed, centrality, protect=torch.zeros(batch.total, dtype=torch.bool))
+    falling = dataclasses.replace(packed, cu_seqlens=torch.tensor([0, 8, 5], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="cu_seqlens must never decrease, got 8 then 5"):
+        between_ends(falling, centrality)
 
 
 def test_repr_names_the_settings():
     assert repr(SemanticAdaptivePruning(0.5, codes_per_item=4)) == (
         "SemanticAdaptivePruning(keep_ratio=0.5, norm=l1, positions=original, normalize=none, prune_in_eval=True, "
-        "min_keep=1, codes_per_item=4, budget=sequence)"
+        "min_keep=1, codes_per_item=4, budget=sequence, protect_first=0, protect_last=0)"
     )

@@ -21,9 +21,25 @@ class PruningConfig:
     Attributes:
         schedule: pairs (block, keep_ratio). Blocks are counted from 1, and tokens are pruned after the block.
         protect_first, protect_last: how many tokens at each end of a history are always kept, such as a user token in
-            front or an end-of-sequence token behind. They do not count towards the budget. Multiples of codes_per_item.
-        norm, positions, prune_in_eval, min_keep, codes_per_item: as in `SemanticAdaptivePruning`.
+            front or an end-of-sequence token behind. They do not count towards the budget. With codes_per_item they may
+            have any length, and the tokens between them are whole items. Histories that are not longer than both ends
+            are kept whole.
+        codes_per_item: tokens of an item that are kept or dropped together. A separator behind every item is one of
+            them. If the last item of a history has another token in the place of its separator, or none, choose a
+            protect_last that keeps the last item too.
+        norm, prune_in_eval, min_keep: as in `SemanticAdaptivePruning`.
+        positions: as in `SemanticAdaptivePruning`. With `"none"` the blocks after the first pruning have no
+            relative-position bias at all, as in RASTP's implementation.
         budget: as in `SemanticAdaptivePruning`. The max_seqlen of padded inputs is their padded length.
+        layout: where the kept states are in the encoder's padded output. `"compact"` moves them to the left.
+            `"original"` leaves each in the column of its token; the states of dropped tokens are 0 and the output's
+            attention_mask is False there. Packed inputs have no columns to leave them in. Not with positions="compact".
+        voters: whose attention the centrality adds up. With `"padded"` the padding of a padded batch votes too, as in
+            padded implementations that mask keys but not queries, such as RASTP's. It votes at the first pruning,
+            which drops it. Packed inputs have no padding.
+
+    RASTP's implementation, whose padded length is a multiple of 3, is `PruningConfig([(2, 1 / 3)], positions="none",
+    budget="max_seqlen", voters="padded")`.
 
     Raises:
         ValueError: a value is not allowed, or the schedule has a block twice.
@@ -34,11 +50,12 @@ class PruningConfig:
     protect_last: int = 0
     norm: Literal["l1", "l2"] = "l1"
     positions: Literal["original", "compact", "none"] = "original"
-    layout: Literal["compact", "original"] = "compact"
     prune_in_eval: bool = True
     min_keep: int = 1
     codes_per_item: int | None = None
     budget: Literal["sequence", "max_seqlen"] = "sequence"
+    layout: Literal["compact", "original"] = "compact"
+    voters: Literal["tokens", "padded"] = "tokens"
 
     def __post_init__(self) -> None:
         schedule = [
@@ -50,13 +67,12 @@ class PruningConfig:
         if len(set(blocks)) < len(blocks) or min(blocks, default=1) < 1:
             raise ValueError(f"schedule must have blocks from 1 on, each once, got {self.schedule}")
         _set_counts(self, protect_first=0, protect_last=0, min_keep=0, codes_per_item=1)
+        check_choice("positions", self.positions, ("original", "compact", "none"))
+        check_choice("layout", self.layout, ("compact", "original"))
+        check_choice("voters", self.voters, ("tokens", "padded"))
+        if self.layout == "original" and self.positions == "compact":
+            raise ValueError('layout="original" needs the original positions, got positions="compact"')
         self.build_modules()
-        codes = self.codes_per_item or 1
-        if self.protect_first % codes != 0 or self.protect_last % codes != 0:
-            raise ValueError(
-                f"protect_first and protect_last must be multiples of codes_per_item {codes}, "
-                f"got {self.protect_first} and {self.protect_last}"
-            )
 
     def check_blocks(self, num_blocks: int) -> None:
         """Raises:
@@ -77,6 +93,8 @@ class PruningConfig:
                 min_keep=self.min_keep,
                 codes_per_item=self.codes_per_item,
                 budget=self.budget,
+                protect_first=self.protect_first,
+                protect_last=self.protect_last,
             )
             for block, keep_ratio in self.schedule
         }
@@ -88,7 +106,8 @@ class PredictionConfig:
 
     Attributes:
         num_steps: the number of steps beyond the labels.
-        codes_per_item: codes of an item. The labels of a user are whole items.
+        codes_per_item: codes of an item. The labels of a user are whole items, with eos_token_id behind them if that is
+            set.
         unit: what a step counts. With `"item"`, step k of a position predicts the same code of the item k further on;
             with `"token"`, the token k further on.
         head: the kind of head, one for each step, see `MultiStepPrediction`.
@@ -97,6 +116,9 @@ class PredictionConfig:
         vocab_ranges: for each level the (start, end) of its codes in the vocabulary. The softmax of a level then runs
             only over this range. Needs unit="item". None: the whole vocabulary.
         step_weights, lambda_, num_attention_heads: as in `MultiStepPrediction`.
+        eos_token_id: the end-of-sequence token, if the labels have one behind the last item of a user. The next-token
+            loss trains it. It is no part of an item: no step is predicted from it, and none predicts it. Labels may
+            then have any number of columns.
 
     Raises:
         ValueError: a value is not allowed.
@@ -111,9 +133,10 @@ class PredictionConfig:
     step_weights: Sequence[float] | None = None
     lambda_: float | LinearDecay = 0.3
     num_attention_heads: int | None = None
+    eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        _set_counts(self, num_steps=1, codes_per_item=1, num_attention_heads=1)
+        _set_counts(self, num_steps=1, codes_per_item=1, num_attention_heads=1, eos_token_id=0)
         check_choice("unit", self.unit, ("item", "token"))
         check_choice("unembedding", self.unembedding, ("shared", "own"))
         if self.vocab_ranges is not None:
@@ -123,6 +146,8 @@ class PredictionConfig:
                     f"vocab_ranges must have one (start, end) for each of the {self.codes_per_item} levels and needs "
                     f'unit="item", got {self.vocab_ranges} and unit={self.unit!r}'
                 )
+            if self.eos_token_id is not None and any(a <= self.eos_token_id < b for a, b in self.vocab_ranges):
+                raise ValueError(f"eos_token_id must be outside of vocab_ranges, got {self.eos_token_id}")
         if isinstance(self.lambda_, list | tuple):  # JSON makes lists of tuples
             if len(self.lambda_) != 3:
                 raise ValueError(f"lambda_ must be a number or LinearDecay(start, end, steps), got {self.lambda_}")

@@ -29,7 +29,6 @@ __all__ = [
     "check_consumed",
     "check_one_given",
     "packed_embeddings",
-    "protected_ends",
     "with_empty_tail",
 ]
 
@@ -110,7 +109,6 @@ class PackedTrunk(nn.Module):
     """
 
     stamp_pruning: nn.ModuleDict
-    stamp_protected_ends: tuple[int, int]
     stamp_drops_bias: bool  # after the first pruning
     stamp_keeps_places: bool  # of the kept tokens in padded outputs
 
@@ -120,13 +118,12 @@ class PackedTrunk(nn.Module):
         # The modules have no parameters. They follow train() and eval(), and add no key to the state dict.
         self.stamp_pruning = nn.ModuleDict({str(block_number): module for block_number, module in modules.items()})
         self.stamp_pruning.train(self.training)
-        self.stamp_protected_ends = (0, 0) if config is None else (config.protect_first, config.protect_last)
         self.stamp_drops_bias = config is not None and config.positions == "none"
         self.stamp_keeps_places = config is not None and config.layout == "original"
 
     def remove_pruning(self) -> None:
         """Undo `set_pruning`: the stack has only its own attributes again."""
-        del self.stamp_pruning, self.stamp_protected_ends, self.stamp_drops_bias, self.stamp_keeps_places
+        del self.stamp_pruning, self.stamp_drops_bias, self.stamp_keeps_places
 
     @property
     def is_pruned(self) -> bool:
@@ -160,13 +157,7 @@ class PackedTrunk(nn.Module):
         if not packing.wants_centrality:
             return packed
         prune = cast(SemanticAdaptivePruning, self.stamp_pruning[str(block_number)])
-        if self.stamp_protected_ends == (0, 0):
-            return cast(PrunedBatch, prune(packed, packing.centrality)).packed
-        protect, num_protected = protected_ends(packed, *self.stamp_protected_ends, prune.codes_per_item or 1)
-        pruned: PackedBatch = prune(packed, packing.centrality, protect=protect, num_protected=num_protected).packed
-        if prune.budget == "max_seqlen":  # the module does not know that each sequence has so few protected tokens
-            pruned = replace(pruned, max_seqlen=prune.most_kept(packed.max_seqlen, sum(self.stamp_protected_ends)))
-        return pruned
+        return cast(PrunedBatch, prune(packed, packing.centrality)).packed
 
     def padded_output(self, encoded: PackedBatch, layout: PaddedLayout | None) -> EncoderOutput:
         """States in the places that their tokens have in a padded batch; on the left if they were pruned (unless the
@@ -202,24 +193,6 @@ def _in_their_places(encoded: PackedBatch, mask: Tensor) -> EncoderOutput:
 
     states = torch.where(is_tail[:, None], 0, encoded.values)
     return EncoderOutput(last_hidden_state=padded(states), attention_mask=padded(~is_tail), positions=padded(positions))
-
-
-def protected_ends(
-    packed: PackedBatch, protect_first: int, protect_last: int, codes_per_item: int = 1
-) -> tuple[Tensor, int | Tensor]:
-    """(protect, num_protected) for SemanticAdaptivePruning: the tokens at both ends of every sequence.
-
-    Protected tokens are never pruned, so they are still at the ends after any pruning point.
-    """
-    total, num_sequences = packed.values.shape[0], len(packed.cu_seqlens) - 1
-    row = torch.arange(total, device=packed.values.device)
-    sequence = sequence_of_row(packed.cu_seqlens, total)  # num_sequences on tail rows
-    starts, ends = packed.cu_seqlens[sequence], packed.cu_seqlens[(sequence + 1).clamp(max=num_sequences)]
-    protect = ((row < starts + protect_first) | (row >= ends - protect_last)) & (sequence < num_sequences)
-    most = protect_first + protect_last
-    if packed.lengths_cpu is None:
-        return protect, num_sequences * (most // codes_per_item)  # an upper bound
-    return protect, packed.lengths_cpu.clamp(max=most) // codes_per_item
 
 
 def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module | None, hidden_size: int) -> Tensor:

@@ -37,7 +37,7 @@ from stamp_kernels.integrations.transformers.generation import (
     has_static_cache,
 )
 from stamp_kernels.integrations.transformers.losses import loss_of_logits, next_token_loss, shared_unembedding
-from stamp_kernels.integrations.transformers.multi_step_targets import IGNORE_INDEX, multi_step_targets
+from stamp_kernels.integrations.transformers.multi_step_targets import IGNORE_INDEX, item_rows, multi_step_targets
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput, Seq2SeqOutput
 from stamp_kernels.integrations.transformers.packed_trunk import check_at_most_one_given, check_one_given
 from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
@@ -361,9 +361,12 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         if future_ids is None:
             raise ValueError("future_ids must be given in training with a PredictionConfig, got None")
         targets = multi_step_targets(labels, future_ids, cast(PredictionConfig, self.stamp_prediction_config))
+        num_columns = targets.shape[1]
+        is_hidden = ~layout.mask[:, :num_columns, None]
         loss: Tensor = prediction(
             states.values,
-            layout.pack(targets, IGNORE_INDEX),
+            targets.masked_fill(is_hidden, IGNORE_INDEX).flatten(0, 1),
+            item_rows=item_rows(layout, num_columns),
             unembedding=shared_unembedding(self.lm_head) if prediction.unembedding is None else None,
             cu_seqlens=states.cu_seqlens,
             max_seqlen=states.max_seqlen,

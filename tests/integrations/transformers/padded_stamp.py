@@ -1,7 +1,7 @@
 """STAMP written out in Hugging Face's own eager T5 modules, where nothing is gathered or packed.
 
 The padded batch stays `[B, S]` through all blocks. A token that pruning drops is masked out as a key, for the later
-blocks and for the decoder.
+blocks and for the decoder. `encode_rastp` is RASTP's encoder, which gathers columns of the padded batch.
 """
 
 import copy
@@ -26,7 +26,7 @@ V1_1 = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 LENGTHS = (7, 1, 30, 2, 13)
 THIRD = ((2, 1 / 3),)
 
-# Where the padding is, and the lengths of the histories in tokens (in items with codes_per_item).
+# Where the padding is, and the lengths of the histories in tokens (in items with codes_per_item, see `batch_of`).
 BATCHES = {
     "right": ("right", LENGTHS),
     "left": ("left", LENGTHS),
@@ -50,6 +50,13 @@ PRUNINGS = {
     "protect_both": PruningConfig(((1, 0.5), (3, 0.5)), protect_first=3, protect_last=2, min_keep=0),
     "only_protected": PruningConfig(((2, 0.0),), protect_first=1, protect_last=1, min_keep=0),
     "protect_items": PruningConfig(((1, 0.5), (2, 0.5)), codes_per_item=3, protect_first=3, protect_last=6),
+    "user_and_eos": PruningConfig(((1, 0.5), (2, 0.5)), codes_per_item=4, protect_first=1, protect_last=1),
+    "separators": PruningConfig(((1, 1 / 3), (3, 0.5)), codes_per_item=5, protect_first=1, protect_last=6, min_keep=2),
+    "compact_user": PruningConfig(((1, 0.5), (2, 0.5)), codes_per_item=3, protect_first=2, positions="compact"),
+    "only_ends": PruningConfig(THIRD, codes_per_item=4, protect_first=7, protect_last=2, min_keep=0),
+    "max_seqlen_user": PruningConfig(
+        ((1, 0.5), (2, 0.25)), budget="max_seqlen", codes_per_item=4, protect_first=3, protect_last=2
+    ),
     "max_seqlen": PruningConfig(THIRD, budget="max_seqlen"),
     "max_seqlen_two_points": PruningConfig(((1, 0.5), (2, 0.5)), budget="max_seqlen", protect_first=1),
     "max_seqlen_items": PruningConfig(((1, 0.5), (2, 0.5)), budget="max_seqlen", codes_per_item=2),
@@ -58,6 +65,7 @@ PRUNINGS = {
     "only_training": PruningConfig(((1, 0.5),), prune_in_eval=False),
     "nothing_kept": PruningConfig(((2, 0.0),), min_keep=0),
 }
+RASTP = PruningConfig(((2, 1 / 3),), positions="none", budget="max_seqlen", voters="padded")
 
 
 def in_turn(names: Collection[Any], others: Collection[Any], *, each: int) -> list[tuple[Any, Any]]:
@@ -67,10 +75,18 @@ def in_turn(names: Collection[Any], others: Collection[Any], *, each: int) -> li
 
 
 def batch_of(name: str, pruning: PruningConfig | None = None) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels of a batch of BATCHES; whole items if the pruning has codes_per_item."""
+    """input_ids, attention_mask and labels of a batch of BATCHES.
+
+    If the pruning has codes_per_item, histories are whole items. If it also protects ends, two of the items are the
+    ends, and histories of less than two items are that many tokens.
+    """
     padding, lengths = BATCHES[name]
-    codes_per_item = 1 if pruning is None else pruning.codes_per_item or 1
-    lengths = tuple(codes_per_item * length for length in lengths)
+    if pruning is not None and pruning.codes_per_item is not None:
+        codes_per_item, ends = pruning.codes_per_item, pruning.protect_first + pruning.protect_last
+        lengths = tuple(
+            codes_per_item * length if ends == 0 else length if length < 2 else ends + codes_per_item * (length - 2)
+            for length in lengths
+        )
     if padding in ("right", "left"):
         return padded_batch(lengths, padding_side=padding)
     batch = padded_batch(lengths)
@@ -114,6 +130,7 @@ def encode_padded(
 
     bias_of_columns = base.encoder.block[0].layer[0].SelfAttention.compute_bias(length, length)  # [1, H, S, S]
     bias = bias_of_columns
+    voters = torch.ones_like(kept) if pruning is not None and pruning.voters == "padded" else kept
     hidden = base.encoder.embed_tokens(input_ids)
     for block_number, (self_attention, feed_forward) in enumerate((b.layer for b in base.encoder.block), start=1):
         hide_keys = torch.zeros(kept.shape, dtype=hidden.dtype).masked_fill(~kept, torch.finfo(hidden.dtype).min)
@@ -121,15 +138,53 @@ def encode_padded(
         hidden = feed_forward(hidden)
         if block_number not in schedule:
             continue
-        centrality = (attention * kept[:, None, :, None]).sum((1, 2))  # [B, S], over heads and kept queries
+        centrality = (attention * voters[:, None, :, None]).sum((1, 2))  # [B, S], over heads and voting queries
         saliency = torch.linalg.vector_norm(hidden, 1 if pruning.norm == "l1" else 2, dim=-1)
         kept = best_tokens((saliency * centrality).detach(), kept, protected, schedule[block_number], columns, pruning)
         columns = columns_after(columns, schedule[block_number], pruning)
+        voters = kept
+        if pruning.positions == "none":
+            bias = torch.zeros_like(bias_of_columns)
         if pruning.positions == "compact":
             place = (kept.cumsum(1) - 1).clamp(min=0)  # [B, S]
             bias = torch.stack([bias_of_columns[0][:, row][:, :, row] for row in place])  # [B, H, S, S]
     states = base.encoder.final_layer_norm(hidden)
     return Encoded(states.masked_fill(~kept[..., None], 0.0), kept)
+
+
+def encode_rastp(
+    base: T5ForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor, block_number: int = 2
+) -> tuple[Encoded, Tensor]:
+    """RASTP's encoder: Hugging Face's blocks as they are, on fewer columns of the padded batch after one of them.
+
+    Returns:
+        What was kept, in the columns `[B, S]` of the inputs, and the mask `[B, k]` of the columns that remain.
+    """
+    blocks, length = base.encoder.block, input_ids.shape[1]
+    maps: list[Tensor] = []
+    attention = blocks[block_number - 1].layer[0].SelfAttention
+    hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[2]))
+    hidden, mask = base.encoder.embed_tokens(input_ids), attention_mask.bool()
+    bias = blocks[0].layer[0].SelfAttention.compute_bias(length, length)
+    for block in blocks[:block_number]:
+        hidden = block(hidden, attention_mask=_hiding(mask, hidden.dtype), position_bias=bias)[0]
+    hook.remove()
+    received = maps[0].sum(1).sum(1)  # [B, S], over the heads, then over all queries, padding too
+    importance = (received * hidden.abs().sum(-1)).detach().masked_fill(~mask, -math.inf)
+    columns = importance.topk(max(1, int(length * (1 / 3))), sorted=False).indices.sort().values  # [B, k]
+    hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[2]))
+    remaining = mask.gather(1, columns)
+    for block in blocks[block_number:]:
+        hidden = block(hidden, attention_mask=_hiding(remaining, hidden.dtype), position_bias=None)[0]
+    states = base.encoder.final_layer_norm(hidden).masked_fill(~remaining[..., None], 0.0)
+    in_place = torch.zeros(*input_ids.shape, states.shape[2], dtype=states.dtype)
+    in_place = in_place.scatter(1, columns[..., None].expand_as(states), states)
+    return Encoded(in_place, torch.zeros_like(mask).scatter(1, columns, remaining)), remaining
+
+
+def _hiding(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[B, 1, 1, S]`, added to the scores: 0 for keys in the mask, the least number for others."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
 
 
 def budget_of(items: int, keep_ratio: float, pruning: PruningConfig) -> int:
@@ -147,15 +202,13 @@ def best_tokens(
     importance: Tensor, kept: Tensor, protected: Tensor, keep_ratio: float, columns: int, pruning: PruningConfig
 ) -> Tensor:
     """bool `[B, S]`: which of the tokens kept so far are kept after one more pruning."""
-    histories = [row.nonzero()[:, 0].view(-1, pruning.codes_per_item or 1) for row in kept]  # columns of each item
-    is_kept = torch.zeros_like(kept)
-    for row, items in enumerate(histories):
-        is_protected = protected[row][items].any(1)
-        free = items[~is_protected]
-        of = len(free) if pruning.budget == "sequence" else columns // (pruning.codes_per_item or 1)
-        best = importance[row][free].sum(1).topk(min(len(free), budget_of(of, keep_ratio, pruning))).indices
-        is_kept[row, items[is_protected].flatten()] = True
-        is_kept[row, free[best].flatten()] = True
+    codes_per_item = pruning.codes_per_item or 1
+    is_kept = protected.clone()
+    for row, of_importance in enumerate(importance):
+        items = (kept & ~protected)[row].nonzero()[:, 0].view(-1, codes_per_item)  # columns of each item
+        of = len(items) if pruning.budget == "sequence" else columns // codes_per_item
+        best = of_importance[items].sum(1).topk(min(len(items), budget_of(of, keep_ratio, pruning))).indices
+        is_kept[row, items[best].flatten()] = True
     return is_kept
 
 

@@ -112,7 +112,7 @@ def test_apply_stamp_again_replaces_the_configurations():
     weight = heads.heads[0].linear.weight
     apply_stamp(model, pruning=PruningConfig(schedule=[(2, 0.25)], protect_last=1), prediction=PREDICTION)
     assert model.stamp_prediction is heads and model.stamp_prediction.heads[0].linear.weight is weight
-    assert list(model.encoder.stamp_pruning) == ["2"] and model.encoder.stamp_protected_ends == (0, 1)
+    assert list(model.encoder.stamp_pruning) == ["2"] and model.encoder.stamp_pruning["2"].protected_ends == (0, 1)
     assert model.config.stamp["pruning"]["schedule"] == ((2, 0.25),)
 
     apply_stamp(model, prediction=replace(PREDICTION, lambda_=0.5))

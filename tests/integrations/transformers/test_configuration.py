@@ -13,11 +13,13 @@ from stamp_kernels.modules.prediction import LinearDecay
     "config",
     [
         PruningConfig(),
-        PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", protect_first=4, codes_per_item=4, min_keep=2),
+        PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", protect_first=1, codes_per_item=4, min_keep=2),
+        PruningConfig(positions="none", layout="original", voters="padded"),
         PredictionConfig(),
         PredictionConfig(
             2, 2, vocab_ranges=[(0, 5), (5, 9)], step_weights=[1, 0.5], lambda_=LinearDecay(0.3, 0.1, 100)
         ),
+        PredictionConfig(2, 2, vocab_ranges=[(2, 5), (5, 9)], eos_token_id=np.int64(1)),
         PredictionConfig(1, unit="token", head="transformer", num_attention_heads=2, unembedding="own"),
         PruningConfig([(np.int64(1), np.float32(0.5))], protect_last=np.int64(2), min_keep=np.int32(1)),
         PredictionConfig(np.int64(2), step_weights=np.array([1, 0.5]), lambda_=np.float32(0.5)),
@@ -30,9 +32,13 @@ def test_survives_json(config):
 
 
 def test_modules_follow_the_schedule():
-    modules = PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", min_keep=2).build_modules()
+    config = PruningConfig([(1, 0.5), (3, 0.25)], norm="l2", min_keep=2, protect_first=1, protect_last=3)
+    modules = config.build_modules()
     assert {block: module.keep_ratio for block, module in modules.items()} == {1: 0.5, 3: 0.25}
     assert all(module.norm == "l2" and module.min_keep == 2 for module in modules.values())
+    assert all(module.protected_ends == (1, 3) for module in modules.values())
+    for positions, of_modules in (("original", "original"), ("compact", "compact"), ("none", "original")):
+        assert PruningConfig(positions=positions).build_modules()[2].positions == of_modules
 
 
 def test_prediction_module_follows_the_configuration():
@@ -59,18 +65,16 @@ def test_prediction_module_follows_the_configuration():
         (lambda: PruningConfig(protect_first=None), r"protect_first must be an int \(not a tensor\), got NoneType"),
         (lambda: PruningConfig(norm="l3"), r"norm must be one of \('l1', 'l2'\), got 'l3'"),
         (
-            lambda: PruningConfig(positions="none"),
-            r"positions must be one of \('original', 'compact'\), got 'none'",
+            lambda: PruningConfig(positions="rotary"),
+            r"positions must be one of \('original', 'compact', 'none'\), got 'rotary'",
         ),
+        (lambda: PruningConfig(layout="left"), r"layout must be one of \('compact', 'original'\), got 'left'"),
+        (lambda: PruningConfig(voters="all"), r"voters must be one of \('tokens', 'padded'\), got 'all'"),
         (lambda: PruningConfig(budget="batch"), r"budget must be one of \('sequence', 'max_seqlen'\), got 'batch'"),
         (lambda: PruningConfig(min_keep=-1), r"min_keep must be in \[0, inf\), got -1"),
         (lambda: PruningConfig(codes_per_item=0), r"codes_per_item must be in \[1, inf\), got 0"),
         (lambda: PruningConfig(protect_last=1.5), r"protect_last must be an int \(not a tensor\), got float"),
         (lambda: PruningConfig(protect_first=-1), r"protect_first must be in \[0, inf\), got -1"),
-        (
-            lambda: PruningConfig(codes_per_item=4, protect_last=1),
-            r"protect_first and protect_last must be multiples of codes_per_item 4, got 0 and 1",
-        ),
         (lambda: PruningConfig().check_blocks(1), r"schedule must have blocks from 1 to 1, got 2"),
         (lambda: PredictionConfig(0), r"num_steps must be in \[1, inf\), got 0"),
         (lambda: PredictionConfig(None), r"num_steps must be an int \(not a tensor\), got NoneType"),
@@ -91,6 +95,12 @@ def test_prediction_module_follows_the_configuration():
         (
             lambda: PredictionConfig(1, 1, vocab_ranges=[(0, 5.5)]),
             r"vocab_ranges must be pairs \(start, end\) of ints, got \[\(0, 5\.5\)\]",
+        ),
+        (lambda: PredictionConfig(eos_token_id=-1), r"eos_token_id must be in \[0, inf\), got -1"),
+        (lambda: PredictionConfig(eos_token_id="1"), r"eos_token_id must be an int \(not a tensor\), got str"),
+        (
+            lambda: PredictionConfig(1, 2, vocab_ranges=[(0, 5), (5, 9)], eos_token_id=5),
+            r"eos_token_id must be outside of vocab_ranges, got 5",
         ),
         (lambda: PredictionConfig(1, 0), r"codes_per_item must be in \[1, inf\), got 0"),
         (lambda: PredictionConfig(unit="step"), r"unit must be one of"),

@@ -1,6 +1,7 @@
 """The auxiliary losses of stamped T5s, summed up target by target, and the target counts of parts of a batch."""
 
 import copy
+import dataclasses
 import math
 from collections import defaultdict
 
@@ -39,6 +40,16 @@ PREDICTIONS = {
     "tokens_own": PredictionConfig(unit="token", unembedding="own", head="transformer", num_attention_heads=1),
 }
 TRAINING_STEP = 3
+EOS = 0
+# What the users' labels are, and whether a decoder mask hides what has no label.
+SHAPES = {
+    "one_item": (False, False),
+    "two_items": (False, False),
+    "one_or_two_items": (False, True),
+    "two_items_and_eos": (True, False),
+    "one_or_two_items_and_eos": (True, True),
+    "one_or_two_items_and_eos_in_view": (True, False),
+}
 
 
 def future_batch(items: int = 1) -> dict[str, Tensor]:
@@ -50,6 +61,16 @@ def future_batch(items: int = 1) -> dict[str, Tensor]:
     for row, number in zip(batch["future_ids"], num_future, strict=True):
         row[LEVELS * number :] = -100
     return batch
+
+
+def append_eos(batch: dict[str, Tensor]) -> None:
+    """An end-of-sequence token behind the last item of the labels, and of the future where there is room."""
+    batch["labels"] = F.pad(batch["labels"], (0, 1), value=-100)
+    for name in ("labels", "future_ids"):
+        for row in batch[name]:
+            places = (row == -100).nonzero()
+            if len(places) > 0:
+                row[places[0]] = EOS
 
 
 def randomize(heads: torch.nn.Module) -> None:
@@ -87,24 +108,29 @@ def written_out_prediction_loss(
     """`lambda * sum_k w_k * mean over levels of (mean over valid targets of the cross-entropy)`, target by target."""
     heads = base.stamp_prediction
     unembedding = heads.unembedding if config.unembedding == "own" else base.lm_head.weight
-    num_labels = batch["labels"].shape[1]
-    tokens = []  # of each user: the items with labels, directly followed by the future
+    histories = []  # of each user: the labels up to the end of the items, and with the future directly behind
     for labels, future in zip(batch["labels"].tolist(), batch["future_ids"].tolist(), strict=True):
+        if config.eos_token_id in labels:
+            del labels[labels.index(config.eos_token_id) :]
         while labels and set(labels[-LEVELS:]) == {-100}:
             del labels[-LEVELS:]
-        tokens.append(labels + future)
+        histories.append((labels, labels + future))
     stride = LEVELS if config.unit == "item" else 1
     loss = 0.0
     for step in range(1, config.num_steps + 1):
         losses = defaultdict(list)  # by level
-        for user_states, user_tokens, visible in zip(states, tokens, decoder_mask.tolist(), strict=True):
-            logits = apply_head(heads.heads[step - 1], config.head, user_states) @ unembedding.T
-            for place in range(num_labels):
+        for user_states, visible, (labels, tokens) in zip(states, decoder_mask, histories, strict=True):
+            outputs = torch.zeros_like(user_states)
+            outputs[visible] = apply_head(heads.heads[step - 1], config.head, user_states[visible])
+            logits = outputs @ unembedding.T
+            for place, label in enumerate(labels):
                 ahead = place + step * stride
-                if not visible[place] or ahead >= len(user_tokens) or user_tokens[ahead] == -100:
+                if label == -100 or not visible[place] or ahead >= len(tokens):
+                    continue
+                if tokens[ahead] in (-100, config.eos_token_id):
                     continue
                 start, end = (0, VOCAB_SIZE) if config.vocab_ranges is None else CODES[place % LEVELS]
-                probability = logits[place, start:end].softmax(-1)[user_tokens[ahead] - start]
+                probability = logits[place, start:end].softmax(-1)[tokens[ahead] - start]
                 losses[place % LEVELS].append(-probability.log())
         weight = 1.0 if config.step_weights is None else config.step_weights[step - 1]
         loss = loss + weight * sum(sum(of_level) / len(of_level) for of_level in losses.values()) / LEVELS
@@ -126,32 +152,71 @@ def predicting(config: PredictionConfig, pruning: PruningConfig | None = None, *
     return base_with_heads(model, **base_config), model
 
 
-@pytest.mark.parametrize(("name", "shape"), in_turn(PREDICTIONS, ["one_item", "two_items", "one_or_two_items"], each=2))
-def test_prediction_loss_equals_the_written_out_formula(name, shape):
-    config, pruning = PREDICTIONS[name], PRUNINGS["paper"]
-    base_config = V1_1 if name == "ranges" else {}
+def assert_equals_written_out(config: PredictionConfig, batch: dict[str, Tensor], **inputs) -> None:
+    """One training step, with the decoder_attention_mask and decoder_input_ids of `inputs`, if there are any."""
+    pruning = PRUNINGS["paper"]
+    base_config = V1_1 if config is PREDICTIONS["ranges"] else {}
     base, model = predicting(config, pruning, **base_config)
-    batch = future_batch(1 if shape == "one_item" else 2)
-    if shape == "one_or_two_items":  # the second one of some is padding
-        batch["labels"][1::2, LEVELS:] = -100
-    decoder_mask = batch["labels"] != -100
+    decoder_mask = inputs.get("decoder_attention_mask", torch.ones_like(batch["labels"]))
     encoded = encode_padded(base, **inputs_of(batch), pruning=pruning)
     decoded = base.decoder(
-        input_ids=base._shift_right(batch["labels"]),
+        input_ids=inputs.get("decoder_input_ids", base._shift_right(batch["labels"])),
         attention_mask=decoder_mask.long(),
         encoder_hidden_states=encoded.states,
         encoder_attention_mask=encoded.kept.long(),
     )
     states = decoded.last_hidden_state * (1.0 if base_config else base.config.d_model**-0.5)
     next_token_loss = F.cross_entropy(base.lm_head(states).flatten(0, 1), batch["labels"].flatten())
-    prediction_loss = written_out_prediction_loss(base, states, batch, config, decoder_mask)
+    prediction_loss = written_out_prediction_loss(base, states, batch, config, decoder_mask.bool())
 
-    mask = dict(decoder_attention_mask=decoder_mask) if shape == "one_or_two_items" else {}
-    output = model(**batch, **mask, training_step=TRAINING_STEP)
-    assert relative_error(output.next_token_loss, next_token_loss) < 1e-9
-    assert relative_error(output.prediction_loss, prediction_loss) < 1e-9
-    assert not output.next_token_loss.requires_grad and not output.prediction_loss.requires_grad
+    counts = global_target_counts(batch["labels"], batch["future_ids"], config)
+    for of_batch in ({}, counts):
+        output = model(**batch, **inputs, **of_batch, training_step=TRAINING_STEP)
+        assert relative_error(output.next_token_loss, next_token_loss) < 1e-9
+        assert relative_error(output.prediction_loss, prediction_loss) < 1e-9
+        assert not output.next_token_loss.requires_grad and not output.prediction_loss.requires_grad
     assert_same_training_step(base, next_token_loss + prediction_loss, model, output.loss)
+
+
+@pytest.mark.parametrize(("name", "shape"), in_turn(PREDICTIONS, SHAPES, each=3))
+def test_prediction_loss_equals_the_written_out_formula(name, shape):
+    config, (has_eos, is_masked) = PREDICTIONS[name], SHAPES[shape]
+    batch = future_batch(1 if shape == "one_item" else 2)
+    if shape.startswith("one_or_two_items"):  # the second one of some is padding
+        batch["labels"][1::2, LEVELS:] = -100
+    if has_eos:
+        config = dataclasses.replace(config, eos_token_id=EOS)
+        append_eos(batch)
+    assert_equals_written_out(
+        config, batch, **(dict(decoder_attention_mask=batch["labels"] != -100) if is_masked else {})
+    )
+
+
+@pytest.mark.parametrize("has_eos", [False, True])
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_decoder_mask_may_hide_a_part_of_an_item(name, has_eos):
+    """A hidden code has no target. The codes of other users, and of this one behind it, keep theirs."""
+    config, batch = PREDICTIONS[name], future_batch(2)
+    if has_eos:
+        config = dataclasses.replace(config, eos_token_id=EOS)
+        append_eos(batch)
+    masks = ["11111111", "01111111", "11011110", "10110111", "11100000"]
+    decoder_mask = torch.tensor([[int(visible) for visible in mask] for mask in masks])
+    decoder_mask = F.pad(decoder_mask, (0, int(has_eos)), value=1)
+    decoder_input_ids = F.pad(batch["labels"][:, :-1].clamp(min=0), (1, 0))
+    batch["labels"] = batch["labels"].masked_fill(decoder_mask == 0, -100)
+    assert_equals_written_out(config, batch, decoder_attention_mask=decoder_mask, decoder_input_ids=decoder_input_ids)
+
+
+def test_label_that_the_decoder_mask_hides_has_no_loss():
+    _, model = predicting(PREDICTIONS["residual"])
+    batch = future_batch(2)
+    decoder_mask = torch.ones_like(batch["labels"])
+    decoder_mask[2, 1] = decoder_mask[4, 3] = 0
+    inputs = dict(decoder_attention_mask=decoder_mask, decoder_input_ids=model._shift_right(batch["labels"]))
+    # They are in the first items, which no step predicts, so that they are targets of nothing else.
+    without = batch | dict(labels=batch["labels"].masked_fill(decoder_mask == 0, -100))
+    assert torch.equal(model(**batch, **inputs).loss, model(**without, **inputs).loss)
 
 
 def halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -226,6 +291,41 @@ def test_target_counts_by_hand():
     counts = global_target_counts(labels, future_ids, PredictionConfig(num_steps=2, codes_per_item=2, unit="token"))
     assert counts["num_future_targets"].tolist() == [[3, 3], [4, 2]]
     assert counts["num_future_targets"].dtype == counts["num_items_in_batch"].dtype == torch.int64
+
+
+def test_target_counts_of_labels_with_eos():
+    config = PredictionConfig(num_steps=2, codes_per_item=2, eos_token_id=1)
+    labels = torch.tensor([[11, 21, 12, 22, 1], [11, 21, 1, -100, -100], [1, -100, -100, -100, -100]])
+    future_ids = torch.tensor([[13, 23, 1, -100], [12, 22, 13, 23], [11, 21, 1, -100]])
+    counts = global_target_counts(labels, future_ids, config)
+    # Step 1: 12, 13 and 12; 22, 23 and 22. Step 2: 13 and 13; 23 and 23. Nothing is predicted from an eos or as one.
+    assert counts["num_items_in_batch"] == 9  # of the next-token loss
+    assert counts["num_future_targets"].tolist() == [[3, 3], [2, 2]]
+    only_eos = global_target_counts(torch.ones(2, 1, dtype=torch.int64), future_ids[:2], config)
+    assert only_eos["num_items_in_batch"] == 2 and not only_eos["num_future_targets"].any()
+
+
+def test_labels_of_only_eos_have_no_prediction_loss():
+    config = dataclasses.replace(PREDICTIONS["residual"], eos_token_id=EOS)
+    _, model = predicting(config)
+    batch = future_batch() | dict(labels=torch.full((len(LENGTHS), 1), EOS))
+    output = model(**batch)
+    assert output.prediction_loss == 0 and output.loss == output.next_token_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "eos", "error", "message"),
+    [
+        ([[11, 21, 1]], None, ValueError, r"labels must be whole items of 2 codes, got \[1, 3\]: name an end-of"),
+        ([[11, 21, 2]], 1, RuntimeError, r"whole items of 2 codes before eos_token_id 1, got 2 at \[0, 2\] of the"),
+        ([[-100] * 4, [11, 21, 12, 1]], 1, RuntimeError, r"eos_token_id 1 only behind whole items of 2 .* \[1, 3\]"),
+    ],
+)
+def test_names_labels_that_are_not_whole_items(labels, eos, error, message):
+    config = PredictionConfig(num_steps=1, codes_per_item=2, eos_token_id=eos)
+    labels = torch.tensor(labels)
+    with pytest.raises(error, match=message):
+        global_target_counts(labels, torch.ones_like(labels), config)
 
 
 def test_target_counts_need_future_ids_and_prediction_together():

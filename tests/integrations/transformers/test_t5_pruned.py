@@ -107,7 +107,7 @@ def test_inputs_in_other_forms(given):
 @pytest.mark.parametrize(
     ("name", "padding"),
     in_turn(
-        ["paper", "two_points", "items", "protect_both", "compact", "only_training", None],
+        ["paper", "two_points", "items", "protect_both", "user_and_eos", "compact", "only_training", None],
         ["right", "left", "holes", "no_mask"],
         each=2,
     ),
