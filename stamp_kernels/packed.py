@@ -2,15 +2,15 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nested._internal.nested_tensor import _tensor_symint_registry
-from torch.utils import _pytree as pytree
 
 from stamp_kernels.common.contents import check_cu_seqlens_contents, contents_are_checked
+from stamp_kernels.common.exported import exported_dataclass
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.common.tiles import lengths_are_alike, num_listed_tiles
 from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
@@ -29,6 +29,7 @@ _INT32_MAX = 2**31 - 1
 
 
 # eq=False: comparing tensors gives tensors, so packed batches compare by identity.
+@exported_dataclass()
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedBatch:
     """Sequences packed one after another, in the layout of variable-length attention kernels.
@@ -389,38 +390,3 @@ def _looks_inverted(x: Tensor, mask: Tensor, lengths: Tensor) -> bool:
         return False
     outside = tokens[~mask.flatten()]
     return not bool((outside == inside[0]).all(1).any() or (outside == outside[0]).all())
-
-
-# Torch finds the tensors inside arguments and results through the pytree (FSDP2, torch.export, torch.func).
-# torch.export.register_dataclass would call the constructor, which refuses what tree_map puts into the fields.
-_FIELDS = tuple(field.name for field in dataclasses.fields(PackedBatch))
-
-
-def _flatten(packed: PackedBatch) -> tuple[list[Any], list[str]]:
-    """The fields that are not None, and their names."""
-    names = [name for name in _FIELDS if getattr(packed, name) is not None]
-    return [getattr(packed, name) for name in names], names
-
-
-def _flatten_with_keys(packed: PackedBatch) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[str]]:
-    leaves, names = _flatten(packed)
-    return [(pytree.GetAttrKey(name), x) for name, x in zip(names, leaves, strict=True)], names
-
-
-def _unflatten(leaves: Iterable[Any], names: list[str]) -> PackedBatch:
-    packed = object.__new__(PackedBatch)
-    given = dict(zip(names, leaves, strict=True))
-    for name in _FIELDS:
-        object.__setattr__(packed, name, given.get(name))
-    return packed
-
-
-pytree.register_pytree_node(
-    PackedBatch,
-    _flatten,
-    _unflatten,
-    serialized_type_name="stamp_kernels.PackedBatch",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-# An exported program keeps its example inputs, and torch.export.load reads them with weights_only=True.
-torch.serialization.add_safe_globals([PackedBatch])
