@@ -42,7 +42,9 @@ class LinearHead(nn.Linear):
         super().__init__(hidden_size, hidden_size)
 
     def reset_parameters(self) -> None:
-        nn.init.eye_(self.weight)
+        # eye_ makes its result on the default device, and then refuses a weight on another one.
+        with self.weight.device:
+            nn.init.eye_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:

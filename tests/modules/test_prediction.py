@@ -317,6 +317,19 @@ def test_reset_parameters_restores_the_identity():
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_reset_parameters_leaves_the_device(head):
+    """A module is made on "meta", given memory elsewhere, and initialized there, all under one default device."""
+    with torch.device("meta"):
+        aux = module(head)
+        assert all(parameter.is_meta for parameter in aux.parameters())
+        aux.to_empty(device="cpu").reset_parameters()
+    hidden, targets, others = packed_inputs()
+    for of_step in aux.heads:
+        assert torch.equal(of_step(hidden, others["cu_seqlens"], others["max_seqlen"]), hidden)
+    assert aux(hidden, targets, **others).isfinite()
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_autocast(head):
     aux = module(head).float()
     hidden, targets, others = packed_inputs(dtype=torch.float32)
