@@ -13,7 +13,7 @@ from stamp_kernels.common.contents import check_cu_seqlens_contents, contents_ar
 from stamp_kernels.common.exported import exported_dataclass
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.common.tiles import lengths_are_alike, num_listed_tiles
-from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor, checked_cu_seqlens
 from stamp_kernels.ops.attention.tile_list import tile_list
 from stamp_kernels.ops.pruning.gather import check_fill_value, gather_tokens
 from stamp_kernels.ops.pruning.selection import TokenSelection
@@ -42,6 +42,7 @@ class PackedBatch:
         values: `[T, ...]`, the rows of all sequences. T may exceed `cu_seqlens[-1]`. The rows past it are tail rows:
             they belong to no sequence and are never read.
         cu_seqlens: int32 `[B + 1]` on the device of values. Sequence b is `values[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+            Offsets in int64, as TorchRec and FBGEMM have them, are converted.
         max_seqlen: the longest length, or an upper bound of it. An integer of another type (NumPy's) is converted.
         positions: int32 `[T]`, each token's index in its original sequence. It survives pruning. None: 0, 1, ..., n - 1
             in every sequence.
@@ -65,11 +66,13 @@ class PackedBatch:
         check_tensor("values", self.values)
         if self.values.dim() == 0:
             raise ValueError("values must have shape [total, ...], got a tensor without dimensions")
-        check_cu_seqlens("cu_seqlens", self.cu_seqlens, self.values.device)
+        cu_seqlens = checked_cu_seqlens("cu_seqlens", self.cu_seqlens, self.values.device)
+        if cu_seqlens is not self.cu_seqlens:
+            object.__setattr__(self, "cu_seqlens", cu_seqlens)  # the class is frozen
         max_seqlen = check_count("max_seqlen", self.max_seqlen)
         check_range("max_seqlen", max_seqlen, 0, _INT32_MAX)
         if max_seqlen is not self.max_seqlen:
-            object.__setattr__(self, "max_seqlen", max_seqlen)  # the class is frozen
+            object.__setattr__(self, "max_seqlen", max_seqlen)
         if self.positions is not None:
             check_tensor(
                 "positions",

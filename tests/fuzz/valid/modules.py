@@ -28,7 +28,7 @@ def semantic_adaptive_pruning(draw: Draw) -> Case:
     )
     hidden.requires_grad_(draw.chance(0.7))
     packed = PackedBatch(
-        hidden, batch.cu_seqlens, draw.upper_bound(batch.max_seqlen), draw.maybe(0.5, draw.positions(batch)),
+        hidden, draw.offsets(batch), draw.upper_bound(batch.max_seqlen), draw.maybe(0.5, draw.positions(batch)),
         draw.maybe(0.5, torch.tensor(batch.lengths, dtype=torch.int64)),
     )  # fmt: skip
     protect = draw.maybe(0.4, torch.rand(batch.total) < 0.2)
@@ -112,7 +112,7 @@ def multi_step_prediction(draw: Draw) -> Case:
     arguments: dict[str, Any] = dict(
         hidden=draw.strided(draw.floats(num_rows, width, dtype=dtype)).requires_grad_(), targets=draw.strided(targets),
         unembedding=None if owns else draw.strided(draw.floats(vocab, width, dtype=dtype, scale=0.3)).requires_grad_(),
-        cu_seqlens=batch.cu_seqlens, max_seqlen=draw.upper_bound(batch.max_seqlen),
+        cu_seqlens=draw.offsets(batch), max_seqlen=draw.upper_bound(batch.max_seqlen),
     )  # fmt: skip
     call = Call("", arguments, on=Call("stamp_kernels.MultiStepPrediction", options))
     leaves = dict(module.named_parameters()) | {
