@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stamp_kernels.common.contents import check_cu_seqlens_contents
 from stamp_kernels.common.precision import compute_dtype
+from stamp_kernels.common.rows import is_tail_row
 from stamp_kernels.modules._arguments import as_tuple
 from stamp_kernels.ops._checks import (
     FLOATING_DTYPES,
@@ -17,6 +19,7 @@ from stamp_kernels.ops._checks import (
     check_range,
     check_tensor,
     check_vocab_ranges,
+    checked_cu_seqlens,
 )
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
@@ -278,7 +281,7 @@ class MultiStepPrediction(nn.Module):
         *,
         unembedding: Tensor | None = None,  # [V, D]
         bias: Tensor | None = None,  # [V]
-        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32 or int64
         max_seqlen: int | None = None,
         target_counts: Tensor | None = None,  # [K, L]
         training_step: int | None = None,
@@ -291,11 +294,12 @@ class MultiStepPrediction(nn.Module):
                 Rows without a target are not read and may hold NaN. With head="transformer", whose rows attend to each
                 other, that holds only for tail rows.
             targets: int64 `[N, K]`, what step k predicts from each row, or ignore_index. See `shift_targets`, and for
-                pruned sequences `SemanticAdaptivePruning`. Tail rows must have ignore_index.
+                pruned sequences `SemanticAdaptivePruning`. Without cu_seqlens tail rows must have ignore_index.
             unembedding: `[V, D]`, the model's. Only if the module has none of its own (vocab_size).
             bias: added to the logits, as in `multi_token_cross_entropy`.
-            cu_seqlens, max_seqlen: int32 `[B + 1]` offsets of the packed sequences and their longest length. Only
-                head="transformer" reads them, and it needs them.
+            cu_seqlens: int32 or int64 `[B + 1]`, offsets of the packed sequences. The targets of tail rows (those from
+                `cu_seqlens[-1]` on) are then ignored.
+            max_seqlen: the longest length, or an upper bound. head="transformer" needs both.
             target_counts: how many valid targets each (step, level) has in a larger batch that this one is a part of
                 (several ranks, or accumulated steps). The losses are then sums over this part divided by these counts,
                 so that the losses of all parts add up to the loss of the whole batch. None: this batch is the whole.
@@ -325,6 +329,9 @@ class MultiStepPrediction(nn.Module):
             )
         if self.head == "transformer" and (cu_seqlens is None or max_seqlen is None):
             raise ValueError('head="transformer" needs cu_seqlens and max_seqlen')
+        if cu_seqlens is not None:
+            cu_seqlens = checked_cu_seqlens("cu_seqlens", cu_seqlens, hidden.device)
+            max_seqlen = None if max_seqlen is None else check_count("max_seqlen", max_seqlen)
         if callable(self.lambda_) and training_step is None:
             raise ValueError("training_step must be given if lambda_ is a function of it, got None")
         if not self.training:
@@ -332,11 +339,12 @@ class MultiStepPrediction(nn.Module):
             zero = torch.zeros((), dtype=dtype, device=hidden.device)
             return MultiTokenLoss(zero, zero.new_zeros(self.num_steps)) if return_step_losses else zero
 
+        if cu_seqlens is not None:
+            check_cu_seqlens_contents("cu_seqlens", cu_seqlens, num_rows, max_seqlen)
+            is_tail = is_tail_row(cu_seqlens, num_rows)
+            targets = targets.masked_fill(is_tail[:, None], self.ignore_index)
+        never_read = is_tail if self.head == "transformer" else (targets == self.ignore_index).all(1)
         # In the gradients of the heads' weights, a row of NaN times its gradient of 0 would be NaN.
-        if self.head == "transformer":
-            never_read = torch.arange(num_rows, device=hidden.device) >= cast(Tensor, cu_seqlens)[-1]
-        else:
-            never_read = (targets == self.ignore_index).all(1)
         hidden = hidden.masked_fill(never_read[:, None], 0.0)
         # Every (step, level) is one step of the cross-entropy, whose rows are the items.
         items_and_levels = (num_rows // self.codes_per_item, self.codes_per_item)
