@@ -3,7 +3,6 @@
 The arithmetic is in `common.budget`.
 """
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -96,7 +95,7 @@ def resolve_budget(
     num_protected = _total_protected(options)
     max_kept = codes_per_item * _max_kept_items(arguments, max_items, num_protected)
     if options.total_kept is None:
-        capacity = _capacity(arguments, total // codes_per_item, num_sequences, keep_ratio, num_protected)
+        capacity = _capacity(arguments, total // codes_per_item, num_sequences, num_protected)
         arguments = arguments._replace(total_kept=codes_per_item * capacity)
     return ResolvedBudget(arguments, max_kept)
 
@@ -203,17 +202,19 @@ def _total_protected(options: KeepOptions) -> int | None:
     return options.num_protected
 
 
-def _capacity(
-    budget: BudgetArguments, num_items: int, num_sequences: int, keep_ratio: float | None, num_protected: int | None
-) -> int:
-    """An upper bound of the kept items that needs nothing from the device."""
+def _capacity(budget: BudgetArguments, num_items: int, num_sequences: int, num_protected: int | None) -> int:
+    """An upper bound of the kept items that needs nothing from the device.
+
+    In integers: the product of a float and a quotient of sizes makes torch.compile guard on the remainder. One unit
+    more than the ratio, which may have been rounded down, so that a third of 3 is 1.
+    """
     if num_protected is None:
         return num_items
     if budget.keep_count is not None:
         most = num_sequences * torch.sym_max(budget.min_keep, budget.keep_count) + num_protected
         return torch.sym_min(num_items, most)
-    if keep_ratio is not None:
-        most = math.floor(keep_ratio * num_items) + num_sequences * max(1, budget.min_keep) + num_protected
+    if budget.ratio_q32 is not None:
+        most = ((budget.ratio_q32 + 1) * num_items >> 32) + num_sequences * max(1, budget.min_keep) + num_protected
         return torch.sym_min(num_items, most)
     return num_items
 
