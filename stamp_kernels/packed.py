@@ -94,7 +94,8 @@ class PackedBatch:
 
         Packs the valid tokens of every row in their order. The padding may be on the right, on the left or scattered.
         The CPU needs the lengths to size the result. That costs one sync, and none if the mask or the lengths are on
-        the CPU, which is allowed even if x is on a GPU.
+        the CPU, which is allowed even if x is on a GPU. It is a graph break under torch.compile, and a program of
+        torch.export is given the PackedBatch instead.
 
         Args:
             x: `[B, S, ...]`, any dtype.
