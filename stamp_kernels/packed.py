@@ -2,18 +2,18 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nested._internal.nested_tensor import _tensor_symint_registry
-from torch.utils import _pytree as pytree
 
 from stamp_kernels.common.contents import check_cu_seqlens_contents, contents_are_checked
+from stamp_kernels.common.exported import exported_dataclass
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.common.tiles import lengths_are_alike, num_listed_tiles
-from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor, checked_cu_seqlens
 from stamp_kernels.ops.attention.tile_list import tile_list
 from stamp_kernels.ops.pruning.gather import check_fill_value, gather_tokens
 from stamp_kernels.ops.pruning.selection import TokenSelection
@@ -29,6 +29,7 @@ _INT32_MAX = 2**31 - 1
 
 
 # eq=False: comparing tensors gives tensors, so packed batches compare by identity.
+@exported_dataclass()
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedBatch:
     """Sequences packed one after another, in the layout of variable-length attention kernels.
@@ -41,6 +42,7 @@ class PackedBatch:
         values: `[T, ...]`, the rows of all sequences. T may exceed `cu_seqlens[-1]`. The rows past it are tail rows:
             they belong to no sequence and are never read.
         cu_seqlens: int32 `[B + 1]` on the device of values. Sequence b is `values[cu_seqlens[b]:cu_seqlens[b + 1]]`.
+            Offsets in int64, as TorchRec and FBGEMM have them, are converted.
         max_seqlen: the longest length, or an upper bound of it. An integer of another type (NumPy's) is converted.
         positions: int32 `[T]`, each token's index in its original sequence. It survives pruning. None: 0, 1, ..., n - 1
             in every sequence.
@@ -64,11 +66,13 @@ class PackedBatch:
         check_tensor("values", self.values)
         if self.values.dim() == 0:
             raise ValueError("values must have shape [total, ...], got a tensor without dimensions")
-        check_cu_seqlens("cu_seqlens", self.cu_seqlens, self.values.device)
+        cu_seqlens = checked_cu_seqlens("cu_seqlens", self.cu_seqlens, self.values.device)
+        if cu_seqlens is not self.cu_seqlens:
+            object.__setattr__(self, "cu_seqlens", cu_seqlens)  # the class is frozen
         max_seqlen = check_count("max_seqlen", self.max_seqlen)
         check_range("max_seqlen", max_seqlen, 0, _INT32_MAX)
         if max_seqlen is not self.max_seqlen:
-            object.__setattr__(self, "max_seqlen", max_seqlen)  # the class is frozen
+            object.__setattr__(self, "max_seqlen", max_seqlen)
         if self.positions is not None:
             check_tensor(
                 "positions",
@@ -90,7 +94,8 @@ class PackedBatch:
 
         Packs the valid tokens of every row in their order. The padding may be on the right, on the left or scattered.
         The CPU needs the lengths to size the result. That costs one sync, and none if the mask or the lengths are on
-        the CPU, which is allowed even if x is on a GPU.
+        the CPU, which is allowed even if x is on a GPU. It is a graph break under torch.compile, and a program of
+        torch.export is given the PackedBatch instead.
 
         Args:
             x: `[B, S, ...]`, any dtype.
@@ -389,38 +394,3 @@ def _looks_inverted(x: Tensor, mask: Tensor, lengths: Tensor) -> bool:
         return False
     outside = tokens[~mask.flatten()]
     return not bool((outside == inside[0]).all(1).any() or (outside == outside[0]).all())
-
-
-# Torch finds the tensors inside arguments and results through the pytree (FSDP2, torch.export, torch.func).
-# torch.export.register_dataclass would call the constructor, which refuses what tree_map puts into the fields.
-_FIELDS = tuple(field.name for field in dataclasses.fields(PackedBatch))
-
-
-def _flatten(packed: PackedBatch) -> tuple[list[Any], list[str]]:
-    """The fields that are not None, and their names."""
-    names = [name for name in _FIELDS if getattr(packed, name) is not None]
-    return [getattr(packed, name) for name in names], names
-
-
-def _flatten_with_keys(packed: PackedBatch) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[str]]:
-    leaves, names = _flatten(packed)
-    return [(pytree.GetAttrKey(name), x) for name, x in zip(names, leaves, strict=True)], names
-
-
-def _unflatten(leaves: Iterable[Any], names: list[str]) -> PackedBatch:
-    packed = object.__new__(PackedBatch)
-    given = dict(zip(names, leaves, strict=True))
-    for name in _FIELDS:
-        object.__setattr__(packed, name, given.get(name))
-    return packed
-
-
-pytree.register_pytree_node(
-    PackedBatch,
-    _flatten,
-    _unflatten,
-    serialized_type_name="stamp_kernels.PackedBatch",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-# An exported program keeps its example inputs, and torch.export.load reads them with weights_only=True.
-torch.serialization.add_safe_globals([PackedBatch])

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stamp_kernels.common.exported import exported_dataclass
+
 
 def relative_position_bucket(
     relative_position: Tensor, *, num_buckets: int, max_distance: int, bidirectional: bool
@@ -36,9 +38,13 @@ def relative_position_bucket(
     return offset + torch.where(distance < num_exact, distance, logarithmic.clamp(max=num_buckets - 1))
 
 
-@dataclass(frozen=True)
+# eq=False: comparing tensors gives tensors, so biases compare by identity.
+@exported_dataclass(options=("bidirectional", "max_distance"))
+@dataclass(frozen=True, eq=False)
 class RelativePositionBias:
     """T5's learned bias on attention scores, by the bucket of `positions_k - positions_q`.
+
+    It is a pytree with the table as its only leaf, for torch.export too.
 
     Attributes:
         table: `[num_buckets, num_heads_q]`, any floating dtype. Its gradient is exact: accumulated in fp32 and cast to

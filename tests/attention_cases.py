@@ -284,7 +284,7 @@ BAD_ARGUMENTS = [
         for dim in (0, 12, 264)
     ),
     (dict(cu_seqlens_q=_CU.tolist()), "cu_seqlens_q must be a tensor, got list"),
-    (dict(cu_seqlens_q=_CU.long()), "cu_seqlens_q must have dtype torch.int32, got torch.int64"),
+    (dict(cu_seqlens_q=_CU.float()), "cu_seqlens_q must have dtype torch.int32, torch.int64, got torch.float32"),
     (dict(cu_seqlens_q=_CU[:0]), r"cu_seqlens_q must have batch \+ 1 >= 1 entries, got shape \[0\]"),
     (dict(cu_seqlens_q=_CU.to("meta")), "cu_seqlens_q must be on cpu, got meta"),
     (dict(max_seqlen_q=torch.tensor(13)), r"max_seqlen_q must be an int \(not a tensor\), got Tensor"),

@@ -1,5 +1,7 @@
 """Programs that torch.export makes of modules with parameters: they run, train, decompose and compile ahead of time."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -70,3 +72,48 @@ def test_exported_program_compiles_ahead_of_time(recommender, inputs, tmp_path):
     )
     compiled = torch._inductor.aoti_load_package(path)
     torch.testing.assert_close(compiled(*inputs), recommender(*inputs))
+
+
+class PackedRecommender(nn.Module):
+    """What a model does with a PackedBatch: attention, padding, pruning of whole items, prediction."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Linear(WIDTH, 3 * WIDTH)
+        self.prune = sk.SemanticAdaptivePruning(0.5, codes_per_item=2)
+        self.predict = sk.MultiStepPrediction(WIDTH, 2, head="transformer", num_attention_heads=2, vocab_size=VOCAB)
+
+    def forward(self, packed, targets):
+        packed = packed.with_tiles()
+        q, k, v = self.projection(packed.values).unflatten(1, (3, NUM_HEADS, HEAD_DIM)).unbind(1)
+        out, _, centrality = sk.packed_attention(
+            q, k, v, packed.cu_seqlens, max_seqlen_q=packed.max_seqlen, tiles_q=packed.tiles, return_centrality=True
+        )
+        packed = dataclasses.replace(packed, values=out.flatten(1))
+        pruned, _, targets = self.prune(packed, centrality, targets=targets)
+        loss = self.predict(pruned.values, targets, cu_seqlens=pruned.cu_seqlens, max_seqlen=pruned.max_seqlen)
+        return loss, packed.to_padded(), packed.materialized_positions()
+
+
+def packed_inputs(lengths, tail, with_fields):
+    total = sum(lengths) + tail
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    positions = torch.arange(total, dtype=torch.int32)
+    fields = dict(positions=positions, lengths_cpu=torch.tensor(lengths), tiles=sk.tile_list(cu_seqlens, total))
+    packed = sk.PackedBatch(torch.randn(total, WIDTH), cu_seqlens, max(lengths), **(fields if with_fields else {}))
+    return packed, torch.randint(VOCAB, (total, 2))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("with_fields", [True, False])
+def test_programs_of_packed_batches_run_at_other_sizes(with_fields, strict):
+    """With an odd number of rows too, of which items have two."""
+    recommender, dynamic = PackedRecommender(), torch.export.Dim.DYNAMIC
+    shapes = [{0: dynamic}, {0: dynamic}, dynamic, *[{0: dynamic}] * (3 if with_fields else 0)]
+    program = torch.export.export(
+        recommender, packed_inputs((4, 6), 2, with_fields), dynamic_shapes=(shapes, {0: dynamic}), strict=strict
+    ).module()
+    for lengths, tail in (((4, 6), 2), ((8, 2, 10), 3), ((2, 70, 4, 4), 0)):
+        inputs = packed_inputs(lengths, tail, with_fields)
+        for x, y in zip(program(*inputs), recommender(*inputs), strict=True):
+            torch.testing.assert_close(x, y)

@@ -18,9 +18,9 @@ BACKENDS = ("ops", "reference", "triton_kernels")
 # For each top-level module or package of stamp_kernels, those that it may import besides itself.
 # "stamp_kernels" is the package's __init__.
 LAYERS = {
-    "relative_position": (),
     "_backend": (),
-    "common": ("relative_position",),
+    "common": (),
+    "relative_position": ("common",),
     "reference": ("common", "relative_position"),
     "triton_kernels": ("common", "relative_position"),
     "ops": ("_backend", "common", "reference", "relative_position", "triton_kernels"),

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stamp_kernels.common.contents import check_cu_seqlens_contents
 from stamp_kernels.common.precision import compute_dtype
+from stamp_kernels.common.rows import is_tail_row
 from stamp_kernels.modules._arguments import as_tuple
 from stamp_kernels.ops._checks import (
     FLOATING_DTYPES,
@@ -17,6 +19,7 @@ from stamp_kernels.ops._checks import (
     check_range,
     check_tensor,
     check_vocab_ranges,
+    checked_cu_seqlens,
 )
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.ops.cross_entropy.multi_token_cross_entropy import MultiTokenLoss, multi_token_cross_entropy
@@ -44,7 +47,9 @@ class LinearHead(nn.Linear):
         super().__init__(hidden_size, hidden_size)
 
     def reset_parameters(self) -> None:
-        nn.init.eye_(self.weight)
+        # eye_ makes its result on the default device, and then refuses a weight on another one.
+        with self.weight.device:
+            nn.init.eye_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
@@ -280,7 +285,7 @@ class MultiStepPrediction(nn.Module):
         *,
         unembedding: Tensor | None = None,  # [V, D]
         bias: Tensor | None = None,  # [V]
-        cu_seqlens: Tensor | None = None,  # [B + 1] int32
+        cu_seqlens: Tensor | None = None,  # [B + 1] int32 or int64
         max_seqlen: int | None = None,
         item_rows: TokenSelection | None = None,
         target_counts: Tensor | None = None,  # [K, L]
@@ -294,11 +299,12 @@ class MultiStepPrediction(nn.Module):
                 Rows without a target are not read and may hold NaN. With head="transformer", whose rows attend to each
                 other, that holds only for tail rows.
             targets: int64 `[N, K]`, what step k predicts from each row, or ignore_index. See `shift_targets`, and for
-                pruned sequences `SemanticAdaptivePruning`. Tail rows must have ignore_index.
+                pruned sequences `SemanticAdaptivePruning`. Without cu_seqlens tail rows must have ignore_index.
             unembedding: `[V, D]`, the model's. Only if the module has none of its own (vocab_size).
             bias: added to the logits, as in `multi_token_cross_entropy`.
-            cu_seqlens, max_seqlen: int32 `[B + 1]` offsets of the packed sequences and their longest length. Only
-                head="transformer" reads them, and it needs them.
+            cu_seqlens: int32 or int64 `[B + 1]`, offsets of the packed sequences. The targets of tail rows (those from
+                `cu_seqlens[-1]` on) are then ignored.
+            max_seqlen: the longest length, or an upper bound. head="transformer" needs both.
             item_rows: for hidden states that are not whole items, such as those of packed positions of which some are
                 hidden or belong to no item: the selection that gathers the rows of the items, M rows with index -1 for
                 a code that has none. targets are then `[M, K]`, ignore_index on those. None: all rows, in their order.
@@ -336,6 +342,9 @@ class MultiStepPrediction(nn.Module):
             )
         if self.head == "transformer" and (cu_seqlens is None or max_seqlen is None):
             raise ValueError('head="transformer" needs cu_seqlens and max_seqlen')
+        if cu_seqlens is not None:
+            cu_seqlens = checked_cu_seqlens("cu_seqlens", cu_seqlens, hidden.device)
+            max_seqlen = None if max_seqlen is None else check_count("max_seqlen", max_seqlen)
         if callable(self.lambda_) and training_step is None:
             raise ValueError("training_step must be given if lambda_ is a function of it, got None")
         if not self.training:
@@ -343,12 +352,18 @@ class MultiStepPrediction(nn.Module):
             zero = torch.zeros((), dtype=dtype, device=hidden.device)
             return MultiTokenLoss(zero, zero.new_zeros(self.num_steps)) if return_step_losses else zero
 
+        # An index of -1, for a code without a row or a row without a code, finds the entry that is added.
+        if cu_seqlens is not None:
+            check_cu_seqlens_contents("cu_seqlens", cu_seqlens, num_rows, max_seqlen)
+            is_tail = is_tail_row(cu_seqlens, num_rows)
+            is_tail_target = is_tail if item_rows is None else F.pad(is_tail, (0, 1), value=True)[item_rows.indices]
+            targets = targets.masked_fill(is_tail_target[:, None], self.ignore_index)
         # In the gradients of the heads' weights, a row of NaN times its gradient of 0 would be NaN.
         if self.head == "transformer":
-            never_read = torch.arange(num_rows, device=hidden.device) >= cast(Tensor, cu_seqlens)[-1]
+            never_read = is_tail
         else:
             never_read = (targets == self.ignore_index).all(1)
-            if item_rows is not None:  # inverse is -1 on rows that are in no item: the last entry, which is added
+            if item_rows is not None:
                 never_read = F.pad(never_read, (0, 1), value=True)[item_rows.inverse]
         hidden = hidden.masked_fill(never_read[:, None], 0.0)
         # Every (step, level) is one step of the cross-entropy, whose rows are the items.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stamp_kernels.common.budget import ceil_of_ratio, keep_ratio_to_q32
 from stamp_kernels.common.exported import exported
+from stamp_kernels.common.rows import is_tail_row
 from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.modules._protected_ends import ProtectedEnds
 from stamp_kernels.ops._checks import check_choice, check_count, check_int, check_range, check_tensor
@@ -161,6 +162,9 @@ class SemanticAdaptivePruning(nn.Module):
                     f"got shape {list(targets.shape)}"
                 )
         if not self.is_active:
+            if targets is not None:
+                is_tail = is_tail_row(packed.cu_seqlens, packed.values.shape[0])
+                targets = targets.masked_fill(is_tail.view(-1, *[1] * (targets.dim() - 1)), ignore_index)
             return PrunedBatch(packed, None, targets)
         chosen = _Choice(
             keep_ratio=self.keep_ratio,

@@ -17,6 +17,7 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 FLOATING_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INT32 = (torch.int32,)
+INTEGERS = (torch.int32, torch.int64)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
@@ -66,17 +67,25 @@ def _sizes_match(sizes: Sequence[int], shape: Sequence[int | str | None]) -> boo
     return True
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> None:
+def checked_cu_seqlens(name: str, cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """Offsets, int32 or int64 `[batch + 1]`. Returns them in int32, the only dtype that the ops take.
+
+    Nothing is read. A number that int32 does not hold becomes the nearest that it holds. That is past the rows of any
+    tensor, so the op refuses it where contents are checked; wrapped around it could look like an offset.
+    """
     # The conditions are those of check_tensor, which knows what to say.
     if not (
         isinstance(cu_seqlens, Tensor)
         and cu_seqlens.dim() == 1
-        and cu_seqlens.dtype == torch.int32
+        and cu_seqlens.dtype in INTEGERS
         and cu_seqlens.device == device
     ):
-        check_tensor(name, cu_seqlens, shape=("batch + 1",), dtypes=INT32, device=device)
+        check_tensor(name, cu_seqlens, shape=("batch + 1",), dtypes=INTEGERS, device=device)
     if cu_seqlens.shape[0] < 1:
         raise ValueError(f"{name} must have batch + 1 >= 1 entries, got shape {list(cu_seqlens.shape)}")
+    if cu_seqlens.dtype == torch.int32:
+        return cu_seqlens
+    return cu_seqlens.clamp(-(2**31), 2**31 - 1).to(torch.int32)
 
 
 def check_count(name: str, value: SupportsIndex | None, minimum: int = 0) -> int:

@@ -1,11 +1,16 @@
 """T5's relative-position bias in packed_attention, against Hugging Face's buckets and attention layer."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import refusals
 from closeness import assert_close
 from ragged import BATCHES
+from torch.utils import _pytree as pytree
 
 from stamp_kernels.ops.attention.packed_attention import packed_attention
 from stamp_kernels.relative_position import RelativePositionBias, relative_position_bucket
@@ -95,3 +100,72 @@ def test_pruned_sequence_keeps_its_bias(backend):
 def test_bad_bias(changed, message):
     with pytest.raises(ValueError, match=message):
         RelativePositionBias(**changed)
+
+
+class Biased(torch.nn.Module):
+    """Attention with the bias that it is given, and another bias."""
+
+    def forward(self, q, cu_seqlens, bias):
+        other = RelativePositionBias(bias.table * 2, bias.bidirectional, bias.max_distance)
+        return packed_attention(q, q, q, cu_seqlens, max_seqlen_q=5, relative_bias=bias), other
+
+
+def bias_and_inputs():
+    bias = RelativePositionBias(torch.randn(8, 2), bidirectional=False, max_distance=20)
+    return bias, (torch.randn(9, 2, 8), torch.tensor([0, 4, 9], dtype=torch.int32), bias)
+
+
+def test_bias_is_a_pytree():
+    bias, _ = bias_and_inputs()
+    assert [x is bias.table for x in pytree.tree_leaves({"bias": bias})] == [True]
+    doubled = pytree.tree_map(lambda x: x * 2, bias)
+    assert torch.equal(doubled.table, bias.table * 2)
+    assert (doubled.bidirectional, doubled.max_distance) == (False, 20)
+    assert pytree.tree_map(lambda x: x.shape, bias).table == (8, 2)
+    assert pytree.tree_structure(bias) != pytree.tree_structure(RelativePositionBias(bias.table))
+
+
+def test_biases_compare_by_identity():
+    bias, _ = bias_and_inputs()
+    assert bias == bias and bias != RelativePositionBias(bias.table, False, 20)
+    assert len({bias, copy.copy(bias)}) == 2
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_programs_take_and_return_a_bias(strict):
+    _, inputs = bias_and_inputs()
+    program = torch.export.export(Biased(), inputs, strict=strict)
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    out, other = torch.export.load(file).module()(*inputs)
+    expected, expected_other = Biased()(*inputs)
+    assert torch.equal(out, expected)
+    assert torch.equal(other.table, expected_other.table)
+    assert (other.bidirectional, other.max_distance) == (False, 20)
+
+
+def test_compiled_functions_return_a_bias():
+    _, inputs = bias_and_inputs()
+    out, other = torch.compile(Biased(), fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(out, Biased()(*inputs)[0])
+    assert torch.equal(other.table, inputs[2].table * 2)
+
+
+def test_vmap_over_tables():
+    _, (q, cu_seqlens, bias) = bias_and_inputs()
+    tables = torch.randn(3, *bias.table.shape)
+    biases = pytree.tree_map(lambda _: tables, bias)
+    got = torch.func.vmap(lambda bias: Biased()(q, cu_seqlens, bias)[0])(biases)
+    for table, out in zip(tables, got, strict=True):
+        assert torch.equal(out, Biased()(q, cu_seqlens, RelativePositionBias(table, False, 20))[0])
+
+
+def test_a_bias_is_copied_and_saved():
+    bias, _ = bias_and_inputs()
+    file = io.BytesIO()
+    torch.save(bias, file)
+    file.seek(0)
+    for back in (copy.deepcopy(bias), pickle.loads(pickle.dumps(bias)), torch.load(file, weights_only=True)):
+        assert torch.equal(back.table, bias.table) and back.table is not bias.table
+        assert (back.bidirectional, back.max_distance) == (False, 20)

@@ -28,7 +28,10 @@ def test_opcheck():
 @refusals(
     [
         (dict(cu_seqlens=[0, 3]), "cu_seqlens must be a tensor, got list"),
-        (dict(cu_seqlens=torch.tensor([0, 3])), "cu_seqlens must have dtype torch.int32, got torch.int64"),
+        (
+            dict(cu_seqlens=torch.tensor([0.0, 3.0])),
+            "cu_seqlens must have dtype torch.int32, torch.int64, got torch.float32",
+        ),
         (dict(total=-1), r"total must be in \[0, inf\), got -1"),
         (dict(total=2**31), r"total must be in \[0, 2147483647\], got 2147483648"),
         (dict(total=3.0), r"total must be an int \(not a tensor\), got float"),

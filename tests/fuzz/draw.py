@@ -89,6 +89,10 @@ class Draw(random.Random):
         """int32 `[total]`, increasing within each sequence with gaps."""
         return self.strided(batch.positions())
 
+    def offsets(self, batch: RaggedBatch) -> Tensor:
+        """`[B + 1]`, int32 or int64."""
+        return self.strided(batch.cu_seqlens.to(self.choice([torch.int32, torch.int32, torch.int64])))
+
     def mask(self, n: int) -> Tensor:
         return self.strided(torch.rand(n) < self.choice([0.0, 0.3, 0.7, 1.0]))
 

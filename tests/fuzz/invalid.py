@@ -17,8 +17,8 @@ _REQUIRED = ("none", *_NOT_A_TENSOR, "meta")
 _OPTIONAL = (*_NOT_A_TENSOR, "meta")
 _FLOATS = (*_REQUIRED, "to_int64", "to_complex")
 _OFFSETS = (
-    *_REQUIRED, "to_int64", "to_float32", "rank_up", "rank_down", "no_entries", "starts_at_one", "decreasing",
-    "past_the_end", "negative_entry",
+    *_REQUIRED, "to_float32", "rank_up", "rank_down", "no_entries", "starts_at_one", "decreasing", "past_the_end",
+    "negative_entry", "wrapping",
 )  # fmt: skip
 _PER_ROW = (*_OPTIONAL, "rank_up", "rank_down", "longer", "shorter", "to_float32")
 _MASK = (*_PER_ROW, "to_int64", "to_int32")
@@ -69,7 +69,7 @@ TABLE: dict[str, _Table] = {
     "packed_attention": _ATTENTION
     | {
         "v": (*_FLOATS, "to_other_float", "rank_up", "rank_down", "wider", "longer", "shorter"),
-        "cu_seqlens_k": ("longer", "shorter", "to_int64", "starts_at_one", "decreasing", "past_the_end"),
+        "cu_seqlens_k": ("longer", "shorter", "to_float32", "starts_at_one", "decreasing", "past_the_end", "wrapping"),
         "centrality_query_mask": _MASK,
         "dropout_p": ("none", "string", "nan", "negative", "one", "infinite", "tensor"),
     },
@@ -136,7 +136,7 @@ TABLE: dict[str, _Table] = {
 OF_OBJECT: dict[str, _Table] = {
     "PackedBatch.to_padded": {
         "values": ("none", "string", "list", "number"),
-        "cu_seqlens": (*_REQUIRED, "to_int64", "to_float32", "rank_up", "rank_down", "no_entries", "decreasing"),
+        "cu_seqlens": (*_REQUIRED, "to_float32", "rank_up", "rank_down", "no_entries", "decreasing", "wrapping"),
         "max_seqlen": (*_COUNT, "too_small"),
         "positions": _POSITIONS,
         "lengths_cpu": (*_OPTIONAL, "longer", "shorter", "to_float32", "rank_up"),

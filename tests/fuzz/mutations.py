@@ -106,6 +106,8 @@ MUTATIONS: dict[str, Callable[[Any, Draw], Any]] = {
     "negative_entry": _of_tensor(lambda x: _with(x, -1, -5)),
     "huge_entry": _of_tensor(lambda x: _with(x, -1, 2**31 - 1)),
     "entry_beyond_32_bits": _of_tensor(lambda x: _with(_needs(x.dtype == torch.int64, x), -1, 2**32 + 1)),
+    # int64 offsets that are right in their lowest 32 bits
+    "wrapping": _of_tensor(lambda x: _needs(len(x) > 0, x).to(torch.int64) + 2**32),
     # lists
     "one_more": lambda x, draw: [*_needs(isinstance(x, list | tuple) and len(x) > 0, x), x[-1]],
     "one_fewer": lambda x, draw: _needs(isinstance(x, list | tuple) and len(x) > 1, x)[:-1],
@@ -121,5 +123,5 @@ MUTATIONS: dict[str, Callable[[Any, Draw], Any]] = {
 # Wrong contents may be found by the op, which raises a RuntimeError; everything else by the public function.
 OF_CONTENTS = {
     "starts_at_one", "decreasing", "past_the_end", "negative_entry", "huge_entry", "entry_beyond_32_bits",
-    "too_small",
+    "wrapping", "too_small",
 }  # fmt: skip

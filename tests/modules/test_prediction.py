@@ -96,8 +96,9 @@ def test_range_per_step():
     aux = module("linear", vocab_ranges=ranges)
     hidden, _, others = packed_inputs()
     targets = torch.stack([torch.randint(start, end, (BATCH.total,)) for start, end in ranges], dim=1)
+    rows = slice(BATCH.valid)  # the others are tail rows
     expected = sum(
-        0.3 * F.cross_entropy((head(hidden, None, None) @ others["unembedding"].T)[:, start:end], targets[:, k] - start)
+        0.3 * F.cross_entropy((head(hidden[rows]) @ others["unembedding"].T)[:, start:end], targets[rows, k] - start)
         for k, (head, (start, end)) in enumerate(zip(aux.heads, ranges, strict=True))
     )
     assert_close(aux(hidden, targets, **others), expected)
@@ -200,6 +201,7 @@ def test_no_targets_and_no_rows():
     assert loss == 0
     loss.backward()
     assert all(parameter.grad.count_nonzero() == 0 for parameter in aux.parameters())
+    others["cu_seqlens"] = others["cu_seqlens"][:1]
     assert aux(hidden[:0], targets[:0], **others) == 0
 
 
@@ -359,6 +361,19 @@ def test_reset_parameters_restores_the_identity():
     aux.reset_parameters()
     hidden, _, others = packed_inputs()
     assert torch.equal(aux.heads[0](hidden, others["cu_seqlens"], others["max_seqlen"]), hidden)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_reset_parameters_leaves_the_device(head):
+    """A module is made on "meta", given memory elsewhere, and initialized there, all under one default device."""
+    with torch.device("meta"):
+        aux = module(head)
+        assert all(parameter.is_meta for parameter in aux.parameters())
+        aux.to_empty(device="cpu").reset_parameters()
+    hidden, targets, others = packed_inputs()
+    for of_step in aux.heads:
+        assert torch.equal(of_step(hidden, others["cu_seqlens"], others["max_seqlen"]), hidden)
+    assert aux(hidden, targets, **others).isfinite()
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -117,6 +117,65 @@ def test_loss_counts_only_kept_tokens(monkeypatch, device, recipe, situation):
         assert_close(got.cpu(), want)
 
 
+# ---- targets that nobody cleared on tail rows -----------------------------------------------------------------------
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("counted", [False, True], ids=["", "target_counts"])
+@pytest.mark.parametrize("codes_per_item", [1, 2])
+@pytest.mark.parametrize("head", HEADS)
+def test_targets_on_tail_rows_have_no_loss(backend, head, codes_per_item, counted, compiled):
+    """Where cu_seqlens is given: loss and gradients are those of the batch without its tail rows, which hold NaN."""
+    if compiled and backend == "reference":
+        pytest.skip("the reference reads lengths, which is no single graph")
+    batch = RaggedBatch((4, 0, 2, 12, 2, 8), tail=4)
+    aux = module(head, STEPS, vocab_size=VOCAB, codes_per_item=codes_per_item)
+    hidden = torch.randn(batch.total, WIDTH, dtype=torch.float64)
+    hidden[batch.valid :] = math.nan
+    targets = torch.randint(VOCAB, (batch.total, STEPS))  # on tail rows too
+    targets[1] = -100
+    others = dict(cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, return_step_losses=True)
+    if counted:
+        others["target_counts"] = torch.full((STEPS, codes_per_item), 100)
+
+    def run(rows, aux):
+        states = hidden[rows].clone().requires_grad_()
+        result = aux(states, targets[rows], **others)
+        return result, torch.autograd.grad(result.loss, (states, *aux.parameters()))
+
+    (loss, step_losses), (grad_hidden, *grads) = run(slice(batch.valid), aux)
+    torch._dynamo.reset()  # these tests together compile more often than torch allows
+    called = torch.compile(aux, fullgraph=True, dynamic=True, backend="aot_eager") if compiled else aux
+    got, (got_hidden, *got_grads) = run(slice(batch.total), called)
+    assert_close(got.loss, loss)
+    assert_close(got.step_losses, step_losses)
+    assert_close(got_hidden[: batch.valid], grad_hidden)
+    assert not got_hidden[batch.valid :].any()
+    for x, y in zip(got_grads, grads, strict=True):
+        assert_close(x, y)
+
+
+def test_prediction_checks_its_offsets():
+    aux = module()
+    hidden, targets, others = packed_inputs()
+    with pytest.raises(ValueError, match=r"cu_seqlens must have dtype .*, got torch.float64"):
+        aux(hidden, targets, **others | {"cu_seqlens": BATCH.cu_seqlens.double()})
+    with pytest.raises(RuntimeError, match=r"cu_seqlens\[-1\] must be at most the number of rows 30, got 31"):
+        aux(hidden[:30], targets[:30], **others | {"cu_seqlens": BATCH.cu_seqlens + (BATCH.cu_seqlens > 27).int() * 3})
+
+
+@pytest.mark.parametrize("shape", [(), (STEPS,), (2, STEPS)])
+def test_targets_of_tail_rows_are_ignored_without_pruning(shape):
+    prune = SemanticAdaptivePruning(1 / 3, prune_in_eval=False).eval()
+    packed = PackedBatch(torch.randn(RAGGED.total, WIDTH), RAGGED.cu_seqlens, RAGGED.max_seqlen)
+    targets = torch.randint(VOCAB, (RAGGED.total, *shape))
+    unpruned = prune(packed, torch.rand(RAGGED.total), targets=targets, ignore_index=-7)
+    assert unpruned.packed is packed
+    assert torch.equal(unpruned.targets[: RAGGED.valid], targets[: RAGGED.valid])
+    assert (unpruned.targets[RAGGED.valid :] == -7).all()
+
+
 # ---- rows that are never read --------------------------------------------------------------------------------------
 
 NEVER_READ = [math.nan, math.inf, 1e300]

@@ -120,7 +120,10 @@ def test_is_frozen():
     [
         ({"values": [1.0]}, "values must be a tensor, got list"),
         ({"values": torch.tensor(1.0)}, "values must have shape [total, ...], got a tensor without dimensions"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must have dtype torch.int32, got torch.int64"),
+        (
+            {"cu_seqlens": torch.tensor([0.0, 5.0])},
+            "cu_seqlens must have dtype torch.int32, torch.int64, got torch.float32",
+        ),
         ({"max_seqlen": 5.0}, "max_seqlen must be an int (not a tensor), got float"),
         ({"max_seqlen": True}, "max_seqlen must be an int (not a tensor), got bool"),
         ({"max_seqlen": np.True_}, "max_seqlen must be an int (not a tensor), got bool"),

@@ -210,6 +210,25 @@ def test_opcheck(name):
     torch.library.opcheck(torch.ops.stamp.prune.default, arguments)
 
 
+def test_items_compile_once_for_all_sizes():
+    """Also where the rows are no multiple of codes_per_item, because of tail rows."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(hidden, centrality, cu_seqlens, max_seqlen):
+        kept = prune(hidden, centrality, cu_seqlens, max_seqlen, keep_ratio=0.5, codes_per_item=2)
+        return kept.x, kept.selection.cu_seqlens
+
+    for lengths, tail in (((4, 6), 2), ((4, 2, 4), 3), ((8, 2, 10, 2), 1), ((20, 16), 0)):
+        batch = RaggedBatch(lengths, tail)
+        hidden, centrality = inputs(batch, width=24)
+        kept = prune(hidden, centrality, batch.cu_seqlens, batch.max_seqlen, keep_ratio=0.5, codes_per_item=2)
+        values, cu_seqlens = compiled(hidden, centrality, batch.cu_seqlens, batch.max_seqlen)
+        assert torch.equal(cu_seqlens, kept.selection.cu_seqlens)
+        assert torch.equal(values[: len(kept.x)], kept.x) and not values[len(kept.x) :].any()
+    assert counter.frame_count == 1
+
+
 def test_compiles_once_for_all_sizes():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 

@@ -199,10 +199,7 @@ T, B = 31, 6
         ({"importance": torch.zeros(T, 1)}, f"importance must have shape [total], got [{T}, 1]"),
         ({"importance": torch.zeros(T, dtype=torch.int64)}, "importance must have dtype torch.float32, torch.float16"),
         ({"cu_seqlens": torch.zeros(2, 2)}, "cu_seqlens must have shape [batch + 1], got [2, 2]"),
-        (
-            {"cu_seqlens": torch.zeros(B + 1, dtype=torch.int64)},
-            "cu_seqlens must have dtype torch.int32, got torch.int64",
-        ),
+        ({"cu_seqlens": torch.zeros(B + 1)}, "cu_seqlens must have dtype torch.int32, torch.int64, got torch.float32"),
         ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, "cu_seqlens must have batch + 1 >= 1 entries"),
         ({"max_seqlen": torch.tensor(3)}, "max_seqlen must be an int (not a tensor), got Tensor"),
         ({"max_seqlen": -1}, "max_seqlen must be in [0, inf), got -1"),

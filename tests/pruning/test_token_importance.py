@@ -131,7 +131,10 @@ def test_compiles_once_for_all_sizes():
         ({"hidden": torch.zeros(5, 2, dtype=torch.int64)}, "hidden must have dtype torch.float32, torch.float16"),
         ({"centrality": torch.zeros(4)}, "centrality must have shape [5], got [4]"),
         ({"centrality": torch.zeros(5).half()}, "centrality must have dtype torch.float32, torch.float64, got"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens must have dtype torch.int32, got torch.int64"),
+        (
+            {"cu_seqlens": torch.tensor([0.0, 5.0])},
+            "cu_seqlens must have dtype torch.int32, torch.int64, got torch.float32",
+        ),
         ({"norm": "l3"}, "norm must be one of ('l1', 'l2'), got 'l3'"),
         ({"normalize": "mean"}, "normalize must be one of ('none', 'visible_queries'), got 'mean'"),
         ({"normalize": "visible_queries"}, 'normalize="visible_queries" counts the queries of each sequence'),

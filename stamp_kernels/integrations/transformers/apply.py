@@ -127,6 +127,24 @@ class StampedModel(StampedModule, _Base):
         else:
             super()._init_weights(module)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """The base model's, which resizes an unembedding of the heads' own too."""
+        embeddings: nn.Embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        prediction = getattr(self, "stamp_prediction", None)
+        if prediction is None or prediction.unembedding is None:
+            return embeddings
+        unembedding = prediction.unembedding
+        num_tokens = cast(nn.Linear, self.get_output_embeddings()).weight.shape[0]
+        if unembedding.shape[0] != num_tokens:
+            # The base model resizes layers.
+            layer = nn.Linear(unembedding.shape[1], unembedding.shape[0], bias=False, device="meta")
+            layer.weight = unembedding
+            resized = self._get_resized_lm_head(layer, num_tokens, mean_resizing=mean_resizing).weight
+            prediction.unembedding = resized.requires_grad_(unembedding.requires_grad)
+        return embeddings
+
 
 @overload
 def apply_stamp(

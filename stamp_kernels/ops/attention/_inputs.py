@@ -6,7 +6,15 @@ from torch import Tensor
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BiasArguments, Sequences
 from stamp_kernels.common.tiles import num_listed_tiles
-from stamp_kernels.ops._checks import FLOATING_DTYPES, INT32, check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops._checks import (
+    FLOATING_DTYPES,
+    INT32,
+    INTEGERS,
+    check_count,
+    check_range,
+    check_tensor,
+    checked_cu_seqlens,
+)
 from stamp_kernels.relative_position import RelativePositionBias
 
 MAX_HEAD_DIM = 256
@@ -54,14 +62,15 @@ def checked_sequences(
     k: Tensor,
 ) -> Sequences:
     device = q.device
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
+    cu_seqlens_q = checked_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
     max_seqlen_q = check_count("max_seqlen_q", max_seqlen_q)
     if (cu_seqlens_k is None) != (max_seqlen_k is None):
         raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
     if cu_seqlens_k is None:
         max_seqlen_k = max_seqlen_q
     else:
-        check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=INT32, device=device)
+        check_tensor("cu_seqlens_k", cu_seqlens_k, shape=cu_seqlens_q.shape, dtypes=INTEGERS, device=device)
+        cu_seqlens_k = checked_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device)
         max_seqlen_k = check_count("max_seqlen_k", max_seqlen_k)
     num_sequences = cu_seqlens_q.shape[0] - 1
     for name, tiles, rows in (("tiles_q", tiles_q, q), ("tiles_k", tiles_k, k)):

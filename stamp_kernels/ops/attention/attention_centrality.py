@@ -69,8 +69,8 @@ def attention_centrality(
     q: Tensor,  # [Tq, Hq, D]
     k: Tensor,  # [Tk, Hkv, D]
     lse: Tensor,  # [Hq, Tq]
-    cu_seqlens_q: Tensor,  # [B + 1] int32
-    cu_seqlens_k: Tensor | None = None,  # [B + 1] int32
+    cu_seqlens_q: Tensor,  # [B + 1] int32 or int64
+    cu_seqlens_k: Tensor | None = None,  # [B + 1] int32 or int64
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,

@@ -269,8 +269,8 @@ def packed_attention(
     q: Tensor,  # [Tq, Hq, D]
     k: Tensor,  # [Tk, Hkv, D]
     v: Tensor,  # [Tk, Hkv, D]
-    cu_seqlens_q: Tensor,  # [B + 1] int32
-    cu_seqlens_k: Tensor | None = None,  # [B + 1] int32
+    cu_seqlens_q: Tensor,  # [B + 1] int32 or int64
+    cu_seqlens_k: Tensor | None = None,  # [B + 1] int32 or int64
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     *,
@@ -297,7 +297,8 @@ def packed_attention(
     Args:
         q: `[Tq, Hq, D]` in fp32, fp16, bf16, or fp64 on the CPU; D a multiple of 8 up to 256. Strided views are fine.
         k, v: `[Tk, Hkv, D]` of the same dtype, Hq a multiple of Hkv (grouped query heads share a key head).
-        cu_seqlens_q: int32 `[B + 1]`, offsets of the query sequences, on the same device.
+        cu_seqlens_q: int32 or int64 `[B + 1]`, offsets of the query sequences, on the same device. Every call converts
+            int64 to int32; a PackedBatch does it once.
         cu_seqlens_k: those of the key sequences, for cross attention. None: self-attention.
         max_seqlen_q: the length of the longest query sequence, or an upper bound. Must be given.
         max_seqlen_k: the same for the key sequences; given if and only if cu_seqlens_k is.

@@ -8,7 +8,7 @@ from torch import Tensor
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common import tiles
 from stamp_kernels.common.contents import check_cu_seqlens_contents
-from stamp_kernels.ops._checks import check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops._checks import check_count, check_range, check_tensor, checked_cu_seqlens
 from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.attention import _boundary
 
@@ -49,7 +49,7 @@ def tile_list(cu_seqlens: Tensor, total: int) -> Tensor:
     all sequences with each other: that takes long only beyond 100,000 of them.
 
     Args:
-        cu_seqlens: int32 `[B + 1]`, offsets of the sequences.
+        cu_seqlens: int32 or int64 `[B + 1]`, offsets of the sequences.
         total: T, the rows of the packed tensors.
 
     Returns:
@@ -67,7 +67,7 @@ def tile_list(cu_seqlens: Tensor, total: int) -> Tensor:
                 [ 0,  0]], dtype=torch.int32)
     """
     check_tensor("cu_seqlens", cu_seqlens)
-    check_cu_seqlens("cu_seqlens", cu_seqlens, cu_seqlens.device)
+    cu_seqlens = checked_cu_seqlens("cu_seqlens", cu_seqlens, cu_seqlens.device)
     total = check_count("total", total)
     check_range("total", total, 0, _INT32_MAX)
     make = _reference if reference_is_forced() else _tile_list

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
-from stamp_kernels.ops._checks import check_count, check_cu_seqlens, check_int, check_tensor
+from stamp_kernels.ops._checks import check_count, check_int, check_tensor, checked_cu_seqlens
 from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.cross_entropy import _boundary
 from stamp_kernels.reference import cross_entropy as reference
@@ -37,7 +37,7 @@ _shift_targets = define_op(
 
 def shift_targets(
     labels: Tensor,  # [T] integers
-    cu_seqlens: Tensor,  # [B + 1] int32
+    cu_seqlens: Tensor,  # [B + 1] int32 or int64
     *,
     steps: int,
     stride: int = 1,
@@ -53,7 +53,7 @@ def shift_targets(
     Args:
         labels: `[T]`, any integer dtype, one label per row (not shifted: row t's own token). A label equal to
             ignore_index stays ignored.
-        cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
+        cu_seqlens: int32 or int64 `[B + 1]`, offsets of the sequences, on the same device.
         steps: K, how many labels ahead.
         stride: rows from one step to the next.
         ignore_index: the target past the end of a sequence and on tail rows.
@@ -74,7 +74,7 @@ def shift_targets(
                 [-100, -100]])
     """
     check_tensor("labels", labels, shape=["T"], dtypes=_INTEGER_DTYPES)
-    check_cu_seqlens("cu_seqlens", cu_seqlens, labels.device)
+    cu_seqlens = checked_cu_seqlens("cu_seqlens", cu_seqlens, labels.device)
     ignore_index = check_int("ignore_index", ignore_index)
     steps, stride = check_count("steps", steps, 1), check_count("stride", stride, 1)
     shift = reference.shift_targets if reference_is_forced() else _shift_targets

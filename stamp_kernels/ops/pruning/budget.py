@@ -3,7 +3,6 @@
 The arithmetic is in `common.budget`.
 """
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.budget import ceil_of_ratio, keep_ratio_to_q32, kept_items
 from stamp_kernels.common.contents import check_cu_seqlens_contents, check_whole_items, contents_are_checked
-from stamp_kernels.ops._checks import check_choice, check_count, check_cu_seqlens, check_range, check_tensor
+from stamp_kernels.ops._checks import check_choice, check_count, check_range, check_tensor
 
 BudgetOf = Literal["sequence", "max_seqlen"]
 
@@ -63,12 +62,11 @@ def sizes_are_on_host(cu_seqlens: Tensor) -> bool:
 def resolve_budget(
     total: int, cu_seqlens: Tensor, max_seqlen: int, options: KeepOptions, device: torch.device
 ) -> ResolvedBudget:
-    """Check the arguments and size the result without a sync.
+    """Check the arguments, except cu_seqlens, and size the result without a sync.
 
     Raises:
         ValueError, RuntimeError: as `select_tokens` says.
     """
-    check_cu_seqlens("cu_seqlens", cu_seqlens, device)
     num_sequences = cu_seqlens.shape[0] - 1
     options = _checked_options(options, total, num_sequences, device)
 
@@ -97,7 +95,7 @@ def resolve_budget(
     num_protected = _total_protected(options)
     max_kept = codes_per_item * _max_kept_items(arguments, max_items, num_protected)
     if options.total_kept is None:
-        capacity = _capacity(arguments, total // codes_per_item, num_sequences, keep_ratio, num_protected)
+        capacity = _capacity(arguments, total // codes_per_item, num_sequences, num_protected)
         arguments = arguments._replace(total_kept=codes_per_item * capacity)
     return ResolvedBudget(arguments, max_kept)
 
@@ -204,17 +202,19 @@ def _total_protected(options: KeepOptions) -> int | None:
     return options.num_protected
 
 
-def _capacity(
-    budget: BudgetArguments, num_items: int, num_sequences: int, keep_ratio: float | None, num_protected: int | None
-) -> int:
-    """An upper bound of the kept items that needs nothing from the device."""
+def _capacity(budget: BudgetArguments, num_items: int, num_sequences: int, num_protected: int | None) -> int:
+    """An upper bound of the kept items that needs nothing from the device.
+
+    In integers: the product of a float and a quotient of sizes makes torch.compile guard on the remainder. One unit
+    more than the ratio, which may have been rounded down, so that a third of 3 is 1.
+    """
     if num_protected is None:
         return num_items
     if budget.keep_count is not None:
         most = num_sequences * torch.sym_max(budget.min_keep, budget.keep_count) + num_protected
         return torch.sym_min(num_items, most)
-    if keep_ratio is not None:
-        most = math.floor(keep_ratio * num_items) + num_sequences * max(1, budget.min_keep) + num_protected
+    if budget.ratio_q32 is not None:
+        most = ((budget.ratio_q32 + 1) * num_items >> 32) + num_sequences * max(1, budget.min_keep) + num_protected
         return torch.sym_min(num_items, most)
     return num_items
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.precision import compute_dtype
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_cu_seqlens, check_tensor
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_choice, check_tensor, checked_cu_seqlens
 from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.reference import pruning as reference
@@ -45,7 +45,7 @@ _token_importance = define_op(
 def token_importance(
     hidden: Tensor,  # [T, D] floating
     centrality: Tensor,  # [T] fp32 or fp64
-    cu_seqlens: Tensor | None = None,  # [B + 1] int32
+    cu_seqlens: Tensor | None = None,  # [B + 1] int32 or int64
     *,
     norm: Norm = "l1",
     normalize: Normalize = "none",
@@ -59,8 +59,8 @@ def token_importance(
         hidden: `[T, D]`, the output of the block after which tokens are pruned.
         centrality: `[T]` in fp32 or fp64, the attention that each token receives in that block, summed over heads and
             queries: from `packed_attention(return_centrality=True)` or `attention_centrality`.
-        cu_seqlens: int32 `[B + 1]` on the same device. Rows from `cu_seqlens[-1]` on are tail rows of importance 0.
-            None: every row is a token.
+        cu_seqlens: int32 or int64 `[B + 1]` on the same device. Rows from `cu_seqlens[-1]` on are tail rows of
+            importance 0. None: every row is a token.
         norm: `"l1"` or `"l2"`.
         normalize: `"none"` for the paper's sum. `"visible_queries"` divides it by the number of queries that see the
             token in causal attention, n - i for token i of the n in its packed sequence: in the plain sum early tokens
@@ -73,7 +73,11 @@ def token_importance(
         ValueError: an argument has a wrong shape, dtype, device or value.
         RuntimeError: cu_seqlens does not rise from 0 to at most T (on the CPU, or under STAMP_KERNELS_CHECK=1).
     """
-    check_importance_arguments(hidden, centrality, cu_seqlens, norm, normalize)
+    check_importance_arguments(hidden, centrality, norm, normalize)
+    if cu_seqlens is not None:
+        cu_seqlens = checked_cu_seqlens("cu_seqlens", cu_seqlens, hidden.device)
+    elif normalize == "visible_queries":
+        raise ValueError('normalize="visible_queries" counts the queries of each sequence: cu_seqlens must be given')
     compute = reference.token_importance if reference_is_forced() else _token_importance
     result: Tensor = compute(
         hidden.detach(), centrality.detach(), cu_seqlens, NORM_ORDERS[norm], normalize == "visible_queries"
@@ -82,16 +86,12 @@ def token_importance(
 
 
 def check_importance_arguments(
-    hidden: Tensor, centrality: Tensor, cu_seqlens: Tensor | None, norm: str, normalize: str, name: str = "hidden"
+    hidden: Tensor, centrality: Tensor, norm: str, normalize: str, name: str = "hidden"
 ) -> int:
-    """The arguments of `token_importance`; returns T. Error messages call the hidden states `name`."""
+    """The arguments of `token_importance` but cu_seqlens; returns T. Error messages call the hidden states `name`."""
     check_tensor(name, hidden, shape=["total", "width"], dtypes=FLOATING_DTYPES)
     total, device = hidden.shape[0], hidden.device
     check_tensor("centrality", centrality, shape=[total], dtypes=[torch.float32, torch.float64], device=device)
-    if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, device)
     check_choice("norm", norm, tuple(NORM_ORDERS))
     check_choice("normalize", normalize, ("none", "visible_queries"))
-    if normalize == "visible_queries" and cu_seqlens is None:
-        raise ValueError('normalize="visible_queries" counts the queries of each sequence: cu_seqlens must be given')
     return total

@@ -10,7 +10,7 @@ from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.exported import exported
 from stamp_kernels.ops._autograd import OpFunction, call_below_autograd, first_order, without_repeats
-from stamp_kernels.ops._checks import check_count, check_tensor
+from stamp_kernels.ops._checks import check_count, check_tensor, checked_cu_seqlens
 from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
@@ -145,7 +145,7 @@ def prune(
 def prune(
     x: Tensor | list[Tensor],  # [T, D] floating, and what else goes along
     centrality: Tensor,  # [T] fp32 or fp64
-    cu_seqlens: Tensor,  # [B + 1] int32
+    cu_seqlens: Tensor,  # [B + 1] int32 or int64
     max_seqlen: int,
     *,
     positions: Tensor | None = None,  # [T] int32
@@ -171,7 +171,7 @@ def prune(
         x: the hidden states `[T, D]` after which tokens are pruned, in any floating dtype; or a list of tensors
             `[T, ...]` of any dtypes that starts with them, all of which are gathered.
         centrality, norm, normalize: as in `token_importance`.
-        cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
+        cu_seqlens: int32 or int64 `[B + 1]`, offsets of the sequences, on the same device.
         max_seqlen: the longest length, or an upper bound.
         positions: each token's index in its original sequence. None: its index in this one.
         keep_ratio, keep_count, min_keep, protect, total_kept, lengths_cpu, num_protected, budget, codes_per_item: as in
@@ -188,7 +188,8 @@ def prune(
     """
     tensors = list_of_tensors(x)
     hidden, is_list = tensors[0], not isinstance(x, Tensor)
-    total = check_importance_arguments(hidden, centrality, cu_seqlens, norm, normalize, "x[0]" if is_list else "x")
+    total = check_importance_arguments(hidden, centrality, norm, normalize, "x[0]" if is_list else "x")
+    cu_seqlens = checked_cu_seqlens("cu_seqlens", cu_seqlens, hidden.device)
     max_seqlen = check_count("max_seqlen", max_seqlen)
     check_rows(tensors, total, "as many as x[0]", hidden.device)
     fill_values = checked_fill_values(fill_value, tensors, is_list=is_list)

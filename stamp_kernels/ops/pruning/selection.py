@@ -9,7 +9,7 @@ from torch import Tensor
 from stamp_kernels._backend import reference_is_forced
 from stamp_kernels.common.arguments import BudgetArguments
 from stamp_kernels.common.exported import exported
-from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_tensor
+from stamp_kernels.ops._checks import FLOATING_DTYPES, check_count, check_tensor, checked_cu_seqlens
 from stamp_kernels.ops._library import define_op, imported_once
 from stamp_kernels.ops.pruning import _boundary
 from stamp_kernels.ops.pruning.budget import BudgetOf, KeepOptions, resolve_budget
@@ -71,7 +71,7 @@ _select_tokens = define_op(
 
 def select_tokens(
     importance: Tensor,  # [T] floating
-    cu_seqlens: Tensor,  # [B + 1] int32
+    cu_seqlens: Tensor,  # [B + 1] int32 or int64
     max_seqlen: int,
     *,
     keep_ratio: float | None = None,
@@ -97,7 +97,7 @@ def select_tokens(
 
     Args:
         importance: `[T]`, any floating dtype. Rows from `cu_seqlens[-1]` on are tail rows and never chosen.
-        cu_seqlens: int32 `[B + 1]`, offsets of the sequences, on the same device.
+        cu_seqlens: int32 or int64 `[B + 1]`, offsets of the sequences, on the same device.
         max_seqlen: the longest length, or an upper bound. On a GPU only lengths_cpu checks it, and the rows of a longer
             sequence may stay unwritten.
         keep_ratio: budget `ceil(keep_ratio * n)`, in [0, 1]. Exactly one of keep_ratio and keep_count must be given.
@@ -132,6 +132,7 @@ def select_tokens(
     """
     check_tensor("importance", importance, shape=["total"], dtypes=FLOATING_DTYPES)
     total, max_seqlen = importance.shape[0], check_count("max_seqlen", max_seqlen)
+    cu_seqlens = checked_cu_seqlens("cu_seqlens", cu_seqlens, importance.device)
     options = KeepOptions(
         keep_ratio, keep_count, min_keep, protect, total_kept, lengths_cpu, num_protected, budget, codes_per_item
     )

@@ -39,13 +39,13 @@ def _inputs(draw: Draw) -> dict[str, Any]:
         q=draw.rows(batch, heads, head_dim, dtype=dtype),
         k=draw.rows(batch_k, heads_kv, head_dim, dtype=dtype),
         v=draw.rows(batch_k, heads_kv, head_dim, dtype=dtype),
-        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_q=draw.offsets(batch),
         max_seqlen_q=draw.upper_bound(batch.max_seqlen),
         causal=draw.chance(0.4),
         scale=scale,
     )
     if is_cross:
-        inputs |= dict(cu_seqlens_k=batch_k.cu_seqlens, max_seqlen_k=draw.upper_bound(batch_k.max_seqlen))
+        inputs |= dict(cu_seqlens_k=draw.offsets(batch_k), max_seqlen_k=draw.upper_bound(batch_k.max_seqlen))
     if draw.chance(0.4):
         inputs["relative_bias"] = _bias(draw, heads)
     if draw.chance(0.4):
@@ -144,7 +144,7 @@ def listed_tiles(lengths: tuple[int, ...], total: int) -> Tensor:
 def draw_tile_list(draw: Draw) -> Case:
     lengths = tuple(draw.choice([0, 1, 63, 64, 65, draw.randint(0, 400)]) for _ in range(draw.randint(0, 80)))
     batch = RaggedBatch(lengths, tail=draw.choice([0, 1, 300]))
-    call = Call("stamp_kernels.tile_list", dict(cu_seqlens=draw.strided(batch.cu_seqlens), total=batch.total))
+    call = Call("stamp_kernels.tile_list", dict(cu_seqlens=draw.offsets(batch), total=batch.total))
     return Case(call, lambda: dict(tiles=call.make()), lambda: dict(tiles=listed_tiles(batch.lengths, batch.total)))
 
 

@@ -109,7 +109,7 @@ def shift_targets(draw: Draw) -> Case:
     dtype = draw.choice([torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
     arguments: dict[str, Any] = dict(
         labels=draw.strided(torch.randint(0, 100, (batch.total,), dtype=torch.int64).to(dtype)),
-        cu_seqlens=batch.cu_seqlens,
+        cu_seqlens=draw.offsets(batch),
         steps=draw.randint(1, 4),
         stride=draw.choice([1, 1, 3, 50]),
         ignore_index=draw.choice([-100, 5, 2**40]),

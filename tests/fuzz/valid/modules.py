@@ -28,7 +28,7 @@ def semantic_adaptive_pruning(draw: Draw) -> Case:
     )
     hidden.requires_grad_(draw.chance(0.7))
     packed = PackedBatch(
-        hidden, batch.cu_seqlens, draw.upper_bound(batch.max_seqlen), draw.maybe(0.5, draw.positions(batch)),
+        hidden, draw.offsets(batch), draw.upper_bound(batch.max_seqlen), draw.maybe(0.5, draw.positions(batch)),
         draw.maybe(0.5, torch.tensor(batch.lengths, dtype=torch.int64)),
     )  # fmt: skip
     protect = draw.maybe(0.4, torch.rand(batch.total) < 0.2)
@@ -90,7 +90,7 @@ def multi_step_prediction(draw: Draw) -> Case:
     kind = draw.choice(["linear", "residual", "transformer"])
     codes, num_steps, heads, width, vocab = draw.choice([1, 1, 3]), draw.randint(1, 3), 2, 16, draw.choice([5, 60])
     batch = draw.batch(codes)
-    num_rows = batch.valid
+    num_rows = batch.total - batch.tail % codes  # whole items
     causal = draw.chance(0.5)
     owns = draw.chance(0.5)
     ranges = None
@@ -109,10 +109,12 @@ def multi_step_prediction(draw: Draw) -> Case:
             parameter.normal_(std=0.3)
     targets = torch.randint(*(ranges[0] if ranges else (0, vocab)), (num_rows, num_steps), dtype=torch.int64)
     targets[torch.rand(targets.shape) < draw.choice([0.0, 0.4, 1.0])] = -100
+    hidden = draw.floats(num_rows, width, dtype=dtype)
+    hidden[batch.valid :] = torch.nan  # and there are targets
     arguments: dict[str, Any] = dict(
-        hidden=draw.strided(draw.floats(num_rows, width, dtype=dtype)).requires_grad_(), targets=draw.strided(targets),
+        hidden=draw.strided(hidden).requires_grad_(), targets=draw.strided(targets),
         unembedding=None if owns else draw.strided(draw.floats(vocab, width, dtype=dtype, scale=0.3)).requires_grad_(),
-        cu_seqlens=batch.cu_seqlens, max_seqlen=draw.upper_bound(batch.max_seqlen),
+        cu_seqlens=draw.offsets(batch), max_seqlen=draw.upper_bound(batch.max_seqlen),
     )  # fmt: skip
     call = Call("", arguments, on=Call("stamp_kernels.MultiStepPrediction", options))
     leaves = dict(module.named_parameters()) | {
@@ -130,10 +132,10 @@ def multi_step_prediction(draw: Draw) -> Case:
         for k in range(num_steps):
             prefix = f"heads.{k}."
             p = {name.removeprefix(prefix): x for name, x in exact.items() if name.startswith(prefix)}
-            states = _head(kind, exact["hidden"], p, batch.cu_seqlens, heads, causal)
+            states = _head(kind, exact["hidden"][: batch.valid], p, batch.cu_seqlens, heads, causal)
             weight = (options["step_weights"] or [1.0] * num_steps)[k] / codes
             for level in range(codes):
-                column = targets[level::codes, k]
+                column = targets[: batch.valid][level::codes, k]
                 start, end = ranges[0] if ranges else (0, vocab)
                 valid = (column != -100).nonzero().flatten()
                 logits = states[level::codes][valid] @ exact["unembedding"][start:end].T
@@ -143,7 +145,7 @@ def multi_step_prediction(draw: Draw) -> Case:
                     loss = loss + weight * F.cross_entropy(
                         logits, column[valid] - start, label_smoothing=options["label_smoothing"]
                     )
-        loss = options["lambda_"] * loss + 0.0 * sum(x.sum() for x in exact.values())
+        loss = options["lambda_"] * loss + 0.0 * sum(x.nan_to_num().sum() for x in exact.values())
         found = torch.autograd.grad(loss, list(exact.values()))
         size = loss.detach().abs() + 1
         parts = dict(loss=Near(loss.detach(), compute_dtype(dtype), size))

@@ -44,7 +44,7 @@ def _packed(draw: Draw) -> tuple[RaggedBatch, Call]:
     batch = draw.batch()
     arguments = dict(
         values=_any_rows(draw, batch.total),
-        cu_seqlens=batch.cu_seqlens,
+        cu_seqlens=draw.offsets(batch),
         max_seqlen=draw.upper_bound(batch.max_seqlen),
         positions=draw.maybe(0.3, draw.positions(batch)),
         lengths_cpu=draw.maybe(0.5, torch.tensor(batch.lengths, dtype=torch.int64)),

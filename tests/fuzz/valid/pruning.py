@@ -29,7 +29,7 @@ def token_importance(draw: Draw) -> Case:
     arguments: dict[str, Any] = dict(
         hidden=hidden,
         centrality=draw.strided(centrality),
-        cu_seqlens=batch.cu_seqlens if has_offsets else None,
+        cu_seqlens=draw.offsets(batch) if has_offsets else None,
         norm=draw.choice(["l1", "l2"]),
         normalize=draw.choice(["none", "visible_queries"]) if has_offsets else "none",
     )
@@ -87,7 +87,7 @@ def select_tokens(draw: Draw) -> Case:
         truth = oracle.select(scores, batch.cu_seqlens, max_seqlen, **of_oracle(options))
     call = Call(
         "stamp_kernels.select_tokens",
-        dict(importance=draw.strided(scores), cu_seqlens=batch.cu_seqlens, max_seqlen=max_seqlen, **options),
+        dict(importance=draw.strided(scores), cu_seqlens=draw.offsets(batch), max_seqlen=max_seqlen, **options),
     )
 
     def run() -> dict[str, Any]:
@@ -186,7 +186,7 @@ def prune(draw: Draw) -> Case:
     call = Call(
         "stamp_kernels.prune",
         dict(
-            x=tensors if is_list else hidden, centrality=centrality, cu_seqlens=batch.cu_seqlens,
+            x=tensors if is_list else hidden, centrality=centrality, cu_seqlens=draw.offsets(batch),
             max_seqlen=max_seqlen, positions=positions, norm=norm, **options,
         ),
     )  # fmt: skip

@@ -18,12 +18,18 @@ from padded_stamp import (
     inputs_of,
     stamped,
 )
-from t5_cases import LEVELS, VOCAB_SIZE, assert_same_training_step, gradients, padded_batch, tiny_t5
+from t5_cases import LEVELS, VOCAB_SIZE, assert_same_training_step, future_batch, gradients, padded_batch, tiny_t5
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5ForConditionalGeneration
 
-from stamp_kernels.integrations.transformers import PredictionConfig, PruningConfig, global_target_counts
+from stamp_kernels.integrations.transformers import (
+    PredictionConfig,
+    PruningConfig,
+    StampT5ForConditionalGeneration,
+    apply_stamp,
+    global_target_counts,
+)
 from stamp_kernels.modules.prediction import LinearDecay
 
 # Level l of an item has the codes 1 + 15 l to 15 + 15 l.
@@ -346,3 +352,29 @@ def test_counts_of_a_batch_change_nothing():
     expected, got = (model(**batch, **given, decoder_attention_mask=decoder_attention_mask) for given in ({}, counts))
     assert relative_error(got.next_token_loss, expected.next_token_loss) < 1e-9
     assert relative_error(got.prediction_loss, expected.prediction_loss) < 1e-9
+
+
+@pytest.mark.parametrize("num_tokens", [VOCAB_SIZE + 9, VOCAB_SIZE - 1])
+def test_resizing_embeddings_resizes_an_unembedding_of_its_own(tmp_path, num_tokens):
+    model = stamped(tiny_t5(), prediction=PredictionConfig(num_steps=2, codes_per_item=LEVELS, unembedding="own"))
+    before = model.stamp_prediction.unembedding.detach().clone()
+    model.resize_token_embeddings(num_tokens)
+    unembedding, kept = model.stamp_prediction.unembedding, min(num_tokens, VOCAB_SIZE)
+    assert unembedding.shape == model.lm_head.weight.shape == (num_tokens, 24)
+    assert torch.equal(unembedding[:kept], before[:kept])
+    assert unembedding.requires_grad
+
+    batch = {name: x.clamp(max=num_tokens - 1) for name, x in future_batch().items()}
+    batch["future_ids"][0, 0] = num_tokens - 1
+    loss = model(**batch).loss
+    loss.backward()
+    assert unembedding.grad[num_tokens - 1].any()
+
+    model.save_pretrained(tmp_path)
+    loaded = StampT5ForConditionalGeneration.from_pretrained(tmp_path).train()
+    assert torch.equal(loaded(**batch).loss, loss)
+    heads = loaded.stamp_prediction
+    assert apply_stamp(loaded, prediction=loaded.stamp_prediction_config).stamp_prediction is heads
+
+    model.resize_token_embeddings(pad_to_multiple_of=64)
+    assert model.stamp_prediction.unembedding.shape == model.lm_head.weight.shape
