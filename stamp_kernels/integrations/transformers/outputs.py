@@ -123,9 +123,11 @@ class Seq2SeqOutput(Seq2SeqLMOutput, _NamedFields):
 
     @classmethod
     def of_base(cls, output: Seq2SeqLMOutput, **fields: Any) -> "Seq2SeqOutput":
-        """The base model's output, in its order, and further fields behind it."""
-        extended = cls(**output, **fields)
-        extended.places_of_base = len(output.keys())
+        """The base model's output, with further fields as attributes: its keys, order and length do not change."""
+        extended = cls(**output)
+        object.__setattr__(extended, "places_of_base", len(output.keys()))
+        for name, value in fields.items():
+            object.__setattr__(extended, name, value)  # that of ModelOutput adds a key
         return extended
 
 

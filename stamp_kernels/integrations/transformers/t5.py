@@ -105,9 +105,10 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
     ) -> Any:
         """T5's forward on packed sequences.
 
-        With labels the decoder is packed too, and the loss needs no logits unless they are requested. Without labels,
-        and where kwargs ask for what packed stacks do not have (a cache, attention maps, all hidden states, a tuple),
-        T5's own forward runs; its encoder packs what it is given all the same.
+        In training with labels the decoder is packed too, and the loss needs no logits unless they are requested; in
+        evaluation with labels it is with use_cache=False, skip_logits=True or packed_inputs. Otherwise T5's own forward
+        runs, on states of the packed encoder: without labels, and where kwargs ask for what packed stacks do not have
+        (a cache, which is T5's default in evaluation, attention maps, all hidden states, a tuple).
 
         Args:
             input_ids, attention_mask, inputs_embeds: as for T5, padded anywhere.
@@ -173,8 +174,10 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
                 raise ValueError("future_ids needs labels in training: without labels no further steps are predicted")
         trains_heads = self.training and self.stamp_prediction is not None
         wants_states = self.wants_hidden_states(kwargs)
-        # All hidden states exist if nothing is pruned.
+        # In evaluation T5 returns a cache by default, and all hidden states exist if nothing is pruned.
+        wants_cache = not self.training and kwargs.get("use_cache") is None and self.config.use_cache
         runs_base = bool(options) or (wants_states and not (trains_heads or self.is_pruned))
+        runs_base = runs_base or (wants_cache and not skip_logits and packed_inputs is None)
         if labels is None or runs_base or not getattr(self.decoder, "takes_packed", False):
             if labels is not None and (trains_heads or skip_logits or packed_inputs is not None):
                 only_packed = dict(prediction=trains_heads, skip_logits=skip_logits, packed_inputs=packed_inputs)

@@ -18,7 +18,7 @@ from padded_stamp import (
     inputs_of,
     stamped,
 )
-from t5_cases import LEVELS, VOCAB_SIZE, assert_same_training_step, future_batch, gradients, padded_batch, tiny_t5
+from t5_cases import LEVELS, VOCAB_SIZE, assert_same_training_step, gradients, padded_batch, tiny_t5
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import T5ForConditionalGeneration
