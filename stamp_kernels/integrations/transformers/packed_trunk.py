@@ -17,6 +17,7 @@ from stamp_kernels.integrations.transformers.configuration import PruningConfig
 from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput
 from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
+from stamp_kernels.integrations.transformers.padded_queries import PaddedQueries
 from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
 from stamp_kernels.packed import PackedBatch
@@ -43,7 +44,8 @@ class Packing:
     copy.
 
     Attributes:
-        queries: the sequences that the block runs on. Their values are not read.
+        queries: the sequences that the block runs on. Their values are not read. Keys are the same, but without the
+            padding of PaddedQueries.
         wants_centrality: whether the self-attention has to compute the centrality of its keys.
         has_bias: whether the relative-position bias is added.
         centrality: `[T]`, the result, written by the self-attention.
@@ -111,6 +113,7 @@ class PackedTrunk(nn.Module):
     stamp_pruning: nn.ModuleDict
     stamp_drops_bias: bool  # after the first pruning
     stamp_keeps_places: bool  # of the kept tokens in padded outputs
+    stamp_padding_votes: bool  # at the first pruning
 
     def set_pruning(self, config: PruningConfig | None) -> None:
         """Prune as the configuration says; None: not at all."""
@@ -120,10 +123,11 @@ class PackedTrunk(nn.Module):
         self.stamp_pruning.train(self.training)
         self.stamp_drops_bias = config is not None and config.positions == "none"
         self.stamp_keeps_places = config is not None and config.layout == "original"
+        self.stamp_padding_votes = config is not None and config.voters == "padded"
 
     def remove_pruning(self) -> None:
         """Undo `set_pruning`: the stack has only its own attributes again."""
-        del self.stamp_pruning, self.stamp_drops_bias, self.stamp_keeps_places
+        del self.stamp_pruning, self.stamp_drops_bias, self.stamp_keeps_places, self.stamp_padding_votes
 
     @property
     def is_pruned(self) -> bool:
@@ -131,7 +135,8 @@ class PackedTrunk(nn.Module):
         return any(cast(SemanticAdaptivePruning, module).is_active for module in self.stamp_pruning.values())
 
     def pack_inputs(self, inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBatch, PaddedLayout]:
-        """The inputs of the stack, `[B, S]` or `[B, S, d_model]`, without their padding, see `pack_padded`.
+        """The inputs of the stack, `[B, S]` or `[B, S, d_model]`, without their padding, see `pack_padded`; with it, as
+        PaddedQueries, if it votes at the first pruning.
 
         A keep_ratio of max_seqlen is one of the padded length, as in padded implementations. Otherwise max_seqlen is
         the longest length, for which the kernels are faster.
@@ -140,6 +145,8 @@ class PackedTrunk(nn.Module):
         modules = [cast(SemanticAdaptivePruning, module) for module in self.stamp_pruning.values()]
         if any(module.is_active and module.budget == "max_seqlen" for module in modules):
             packed = replace(packed, max_seqlen=inputs.shape[1])
+        if self.stamp_padding_votes and self.is_pruned and layout.selection is not None:
+            packed = PaddedQueries.of(inputs, packed, layout)
         return packed, layout
 
     def packing_for(self, block_number: int, packed: PackedBatch) -> Packing:
@@ -156,6 +163,8 @@ class PackedTrunk(nn.Module):
         packed = replace(packing.queries, values=hidden)
         if not packing.wants_centrality:
             return packed
+        if isinstance(packed, PaddedQueries):
+            packed = packed.without_padding()
         prune = cast(SemanticAdaptivePruning, self.stamp_pruning[str(block_number)])
         return cast(PrunedBatch, prune(packed, packing.centrality)).packed
 
