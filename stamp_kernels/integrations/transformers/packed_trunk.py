@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.integrations.transformers.configuration import PruningConfig
@@ -175,7 +176,7 @@ class PackedTrunk(nn.Module):
         if layout is None or (self.is_pruned and not self.stamp_keeps_places):
             return EncoderOutput(packed=encoded).padded()
         if self.is_pruned:
-            output = _in_their_places(encoded, layout.mask)
+            output = _in_their_places(encoded, layout)
         else:
             output = EncoderOutput(
                 last_hidden_state=layout.pad(encoded.values),
@@ -187,12 +188,12 @@ class PackedTrunk(nn.Module):
         return output
 
 
-def _in_their_places(encoded: PackedBatch, mask: Tensor) -> EncoderOutput:
-    """The states of the tokens that pruning has kept, in the columns of a padded batch with this mask `[B, S]`."""
-    (batch, length), total = mask.shape, encoded.values.shape[0]
+def _in_their_places(encoded: PackedBatch, layout: PaddedLayout) -> EncoderOutput:
+    """The states of the tokens that pruning has kept, in the columns `[B, S]` of a padded batch with this layout."""
+    (batch, length), total = layout.mask.shape, encoded.values.shape[0]
     sequence, positions = sequence_of_row(encoded.cu_seqlens, total), encoded.materialized_positions()
     is_tail = sequence == batch
-    first_column = torch.cat([mask.int().argmax(1), mask.new_zeros(1, dtype=torch.int64)])  # of each history's tokens
+    first_column = F.pad(layout.first_columns(), (0, 1))  # the last one is for tail rows
     # Tail rows go to one more row, which is cut off.
     place = torch.where(is_tail, batch * length, sequence * length + first_column[sequence] + positions)
 
