@@ -210,13 +210,13 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             encoder_outputs = self._encode(input_ids, attention_mask, inputs_embeds, packed_inputs, kwargs)
         if encoder_outputs is not None:
             source = _packed_source(encoder_outputs, attention_mask)
-            batch = len(source.cu_seqlens) - 1
+            batch = source.cu_seqlens.shape[0] - 1
         else:
             if packed_inputs is None:
                 inputs = self.encoder.padded_inputs(input_ids, inputs_embeds)
                 packed_inputs, layout = self.encoder.pack_inputs(inputs, attention_mask)
             check_packed("packed_inputs", packed_inputs)
-            batch = len(packed_inputs.cu_seqlens) - 1
+            batch = packed_inputs.cu_seqlens.shape[0] - 1
         check_tensor("labels", labels, shape=[batch, "num_labels"], dtypes=[torch.int64])
         if decoder_input_ids is not None:
             check_tensor("decoder_input_ids", decoder_input_ids, shape=[*labels.shape])
