@@ -7,9 +7,9 @@ import torch
 from closeness import relative_error
 from t5_cases import LENGTHS, LEVELS, PRUNING, VOCAB_SIZE, padded_batch, stamped, tiny_t5
 from transformers import LogitsProcessor, LogitsProcessorList, T5ForConditionalGeneration
-from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from stamp_kernels.integrations.transformers import apply_stamp, generation
+from stamp_kernels.integrations.transformers import PruningConfig, apply_stamp, generation
 from stamp_kernels.integrations.transformers.t5_stacks import PackedT5Attention
 from stamp_kernels.packed import PackedBatch
 
@@ -123,6 +123,34 @@ def test_packed_and_pruned_histories_are_shared(shared):
     expected = search(model, inputs, num_beams=4)
     assert search(model, dict(packed_inputs=packed), num_beams=4).sequences.tolist() == expected.sequences.tolist()
     assert shared == [4, 4]
+
+
+@pytest.mark.parametrize("layout", ["compact", "original"])
+@torch.no_grad()
+def test_encoded_histories_bring_their_mask(layout):
+    """Whoever encodes by himself has a mask from before pruning, or the states alone."""
+    model = stamped(tiny_t5().eval(), pruning=PruningConfig([(1, 0.5)], layout=layout))
+    inputs = inputs_of()
+    expected = search(model, inputs, num_beams=4)
+    encoded = model.encoder(**inputs)
+    mask = inputs["attention_mask"]
+    for given in (
+        dict(encoder_outputs=encoded, attention_mask=mask),
+        dict(encoder_outputs=(encoded[0],), attention_mask=mask),
+        dict(encoder_outputs=BaseModelOutput(last_hidden_state=encoded.last_hidden_state), attention_mask=mask),
+        dict(encoder_outputs=BaseModelOutput(last_hidden_state=encoded.last_hidden_state)),
+        dict(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.last_hidden_state * 1),
+            attention_mask=encoded.attention_mask.long(),
+        ),
+    ):
+        got = search(model, given, num_beams=4)
+        assert got.sequences.tolist() == expected.sequences.tolist()
+        assert relative_error(got.sequences_scores, expected.sequences_scores) < 1e-5
+    changed = BaseModelOutput(last_hidden_state=encoded.last_hidden_state * 1)
+    if layout == "compact":
+        with pytest.raises(ValueError, match=r"encoder_attention_mask must have shape \[24, 100\], .* got \[24, 200\]"):
+            search(model, dict(encoder_outputs=changed, attention_mask=mask), num_beams=4)
 
 
 class OwnForward(T5ForConditionalGeneration):
