@@ -103,7 +103,12 @@ class PackedGeneration(_Base):
             # A copy: generate writes into it.
             kwargs["encoder_outputs"] = EncoderOutput(**encoder_outputs.padded())
         elif encoder_outputs is not None and isinstance(behind := states_behind(encoder_outputs[0]), PackedStates):
-            kwargs["encoder_outputs"] = EncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=behind.mask)
+            # The caller has put a stamped encoder's states into an output of the base model.
+            mask = behind.mask_beside(kwargs.get("attention_mask"))
+            if mask is behind.mask:
+                kwargs["encoder_outputs"] = EncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=mask)
+            else:
+                kwargs["attention_mask"] = mask.long()
         return super().generate(*args, **kwargs)
 
     def _expand_inputs_for_generation(

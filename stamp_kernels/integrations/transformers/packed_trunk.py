@@ -50,14 +50,23 @@ class Packing:
         wants_centrality: whether the self-attention has to compute the centrality of its keys.
         has_bias: whether the relative-position bias is added.
         centrality: `[T]`, the result, written by the self-attention.
-        is_consumed: whether a packed attention has read it. Not written under torch.compile.
+        is_watched: whether is_consumed is written.
+        is_consumed: whether a packed attention has read it.
     """
 
-    def __init__(self, queries: PackedBatch, *, wants_centrality: bool = False, has_bias: bool = True) -> None:
+    def __init__(
+        self,
+        queries: PackedBatch,
+        *,
+        wants_centrality: bool = False,
+        has_bias: bool = True,
+        is_watched: bool = True,
+    ) -> None:
         self.queries = queries
         self.wants_centrality = wants_centrality
         self.has_bias = has_bias
         self.centrality: Tensor | None = None
+        self.is_watched = is_watched
         self.is_consumed = False
 
 
@@ -70,11 +79,20 @@ class CrossPacking:
         tiles_q: the tile list of the queries, if there is one.
     """
 
-    def __init__(self, source: PackedBatch, cu_seqlens_q: Tensor, max_seqlen_q: int, tiles_q: Tensor | None) -> None:
+    def __init__(
+        self,
+        source: PackedBatch,
+        cu_seqlens_q: Tensor,
+        max_seqlen_q: int,
+        tiles_q: Tensor | None,
+        *,
+        is_watched: bool = True,
+    ) -> None:
         self.source = source
         self.cu_seqlens_q = cu_seqlens_q
         self.max_seqlen_q = max_seqlen_q
         self.tiles_q = tiles_q
+        self.is_watched = is_watched
         self.is_consumed = False
 
 
@@ -84,7 +102,7 @@ def check_consumed(block: nn.Module, block_number: int, *packings: Packing | Cro
     Raises:
         RuntimeError: an attention of the block did not run packed, so that sequences may have been mixed.
     """
-    if torch.compiler.is_compiling() or all(packing is None or packing.is_consumed for packing in packings):
+    if all(packing is None or packing.is_consumed or not packing.is_watched for packing in packings):
         return
     if any(_is_compiled(module) for module in block.modules()):
         return
@@ -173,9 +191,11 @@ class PackedTrunk(nn.Module):
         """States in the places that their tokens have in a padded batch; on the left if they were pruned (unless the
         configuration keeps places) or without layout.
         """
-        if layout is None or (self.is_pruned and not self.stamp_keeps_places):
+        if layout is None:
             return EncoderOutput(packed=encoded).padded()
-        if self.is_pruned:
+        if self.is_pruned and not self.stamp_keeps_places:
+            output = EncoderOutput(packed=encoded).padded()
+        elif self.is_pruned:
             output = _in_their_places(encoded, layout)
         else:
             output = EncoderOutput(
@@ -184,7 +204,7 @@ class PackedTrunk(nn.Module):
                 positions=layout.pad(encoded.materialized_positions()),
             )
         states, mask = cast(Tensor, output.last_hidden_state), cast(Tensor, output.attention_mask)
-        with_states_behind(states, PackedStates(encoded, mask))
+        with_states_behind(states, PackedStates(encoded, mask, layout.mask, layout.given))
         return output
 
 

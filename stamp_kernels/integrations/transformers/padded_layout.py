@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stamp_kernels.integrations.transformers.encoded import mask_as_given
 from stamp_kernels.ops.pruning.gather import gather_tokens
 from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.packed import PackedBatch
@@ -20,10 +21,12 @@ class PaddedLayout:
     Attributes:
         mask: bool `[B, S]`, True on tokens.
         selection: for gather_tokens, the packed row of each padded row. None if there is no padding.
+        given: the mask that a caller gave, see `PackedStates`.
     """
 
     mask: Tensor
     selection: TokenSelection | None
+    given: tuple[Tensor, int | None] | None = None
 
     def pad(self, values: Tensor) -> Tensor:
         """`[T, ...]` to `[B, S, ...]`, 0 on padding."""
@@ -70,7 +73,11 @@ def pack_padded(inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBa
         if attention_mask.shape != (batch, length):
             raise ValueError(f"attention_mask must have shape {[batch, length]}, got {list(attention_mask.shape)}")
         pack_by_mask = _pack_at_capacity if torch.compiler.is_exporting() else _pack_by_mask
-        return pack_by_mask(inputs, attention_mask.bool())
+        packed, layout = pack_by_mask(inputs, attention_mask.bool())
+        # Graphs do not know attributes of tensors, see `with_states_behind`.
+        if not torch.compiler.is_compiling():
+            layout = replace(layout, given=mask_as_given(attention_mask))
+        return packed, layout
     # Without padding all sizes are known on the CPU.
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=inputs.device) * length
     lengths_cpu = torch.full((batch,), length, dtype=torch.int64, device="cpu")
