@@ -71,6 +71,7 @@ from stamp_kernels.packed import PackedBatch
 __all__ = ["StampT5EncoderModel", "StampT5ForConditionalGeneration", "StampT5Model", "head_inputs"]
 
 _FORWARD_PARAMETERS = base_parameters(T5ForConditionalGeneration.forward)
+_ENCODER_PARAMETERS = base_parameters(T5EncoderModel.forward)
 _BIAS_METHODS = ("compute_bias", "_relative_position_bucket")  # that packed attention computes itself
 _KNOWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")  # computes the same as packed attention
 
@@ -83,6 +84,25 @@ class StampT5PreTrainedModel(StampedModel, T5PreTrainedModel):
 @packs(T5EncoderModel, named="T5EncoderModel")
 class StampT5EncoderModel(StampedModel, T5EncoderModel):
     """T5EncoderModel after `apply_stamp`. Its forward takes the arguments of the encoder, see PackedT5Encoder."""
+
+    encoder: PackedT5Encoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [B, S]
+        attention_mask: Tensor | None = None,  # [B, S]
+        *args: Any,
+        inputs_embeds: Tensor | None = None,  # [B, S, d_model]
+        packed_inputs: PackedBatch | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """T5's forward, which also takes packed_inputs. Positional arguments have T5's order."""
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        if packed_inputs is None:
+            return super().forward(input_ids, attention_mask, *args, **kwargs)
+        kwargs |= dict(zip(_ENCODER_PARAMETERS[2:], args, strict=False))
+        return self.encoder(input_ids, attention_mask, packed_inputs=packed_inputs, **kwargs)
 
 
 @packs(T5Model, named="T5Model")

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5Stack
 
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -47,6 +47,11 @@ __all__ = [
 _ATTENTION_PARAMETERS = inspect.signature(T5Attention.forward).parameters
 _ATTENTION_RETURNS_CACHE = "past_key_value" in _ATTENTION_PARAMETERS
 _ATTENTION_RETURNS_WEIGHTS = "output_attentions" not in _ATTENTION_PARAMETERS
+# A decoder's block adds 1 to the last cache position: the length of padded queries, which packed attention ignores. A
+# tuple is enough for that, and costs no kernel.
+_OPTIONS_OF_BLOCKS = (
+    {"cache_position": (0,)} if "cache_position" in inspect.signature(T5Block.forward).parameters else {}
+)
 
 
 def attention_outputs(states: Tensor, position_bias: Tensor | None, cache: Any = None) -> tuple[Any, ...]:
@@ -69,11 +74,12 @@ def run_block(stack: PreTrainedModel, block: nn.Module, *args: Any) -> tuple[Ten
     """(states, position bias) of a block of the stack, called without a cache and with gradient checkpointing if it is
     on.
     """
-    run: Callable[..., Any] = block
+    run: Callable[..., Any] = functools.partial(block, **_OPTIONS_OF_BLOCKS)
     # getattr: the attribute is missing before `gradient_checkpointing_enable` in some releases.
     is_checkpointed = getattr(stack, "gradient_checkpointing", False) and stack.training
     if is_checkpointed and not isinstance(block, GradientCheckpointingLayer):
-        run = functools.partial(stack._gradient_checkpointing_func, block.__call__)
+        # Only positional arguments may follow the function.
+        run = functools.partial(stack._gradient_checkpointing_func, run)
     output = run(*args)
     return output[0], output[1]
 
