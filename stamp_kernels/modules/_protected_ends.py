@@ -25,7 +25,7 @@ class ProtectedEnds(NamedTuple):
     def mask(self, packed: PackedBatch) -> Tensor:
         """bool `[T]`: the tokens at the ends. False on tail rows."""
         sequence, offset, length = _places(packed)
-        return self._are_at(offset, length) & (sequence < len(packed.cu_seqlens) - 1)
+        return self._are_at(offset, length) & (sequence < packed.cu_seqlens.shape[0] - 1)
 
     def middles(self, packed: PackedBatch, codes_per_item: int) -> Tensor:
         """int32 `[B + 1]`: the offsets of the tokens between the ends, packed without the ends.
@@ -61,7 +61,7 @@ class ProtectedEnds(NamedTuple):
         sequence, offset, length = _places(packed)
         middle = cu_seqlens_middle[sequence] + offset - self.first
         is_kept = self._are_at(offset, length) | keep[_inside(middle, keep.shape[0])]
-        return is_kept & (sequence < len(packed.cu_seqlens) - 1)
+        return is_kept & (sequence < packed.cu_seqlens.shape[0] - 1)
 
     def _are_at(self, offset: Tensor, length: Tensor) -> Tensor:
         return (offset < self.first) | (offset >= length - self.last)
@@ -69,7 +69,7 @@ class ProtectedEnds(NamedTuple):
 
 def _places(packed: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row, int64 `[T]`: its sequence (B for tail rows), its index in it, and the length of the sequence."""
-    total, num_sequences = packed.values.shape[0], len(packed.cu_seqlens) - 1
+    total, num_sequences = packed.values.shape[0], packed.cu_seqlens.shape[0] - 1
     sequence = sequence_of_row(packed.cu_seqlens, total)
     starts, ends = packed.cu_seqlens[sequence], packed.cu_seqlens[(sequence + 1).clamp(max=num_sequences)]
     return sequence, torch.arange(total, device=starts.device) - starts, ends - starts

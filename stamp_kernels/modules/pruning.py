@@ -223,7 +223,7 @@ class SemanticAdaptivePruning(nn.Module):
 
     def _protecting_ends(self, packed: PackedBatch, centrality: Tensor, chosen: "_Choice") -> "_Choice":
         """The choice with both ends of every sequence protected."""
-        ends, num_sequences = self.protected_ends, len(packed.cu_seqlens) - 1
+        ends, num_sequences = self.protected_ends, packed.cu_seqlens.shape[0] - 1
         lengths_cpu = None if torch.compiler.is_compiling() else packed.lengths_cpu
         if chosen.codes_per_item == 1:
             num_protected = num_sequences * sum(ends) if lengths_cpu is None else lengths_cpu.clamp(max=sum(ends))

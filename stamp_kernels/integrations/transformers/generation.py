@@ -102,6 +102,8 @@ class PackedGeneration(_Base):
         if isinstance(encoder_outputs, EncoderOutput):
             # A copy: generate writes into it.
             kwargs["encoder_outputs"] = EncoderOutput(**encoder_outputs.padded())
+        elif encoder_outputs is not None and isinstance(behind := states_behind(encoder_outputs[0]), PackedStates):
+            kwargs["encoder_outputs"] = EncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=behind.mask)
         return super().generate(*args, **kwargs)
 
     def _expand_inputs_for_generation(

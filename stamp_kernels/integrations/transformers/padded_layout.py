@@ -39,6 +39,21 @@ class PaddedLayout:
         is_tail = (places < 0).view(-1, *[1] * (rows.dim() - 1))
         return rows.index_select(0, places.clamp(min=0)).masked_fill(is_tail, fill_value)
 
+    def selection_of_tokens(self) -> TokenSelection:
+        """For gather_tokens, the padded row of each packed row. Only if there is padding."""
+        assert self.selection is not None
+        packed_row, cu_seqlens, max_seqlen, padded_row, _ = self.selection
+        return TokenSelection(padded_row.long(), cu_seqlens, max_seqlen, packed_row.int(), self.mask.numel())
+
+    def first_columns(self) -> Tensor:
+        """int64 `[B]`, the column of each history's first token; S if it has none."""
+        return (self.mask.cumsum(1) == 0).sum(1)
+
+    def positions(self) -> Tensor:
+        """int32 `[B, S]`, each column counted from the first token of its history."""
+        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return (columns - self.first_columns()[:, None]).to(torch.int32)
+
 
 def pack_padded(inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBatch, PaddedLayout]:
     """Drop the padding of `[B, S]` or `[B, S, d_model]`.

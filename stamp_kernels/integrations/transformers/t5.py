@@ -47,6 +47,7 @@ from stamp_kernels.integrations.transformers.t5_stacks import (
     PackedT5Encoder,
     options_of_base,
 )
+from stamp_kernels.integrations.transformers.tokenwise import mixes_tokens
 from stamp_kernels.integrations.transformers.versions import MODEL_ARGUMENTS, base_parameters, head_scale, let_record
 from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.modules.prediction import MultiStepPrediction
@@ -209,13 +210,13 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             encoder_outputs = self._encode(input_ids, attention_mask, inputs_embeds, packed_inputs, kwargs)
         if encoder_outputs is not None:
             source = _packed_source(encoder_outputs, attention_mask)
-            batch = len(source.cu_seqlens) - 1
+            batch = source.cu_seqlens.shape[0] - 1
         else:
             if packed_inputs is None:
                 inputs = self.encoder.padded_inputs(input_ids, inputs_embeds)
                 packed_inputs, layout = self.encoder.pack_inputs(inputs, attention_mask)
             check_packed("packed_inputs", packed_inputs)
-            batch = len(packed_inputs.cu_seqlens) - 1
+            batch = packed_inputs.cu_seqlens.shape[0] - 1
         check_tensor("labels", labels, shape=[batch, "num_labels"], dtypes=[torch.int64])
         if decoder_input_ids is not None:
             check_tensor("decoder_input_ids", decoder_input_ids, shape=[*labels.shape])
@@ -445,7 +446,7 @@ def _stacks(model: nn.Module) -> dict[str, T5Stack]:
     return {name: module for name, module in model.named_modules() if isinstance(module, T5Stack)}
 
 
-def _attentions(stack: T5Stack) -> dict[str, T5Attention]:
+def _attentions(stack: nn.Module) -> dict[str, T5Attention]:
     return {name: module for name, module in stack.named_modules() if isinstance(module, T5Attention)}
 
 
@@ -468,6 +469,11 @@ def _why_padded(name: str, stack: T5Stack) -> str | None:
         found = sum(isinstance(module, T5Attention) for module in block.modules())
         if found != expected:
             return f"block {number}, a {type(block).__name__}, has {found} T5Attention where T5 has {expected}"
+        for inner, module in block.named_modules():
+            # The layers and norms around the attention.
+            is_probed = inner.endswith(("layer_norm", "layer.1", "layer.2")) and not _attentions(module)
+            if is_probed and mixes_tokens(module, stack.config.d_model):
+                return f"{inner} of block {number}, a {type(module).__name__}, mixes tokens, and would mix histories"
     return None
 
 

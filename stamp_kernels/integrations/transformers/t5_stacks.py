@@ -27,6 +27,7 @@ from stamp_kernels.integrations.transformers.packed_trunk import (
     with_empty_tail,
 )
 from stamp_kernels.integrations.transformers.padded_layout import pack_padded
+from stamp_kernels.integrations.transformers.padded_queries import PaddedQueries
 from stamp_kernels.integrations.transformers.versions import (
     STACK_ARGUMENTS,
     attention_outputs,
@@ -82,13 +83,17 @@ class PackedT5Attention(StampedModule, T5Attention):
 
     def _self_attention(self, hidden_states: Tensor, bias_table: Tensor, packing: Packing) -> Tensor:
         queries = packing.queries
+        states_of_keys = hidden_states
+        key_arguments: dict[str, Any] = {}
+        if isinstance(queries, PaddedQueries):
+            states_of_keys, key_arguments = queries.take_tokens(hidden_states[0])[None], queries.key_arguments()
         bias = RelativePositionBias(
             bias_table, bidirectional=not self.is_decoder, max_distance=self.relative_attention_max_distance
         )
         attended = packed_attention(
             self._heads(self.q(hidden_states)),
-            self._heads(self.k(hidden_states)),
-            self._heads(self.v(hidden_states)),
+            self._heads(self.k(states_of_keys)),
+            self._heads(self.v(states_of_keys)),
             queries.cu_seqlens,
             max_seqlen_q=queries.max_seqlen,
             tiles_q=queries.tiles,
@@ -98,6 +103,7 @@ class PackedT5Attention(StampedModule, T5Attention):
             positions_q=queries.positions,
             dropout_p=self.dropout if self.training else 0.0,
             return_centrality=packing.wants_centrality,
+            **key_arguments,
         )
         if isinstance(attended, AttentionOutput):
             packing.centrality = attended.centrality
