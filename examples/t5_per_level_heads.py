@@ -8,6 +8,7 @@ vector and the codes so far, and the state of level l goes through an nn.Linear 
     python examples/t5_per_level_heads.py --keep-ratio 0.33
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from stamp_kernels.integrations.transformers import PruningConfig, apply_stamp
 from stamp_kernels.profiling.recommender.evaluate import ValidPrefixes
 
 USER_TOKENS = 2000  # users are hashed to these
+# T5Stack's name of the argument, which transformers has changed.
+CACHE = "cache" if "cache" in inspect.signature(T5Stack.forward).parameters else "past_key_values"
 
 
 class PerLevelHeads(nn.Module):
@@ -87,13 +90,11 @@ class PerLevelHeads(nn.Module):
         found = torch.empty(size, num_beams, 0, dtype=torch.int64)
         for level, head in enumerate(self.heads):
             decoded = self.decoder(
-                None,
-                None,
-                states,
-                mask,
-                inputs,
-                cache,
-                use_cache=True,  # by position: its name differs by version
+                inputs_embeds=inputs,
+                encoder_hidden_states=states,
+                encoder_attention_mask=mask,
+                use_cache=True,
+                **{CACHE: cache},
             ).last_hidden_state[:, -1]
             log_probabilities = head(decoded).log_softmax(-1).view(size, num_beams, -1)
             longer = self.prefixes.continuations(ranks, level)
