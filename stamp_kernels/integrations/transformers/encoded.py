@@ -1,64 +1,56 @@
-"""How a decoder finds the packed states of its encoder, whatever the code between the two hands on.
+"""How a decoder finds the packed layout of its encoder's states, whatever the code between the two hands on.
 
-A padded encoder output carries its packed states as an attribute of the tensor. A decoder that is given the same
-tensor reads the packed states: without packing them again, and without the mask that the caller made before tokens were
-pruned. A tensor that was changed on the way, in place too, is not recognized, and its mask decides.
+The padded states that a stamped encoder returns carry their layout as an attribute of the tensor. A decoder that is
+given the same tensor knows where the tokens are: without reading a mask, which waits for the device, and whatever mask
+the caller made before tokens were pruned. It reads the tensor itself, so that gradients flow through it. A tensor that
+was changed on the way, in place too, is not recognized, and its mask decides.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, version_of
 from stamp_kernels.packed import PackedBatch
 
-__all__ = [
-    "PackedStates",
-    "SharedSource",
-    "check_mask",
-    "mask_as_given",
-    "source_behind",
-    "states_behind",
-    "with_states_behind",
-]
+__all__ = ["PackedStates", "SharedSource", "check_mask", "source_behind", "states_behind", "with_states_behind"]
 
 
 class PackedStates(NamedTuple):
-    """The packed states of a padded tensor.
+    """The layout of a padded tensor of states.
 
     Attributes:
-        packed: the states.
-        mask: bool `[B, S']`, their places in the tensor.
-        inputs_mask: bool `[B, S]`, the mask of the inputs before pruning; None for packed inputs.
-        given: the mask of the inputs as the caller gave it, with its version. The same tensor is recognized without
-            reading its contents.
+        packed: the states packed.
+        layout: their places in the tensor.
+        inputs: the layout of the inputs, before pruning; None for packed inputs.
     """
 
     packed: PackedBatch
-    mask: Tensor
-    inputs_mask: Tensor | None = None
-    given: tuple[Tensor, int | None] | None = None
+    layout: PaddedLayout
+    inputs: PaddedLayout | None = None
+
+    def read(self, states: Tensor) -> PackedBatch:
+        """The packed states, read from the padded tensor."""
+        return replace(self.packed, values=self.layout.pack(states, 0))
 
     def mask_beside(self, mask: Tensor | None) -> Tensor:
-        """The places that a decoder reads if its caller gives this mask: self.mask if it says nothing new.
+        """The bool mask `[B, S']` of the states that a decoder reads if its caller gives this mask: that of the layout
+        if it says nothing new.
 
         Raises:
             ValueError: the mask is neither that of the inputs nor that of the states, and has another shape than these.
         """
-        if mask is None or mask is self.mask or (mask.dim() == 2 and self._is_given(mask)):
-            return self.mask
-        for known in (self.mask, self.inputs_mask):
-            if known is not None and mask.shape == known.shape and torch.equal(mask.bool(), known):
-                return self.mask
-        check_mask(self.mask.shape, mask)
-        return mask.bool() & self.mask
+        known = [layout for layout in (self.layout, self.inputs) if layout is not None]
+        if mask is None or any(layout.is_made_with(mask) for layout in known):
+            return self.layout.mask
+        check_mask(self.layout.mask.shape, mask)
+        return mask.bool() & self.layout.mask
 
     def are_in(self, states: Tensor) -> bool:
-        """Whether the tensor still has these states: inference tensors do not count how often they are changed."""
-        return torch.equal(states[self.mask], self.packed.values[: int(self.packed.cu_seqlens[-1])])
-
-    def _is_given(self, mask: Tensor) -> bool:
-        return self.given is not None and mask is self.given[0] and _version(mask) == self.given[1]
+        """Whether the tensor still has these states."""
+        return torch.equal(self.read(states).values, self.packed.values)
 
 
 class SharedSource:
@@ -87,7 +79,7 @@ class SharedSource:
 def with_states_behind(states: Tensor, behind: PackedStates | SharedSource) -> Tensor:
     """The same tensor, which a decoder recognizes. Graphs of torch.compile do not know attributes of tensors."""
     if not torch.compiler.is_compiling():
-        states.stamp_behind = (behind, _version(states))  # type: ignore[attr-defined]
+        states.stamp_behind = (behind, version_of(states))  # type: ignore[attr-defined]
     return states
 
 
@@ -95,9 +87,9 @@ def states_behind(states: Tensor | None) -> PackedStates | SharedSource | None:
     if states is None or torch.compiler.is_compiling():
         return None
     behind, version = getattr(states, "stamp_behind", (None, None))
-    if isinstance(behind, PackedStates) and states.is_inference():
+    if isinstance(behind, PackedStates) and states.is_inference():  # has no version
         return behind if behind.are_in(states) else None
-    return behind if version == _version(states) else None
+    return behind if version == version_of(states) else None
 
 
 def source_behind(states: Tensor | None) -> SharedSource | None:
@@ -117,13 +109,3 @@ def check_mask(shape: torch.Size, mask: Tensor) -> None:
             f"{list(mask.shape)}: with pruning give the attention_mask of the encoder's output, which has the kept "
             "tokens"
         )
-
-
-def mask_as_given(mask: Tensor) -> tuple[Tensor, int | None]:
-    """For `PackedStates.given`."""
-    return mask, _version(mask)
-
-
-def _version(x: Tensor) -> int | None:
-    """How often a tensor was changed in place. Inference tensors do not count it."""
-    return None if x.is_inference() else x._version

@@ -1,9 +1,8 @@
 """What stamped models return: the outputs of their base models, and what pruning and prediction add."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -14,6 +13,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import ModelOutput
 
 from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
+from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, layout_on_the_left
 from stamp_kernels.packed import PackedBatch
 
 __all__ = [
@@ -89,16 +89,19 @@ class EncoderOutput(BaseModelOutput, _NamedFields):
         if self.packed is None:
             return self
         # At least one column, even if it is padding: the base model's decoder cannot read states without columns.
-        length = max(self.packed.max_seqlen, 1)
-        states = self.packed.to_padded(length)
-        lengths = self.packed.cu_seqlens.diff()
-        mask = torch.arange(length, device=states.device) < lengths[:, None]
-        output = EncoderOutput(
-            last_hidden_state=with_states_behind(states, PackedStates(self.packed, mask)),
-            attention_mask=mask,
-            positions=replace(self.packed, values=self.packed.materialized_positions()).to_padded(length),
+        return EncoderOutput.in_layout(self.packed, layout_on_the_left(self.packed, max(self.packed.max_seqlen, 1)))
+
+    @classmethod
+    def in_layout(
+        cls, packed: PackedBatch, layout: PaddedLayout, inputs: PaddedLayout | None = None
+    ) -> "EncoderOutput":
+        """Packed states padded in a layout, which a decoder recognizes; `inputs` is the layout before pruning."""
+        behind = PackedStates(packed, layout, inputs)
+        return cls(
+            last_hidden_state=with_states_behind(layout.pad(packed.values), behind),
+            attention_mask=layout.mask,
+            positions=layout.pad(packed.materialized_positions()),
         )
-        return output
 
     def mean_pooled(self) -> Tensor:
         """`[B, d_model]`: the mean state of each history's (kept) tokens, 0 for a history without tokens.

@@ -15,9 +15,13 @@ from torch.nn import functional as F
 
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.integrations.transformers.configuration import PruningConfig
-from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput
-from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
+from stamp_kernels.integrations.transformers.padded_layout import (
+    PaddedLayout,
+    layout_in_columns,
+    layout_on_the_left,
+    pack_padded,
+)
 from stamp_kernels.integrations.transformers.padded_queries import PaddedQueries
 from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
@@ -193,36 +197,16 @@ class PackedTrunk(nn.Module):
         """
         if layout is None:
             return EncoderOutput(packed=encoded).padded()
-        if self.is_pruned and not self.stamp_keeps_places:
-            output = EncoderOutput(packed=encoded).padded()
-        elif self.is_pruned:
-            output = _in_their_places(encoded, layout)
+        length = layout.mask.shape[1]
+        if not self.is_pruned:
+            kept = layout
+        elif self.stamp_keeps_places:
+            first_column = F.pad(layout.first_columns(), (0, 1))  # the last one is for tail rows
+            sequence = sequence_of_row(encoded.cu_seqlens, encoded.values.shape[0])
+            kept = layout_in_columns(encoded, first_column[sequence] + encoded.materialized_positions(), length)
         else:
-            output = EncoderOutput(
-                last_hidden_state=layout.pad(encoded.values),
-                attention_mask=layout.mask,
-                positions=layout.pad(encoded.materialized_positions()),
-            )
-        states, mask = cast(Tensor, output.last_hidden_state), cast(Tensor, output.attention_mask)
-        with_states_behind(states, PackedStates(encoded, mask, layout.mask, layout.given))
-        return output
-
-
-def _in_their_places(encoded: PackedBatch, layout: PaddedLayout) -> EncoderOutput:
-    """The states of the tokens that pruning has kept, in the columns `[B, S]` of a padded batch with this layout."""
-    (batch, length), total = layout.mask.shape, encoded.values.shape[0]
-    sequence, positions = sequence_of_row(encoded.cu_seqlens, total), encoded.materialized_positions()
-    is_tail = sequence == batch
-    first_column = F.pad(layout.first_columns(), (0, 1))  # the last one is for tail rows
-    # Tail rows go to one more row, which is cut off.
-    place = torch.where(is_tail, batch * length, sequence * length + first_column[sequence] + positions)
-
-    def padded(values: Tensor) -> Tensor:
-        rows = values.new_zeros(batch * length + 1, *values.shape[1:]).index_copy(0, place, values)
-        return rows[:-1].unflatten(0, (batch, length))
-
-    states = torch.where(is_tail[:, None], 0, encoded.values)
-    return EncoderOutput(last_hidden_state=padded(states), attention_mask=padded(~is_tail), positions=padded(positions))
+            kept = layout_on_the_left(encoded, max(encoded.max_seqlen, 1))
+        return EncoderOutput.in_layout(encoded, kept, layout)
 
 
 def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module | None, hidden_size: int) -> Tensor:

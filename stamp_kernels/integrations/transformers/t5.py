@@ -481,8 +481,8 @@ def _packed_source(encoder_outputs: BaseModelOutput | tuple[Tensor, ...], attent
         return encoder_outputs.packed
     states, mask, _ = _padded_states(encoder_outputs, attention_mask)
     behind = states_behind(states)
-    is_known = isinstance(behind, PackedStates) and mask is behind.mask
-    return cast(PackedStates, behind).packed if is_known else pack_padded(states, mask)[0]
+    is_known = isinstance(behind, PackedStates) and mask is behind.layout.mask
+    return cast(PackedStates, behind).read(states) if is_known else pack_padded(states, mask)[0]
 
 
 # ---- what apply_stamp does to a T5 ---------------------------------------------------------------------------------

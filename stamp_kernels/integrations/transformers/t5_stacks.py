@@ -400,7 +400,7 @@ class PackedT5Decoder(PackedT5Stack):
         behind = states_behind(encoder_hidden_states)
         if isinstance(behind, PackedStates) and (encoder_attention_mask is None or encoder_attention_mask.dim() == 2):
             known = behind.mask_beside(encoder_attention_mask)
-            behind = behind if known is behind.mask else None
+            behind = behind if known is behind.layout.mask else None
             padded["encoder_attention_mask"] = encoder_attention_mask = known
         elif encoder_hidden_states is not None and not isinstance(behind, SharedSource):
             _check_mask(encoder_hidden_states, encoder_attention_mask)
@@ -415,7 +415,7 @@ class PackedT5Decoder(PackedT5Stack):
             rows = layout.mask.shape[0] * layout.mask.shape[1]
             source = _Source(behind.packed, behind.offsets(rows), rows // max(behind.num_sequences, 1))
         elif behind is not None:
-            source = _Source(behind.packed)
+            source = _Source(behind.read(cast(Tensor, encoder_hidden_states)))
         elif encoder_hidden_states is not None:
             source = _Source(pack_padded(encoder_hidden_states, encoder_attention_mask)[0])
         collected: list[PackedBatch] | None = [] if self.wants_hidden_states(kwargs) else None

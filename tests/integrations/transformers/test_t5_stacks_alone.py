@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from closeness import assert_close
+from closeness import assert_close, relative_error
 from padded_stamp import encode_padded
 from t5_cases import (
     LEVELS,
@@ -616,3 +616,22 @@ def test_pruned_etegrec(padding):
     expected = loss + F.mse_loss(pooled, base.items(labels[:, 0]))
     assert_same_training_step(base, expected, model, model(**batch))
     assert isinstance(model.t5, T5ForConditionalGeneration)
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_gradients_flow_through_the_states(padding_side):
+    """Whoever keeps or changes the gradient of the encoder's states sees that of the decoder."""
+    base = T5Model(tiny_t5(torch.float64).config).double().train()
+    model = apply_stamp(copy.deepcopy(base))
+    batch = padded_batch(padding_side=padding_side)
+    mask = batch["attention_mask"]
+    found = []
+    for each in (base, model):
+        states = each.encoder(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        states.retain_grad()
+        states.register_hook(lambda gradient: -gradient)
+        inputs = dict(input_ids=batch["labels"], encoder_hidden_states=states, encoder_attention_mask=mask)
+        each.decoder(**inputs).last_hidden_state.sum().backward()
+        found.append((states.grad[mask.bool()], each.encoder.block[0].layer[1].DenseReluDense.wi.weight.grad))
+    for expected, got in zip(*found, strict=True):
+        assert expected.any() and relative_error(got, expected) < 1e-9
