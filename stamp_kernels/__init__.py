@@ -5,6 +5,7 @@ cross-entropy. Importing this package loads neither Triton nor a model library, 
 """
 
 from stamp_kernels._backend import use_backend
+from stamp_kernels.modules.per_level import per_level_cross_entropy
 from stamp_kernels.modules.prediction import LinearDecay, MultiStepPrediction
 from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
 from stamp_kernels.ops.attention.attention_centrality import attention_centrality
@@ -37,6 +38,7 @@ __all__ = [
     "gather_tokens",
     "multi_token_cross_entropy",
     "packed_attention",
+    "per_level_cross_entropy",
     "prepare",
     "prune",
     "select_tokens",

@@ -24,6 +24,7 @@ from stamp_kernels import (
     gather_tokens,
     multi_token_cross_entropy,
     packed_attention,
+    per_level_cross_entropy,
     prune,
     select_tokens,
     shift_targets,
@@ -59,6 +60,9 @@ assert_type(targets, Tensor)
 weight = torch.randn(99, 384)
 assert_type(multi_token_cross_entropy(hidden, weight, targets), Tensor)
 assert_type(multi_token_cross_entropy(hidden, weight, targets, return_step_losses=True), MultiTokenLoss)
+heads = torch.nn.ModuleList([torch.nn.Linear(64, 256)] * 6)
+assert_type(per_level_cross_entropy(q, heads, targets), Tensor)
+assert_type(per_level_cross_entropy(q, list(heads), targets, return_step_losses=True), MultiTokenLoss)
 
 packed = PackedBatch.from_padded(torch.randn(3, 40, 384), lengths=torch.tensor([40, 7, 23]))
 assert_type(packed, PackedBatch)

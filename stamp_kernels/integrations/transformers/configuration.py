@@ -36,10 +36,11 @@ class PruningConfig:
             attention_mask is False there. Packed inputs have no columns to leave them in. Not with positions="compact".
         voters: whose attention the centrality adds up. With `"padded"` the padding of a padded batch votes too, as in
             padded implementations that mask keys but not queries, such as RASTP's. It votes at the first pruning,
-            which drops it. Packed inputs have no padding.
+            which drops it. The blocks up to there run on all columns, whose embeddings must be finite. Packed inputs
+            have no padding.
 
-    RASTP's implementation, whose padded length is a multiple of 3, is `PruningConfig([(2, 1 / 3)], positions="none",
-    budget="max_seqlen", voters="padded")`.
+    RASTP's implementation, whose padded length S is a multiple of 3, is `PruningConfig([(2, 1 / 3)], positions="none",
+    budget="max_seqlen", voters="padded")`. It rounds S / 3 down: for another S, keep_ratio is `S // 3 / S`.
 
     Raises:
         ValueError: a value is not allowed, or the schedule has a block twice.

@@ -118,7 +118,12 @@ class PackedGeneration(_Base):
             # A copy: generate writes into it.
             kwargs["encoder_outputs"] = EncoderOutput(**encoder_outputs.padded())
         elif encoder_outputs is not None and isinstance(behind := states_behind(encoder_outputs[0]), PackedStates):
-            kwargs["encoder_outputs"] = EncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=behind.mask)
+            # The caller has put a stamped encoder's states into an output of the base model.
+            mask = behind.mask_beside(kwargs.get("attention_mask"))
+            if mask is behind.layout.mask:
+                kwargs["encoder_outputs"] = EncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=mask)
+            else:
+                kwargs["attention_mask"] = mask.long()
         token = _OWN_HISTORIES.set(_needs_own_histories(self.generation_config, *args[1:2], **kwargs))
         try:
             return super().generate(*args, **kwargs)
@@ -130,13 +135,15 @@ class PackedGeneration(_Base):
     ) -> tuple[Any, dict[str, Any]]:
         """Hugging Face repeats every tensor for the beams here. Packed histories are not repeated."""
         encoded = kwargs.get("encoder_outputs")
-        behind = states_behind(encoded.last_hidden_state) if isinstance(encoded, EncoderOutput) else None
+        states = encoded.last_hidden_state if isinstance(encoded, EncoderOutput) else None
+        behind = states_behind(states)
         if isinstance(behind, PackedStates) and self.shares_sources() and not _OWN_HISTORIES.get():
             del kwargs["encoder_outputs"]
             input_ids, kwargs = cast(Any, super())._expand_inputs_for_generation(
                 expand_size=expand_size, input_ids=input_ids, **kwargs
             )
-            shared = SharedEncoderOutput.of(cast(EncoderOutput, encoded), behind.packed, expand_size)
+            packed = behind.read(cast(Tensor, states))
+            shared = SharedEncoderOutput.of(cast(EncoderOutput, encoded), packed, expand_size)
             return input_ids, kwargs | dict(encoder_outputs=shared)
         if isinstance(encoded, EncoderOutput) and encoded.attention_mask is not None:
             # A forward that a subclass has written reads this mask, and that of the caller is from before pruning.

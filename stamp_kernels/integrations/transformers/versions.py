@@ -36,6 +36,7 @@ except ImportError:  # before 5.0
 __all__ = [
     "MODEL_ARGUMENTS",
     "STACK_ARGUMENTS",
+    "arguments_by_name",
     "attention_outputs",
     "base_parameters",
     "head_scale",
@@ -108,3 +109,18 @@ def base_parameters(function: Callable[..., Any]) -> list[str]:
     """The names of a method's parameters in the order of positional arguments, without self."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds][1:]
+
+
+def arguments_by_name(names: list[str], args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for the positional ones, which have these names, and for those that are given by name.
+
+    Raises:
+        TypeError: as for any function, there are too many, or one is given twice.
+    """
+    if len(args) > len(names):
+        raise TypeError(f"forward takes {len(names)} more positional arguments here, got {len(args)}")
+    by_place = dict(zip(names, args, strict=False))
+    twice = by_place.keys() & given.keys()
+    if twice:
+        raise TypeError(f"forward got multiple values for {', '.join(sorted(twice))}")
+    return by_place | given

@@ -69,6 +69,10 @@ def test_prediction_module_follows_the_configuration():
             r"positions must be one of \('original', 'compact', 'none'\), got 'rotary'",
         ),
         (lambda: PruningConfig(layout="left"), r"layout must be one of \('compact', 'original'\), got 'left'"),
+        (
+            lambda: PruningConfig(layout="original", positions="compact"),
+            r'layout="original" needs the original positions, got positions="compact"',
+        ),
         (lambda: PruningConfig(voters="all"), r"voters must be one of \('tokens', 'padded'\), got 'all'"),
         (lambda: PruningConfig(budget="batch"), r"budget must be one of \('sequence', 'max_seqlen'\), got 'batch'"),
         (lambda: PruningConfig(min_keep=-1), r"min_keep must be in \[0, inf\), got -1"),

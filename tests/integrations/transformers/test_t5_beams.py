@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, T5ForConditionalG
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from stamp_kernels.integrations.transformers import PruningConfig, apply_stamp, generation
+from stamp_kernels.integrations.transformers.encoded import states_behind
 from stamp_kernels.integrations.transformers.t5_stacks import PackedT5Attention
 from stamp_kernels.packed import PackedBatch
 
@@ -226,7 +227,7 @@ def test_assisted_searches():
 def test_decoder_rows_must_be_those_of_the_search():
     model = stamped(tiny_t5().eval())
     encoded = model.encoder(**inputs_of())
-    shared = generation.SharedEncoderOutput.of(encoded, encoded.last_hidden_state.stamp_behind.packed, 3)
+    shared = generation.SharedEncoderOutput.of(encoded, states_behind(encoded.last_hidden_state).packed, 3)
     with pytest.raises(
         ValueError, match=f"decoder_input_ids must have {3 * BATCH} rows, as encoder_outputs have, got 6"
     ):

@@ -110,6 +110,17 @@ def test_a_mask_is_read_at_one_break():
     assert counter.frame_count == 4
 
 
+def test_padding_that_votes_adds_no_break():
+    voters = dict(budget="max_seqlen", positions="none", voters="padded")
+    model = small_t5(pruning=PruningConfig(schedule=[(1, 0.5)], **voters), prediction=PREDICTION)
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    for i, lengths in enumerate(BATCHES):
+        with torch._dynamo.config.patch(error_on_recompile=i >= 2):
+            assert_same_step(compiled, model, eager, inputs_of("padded", lengths))
+    assert {where for where, _ in graph_breaks()} == {"_pack_by_mask"}
+
+
 def graph_breaks() -> list[tuple[str, str]]:
     """Of every break since the last reset: the function that caused it, if named, and the reason."""
     reasons = torch._dynamo.utils.counters["graph_break"]
