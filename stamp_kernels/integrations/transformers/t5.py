@@ -6,7 +6,8 @@
     model.generate(input_ids=..., attention_mask=..., num_beams=10)  # or packed_inputs=...
 
 Inputs, outputs and checkpoints are those of Hugging Face's classes. `model.encoder` and `model.decoder` run packed
-sequences through T5's own blocks, see `t5_stacks`. Tested with transformers 5.17 and 5.24.
+sequences through T5's own blocks, see `t5_stacks`. Tested with transformers 4.47, 4.51, 4.57, 5.17 and 5.24; what
+differs between them is in `versions`.
 """
 
 import inspect
