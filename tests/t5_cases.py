@@ -1,11 +1,14 @@
 """Tiny T5s with random weights, ragged batches for them, and a comparison of training steps."""
 
 import copy
+import inspect
+import textwrap
 
 import torch
 from closeness import relative_error
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration, T5PreTrainedModel
+from transformers.models.t5 import modeling_t5
 
 from stamp_kernels.integrations.transformers import (
     PredictionConfig,
@@ -19,6 +22,8 @@ VOCAB_SIZE = 61
 LEVELS = 4
 LENGTHS = (7, 1, 30, 2, 13, 200)  # the last one reaches beyond the exact and the logarithmic buckets
 
+HAS_SDPA = T5PreTrainedModel._supports_sdpa
+
 PRUNING = PruningConfig(schedule=[(1, 0.5)])
 PREDICTION = PredictionConfig(num_steps=2, codes_per_item=LEVELS)
 HEADS = {
@@ -28,16 +33,41 @@ HEADS = {
     "own unembedding": dict(unembedding="own"),
 }
 
+# Before 5.0 attention returns its weights only if asked.
+WITH_WEIGHTS = {} if HAS_SDPA else {"output_attentions": True}
+
+
+# from_pretrained's name of the dtype. The one before 4.56 is deprecated now.
+DTYPE = "dtype" if hasattr(T5Config(), "dtype") else "torch_dtype"
+
+
+def let_t5_be_exact() -> None:
+    """Before 5.0 T5 computes every softmax in fp32. In float64 it then is no more exact, and no truth for 1e-9."""
+    source = textwrap.dedent(inspect.getsource(modeling_t5.T5Attention.forward))
+    exact = source.replace("scores.float()", "(scores if scores.dtype == torch.float64 else scores.float())")
+    if exact != source:
+        found = {}
+        exec(compile(exact, modeling_t5.__file__, "exec"), vars(modeling_t5), found)
+        modeling_t5.T5Attention.forward = found["forward"]
+
+
+let_t5_be_exact()
+
 
 def tiny_t5(dtype: torch.dtype = torch.float32, *, attention: str = "eager", **config) -> T5ForConditionalGeneration:
-    """A base model in training mode without dropout. Both stacks use this attention."""
+    """A base model in training mode without dropout.
+
+    Both stacks use this attention: eager, or sdpa, which T5 has and prefers from transformers 5.0 on. Earlier releases
+    have only eager, and use that.
+    """
     torch.manual_seed(0)
     settings = dict(vocab_size=VOCAB_SIZE, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=3, dropout_rate=0.0)
     settings |= dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=None)
     model = T5ForConditionalGeneration(T5Config(**{**settings, **config}))
     for stack in (model.encoder, model.decoder):
-        stack.set_attn_implementation(attention)
-        assert stack.config._attn_implementation == attention
+        if HAS_SDPA:
+            stack.set_attn_implementation(attention)
+        assert stack.config._attn_implementation == (attention if HAS_SDPA else "eager")
     return model.to(dtype).train()
 
 

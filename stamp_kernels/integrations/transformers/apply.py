@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from torch import nn
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stamp_kernels.integrations.transformers.classes import (
     StampedModule,
+    forget_forward,
     own_class,
     patched_forward,
     stamped_class,
@@ -219,8 +220,8 @@ def remove_stamp(model: PreTrainedModel) -> None:
     """Restore the base model, with its present weights and without the heads. Does nothing to a base model.
 
     Raises:
-        ValueError: the model is of another class, or a subclass of a stamped class, which has no other. Give the model
-            inside a wrapper.
+        ValueError: the model is of another class, a subclass of a stamped class, which has no other, or a module has a
+            forward on the instance. Give the model inside a wrapper.
     """
     stamping = _stamping_of(model)
     if not isinstance(model, StampedModule):
@@ -228,7 +229,14 @@ def remove_stamp(model: PreTrainedModel) -> None:
     own = own_class(type(model))
     if issubclass(own, StampedModule):
         raise ValueError(f"model must be stamped by apply_stamp, but {own.__name__} is a subclass of a stamped class")
-    _check_not_patched(model)
+    for name, module in model.named_modules():
+        if isinstance(module, StampedModule) and patched_forward(module):
+            raise ValueError(
+                f"{name or 'the model'} has a forward on the instance, which calls the stamped class's: first remove "
+                "what put it there, such as Accelerate's hooks with remove_hook_from_module(recurse=True)"
+            )
+    for module in model.modules():
+        forget_forward(module)
     stamping.unpack(model)
     if isinstance(model, StampedModel):
         del model.stamp_prediction, model.stamp_prediction_config
@@ -245,7 +253,13 @@ def stamp_status(model: PreTrainedModel) -> StampStatus:
     stamping = _stamping_of(model)
     if not isinstance(model, StampedModule):
         raise ValueError(f"model must be stamped, got {type(model).__name__}: call apply_stamp(model)")
-    return stamping.check(model, None, None)
+    status = stamping.check(model, None, None)
+    new = [name for name in status.packed if not isinstance(model.get_submodule(name), StampedModule)]
+    if not new:
+        return status
+    packed = tuple(name for name in status.packed if name not in new)
+    reason = "it was put there after apply_stamp, which can be called again"
+    return replace(status, packed=packed, padded={**status.padded, **dict.fromkeys(new, reason)})
 
 
 def _stamping_of(model: nn.Module) -> Stamping:
@@ -271,6 +285,8 @@ def _stamp(model: PreTrainedModel, pruning: PruningConfig | None, prediction: Pr
     status = stamping.check(model, pruning, prediction)
     heads = _prediction_heads(model, prediction)
     # Nothing fails from here on, so that a model is either changed completely or not at all.
+    for module in model.modules():
+        forget_forward(module)
     model.__class__ = stamped_class(type(model), stamping.packed_class(model))
     stamping.pack(model, status, pruning)
     if isinstance(model, StampedModel):

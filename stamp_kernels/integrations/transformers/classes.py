@@ -6,13 +6,22 @@
 The class of a module is replaced in place: parameters, submodules and hooks are not touched.
 """
 
+import dis
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["StampedModule", "lost_forward", "own_class", "packs", "patched_forward", "stamped_class"]
+__all__ = [
+    "StampedModule",
+    "forget_forward",
+    "lost_forward",
+    "own_class",
+    "packs",
+    "patched_forward",
+    "stamped_class",
+]
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -77,22 +86,45 @@ def _new(own: type[nn.Module], packed: type[nn.Module]) -> Any:
     return cls.__new__(cls)
 
 
-def lost_forward(own: type[nn.Module], base: type[nn.Module], names: tuple[str, ...] = ("forward",)) -> str | None:
-    """The first method of `own` that a packed class below it could not reach: it overrides one of the methods of `base`
-    without calling super().
+def lost_forward(own: type[nn.Module], base: type[nn.Module], unused: tuple[str, ...] = ()) -> str | None:
+    """The first method of `own` that would be lost if a packed class were below it: a forward that does not call
+    super().forward, or any override of the methods of `base` that the packed forward does not use.
     """
     for cls in own.__mro__[: own.__mro__.index(base)]:
-        for name in names:
-            if name in vars(cls) and not _is_packed(cls) and not _calls_super(vars(cls)[name]):
+        for name in () if _is_packed(cls) else ("forward", *unused):
+            if name in vars(cls) and (name in unused or not _calls_super(vars(cls)[name], name)):
                 return f"{cls.__name__}.{name}"
     return None
 
 
 def patched_forward(module: nn.Module) -> bool:
-    """Whether the instance has a forward of its own, for example from a hook of accelerate."""
-    return "forward" in vars(module)
+    """Whether the instance has a forward of its own, for example from a hook of Accelerate."""
+    return "forward" in vars(module) and not _is_that_of_its_class(module)
 
 
-def _calls_super(method: Any) -> bool:
+def forget_forward(module: nn.Module) -> None:
+    """Delete a forward on the instance that is only that of its class, which Accelerate leaves behind when it removes a
+    hook: it would stay if the class changes.
+    """
+    if "forward" in vars(module) and _is_that_of_its_class(module):
+        del module.forward
+
+
+def _is_that_of_its_class(module: nn.Module) -> bool:
+    forward = vars(module)["forward"]
+    is_same = getattr(forward, "__func__", None) is type(module).forward
+    return is_same and forward.__self__ is module
+
+
+def _calls_super(method: Any, name: str) -> bool:
+    """Whether the first attribute that is read after some `super` is the method: `super().forward(...)`."""
     code = getattr(inspect.unwrap(method), "__code__", None)
-    return code is not None and "super" in code.co_names
+    is_after_super = False
+    for instruction in () if code is None else dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval == "super":
+            is_after_super = True
+        elif is_after_super and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            if instruction.argval == name:
+                return True
+            is_after_super = False
+    return False

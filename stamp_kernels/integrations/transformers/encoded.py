@@ -1,25 +1,56 @@
-"""How a decoder finds the packed states of its encoder, whatever the code between the two hands on.
+"""How a decoder finds the packed layout of its encoder's states, whatever the code between the two hands on.
 
-A padded encoder output carries its packed states as an attribute of the tensor. A decoder that is given the same
-tensor reads the packed states: without packing them again, and without the mask that the caller made before tokens were
-pruned. A tensor that was changed on the way has no attribute, and its mask decides.
+The padded states that a stamped encoder returns carry their layout as an attribute of the tensor. A decoder that is
+given the same tensor knows where the tokens are: without reading a mask, which waits for the device, and whatever mask
+the caller made before tokens were pruned. It reads the tensor itself, so that gradients flow through it. A tensor that
+was changed on the way, in place too, is not recognized, and its mask decides.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, version_of
 from stamp_kernels.packed import PackedBatch
 
-__all__ = ["PackedStates", "SharedSource", "states_behind", "with_states_behind"]
+__all__ = ["PackedStates", "SharedSource", "check_mask", "source_behind", "states_behind", "with_states_behind"]
 
 
 class PackedStates(NamedTuple):
-    """The packed states of a padded tensor, and the bool mask `[B, S']` of their places in it."""
+    """The layout of a padded tensor of states.
+
+    Attributes:
+        packed: the states packed.
+        layout: their places in the tensor.
+        inputs: the layout of the inputs, before pruning; None for packed inputs.
+    """
 
     packed: PackedBatch
-    mask: Tensor
+    layout: PaddedLayout
+    inputs: PaddedLayout | None = None
+
+    def read(self, states: Tensor) -> PackedBatch:
+        """The packed states, read from the padded tensor."""
+        return replace(self.packed, values=self.layout.pack(states, 0))
+
+    def mask_beside(self, mask: Tensor | None) -> Tensor:
+        """The bool mask `[B, S']` of the states that a decoder reads if its caller gives this mask: that of the layout
+        if it says nothing new.
+
+        Raises:
+            ValueError: the mask is neither that of the inputs nor that of the states, and has another shape than these.
+        """
+        known = [layout for layout in (self.layout, self.inputs) if layout is not None]
+        if mask is None or any(layout.is_made_with(mask) for layout in known):
+            return self.layout.mask
+        check_mask(self.layout.mask.shape, mask)
+        return mask.bool() & self.layout.mask
+
+    def are_in(self, states: Tensor) -> bool:
+        """Whether the tensor still has these states."""
+        return torch.equal(self.read(states).values, self.packed.values)
 
 
 class SharedSource:
@@ -48,9 +79,33 @@ class SharedSource:
 def with_states_behind(states: Tensor, behind: PackedStates | SharedSource) -> Tensor:
     """The same tensor, which a decoder recognizes. Graphs of torch.compile do not know attributes of tensors."""
     if not torch.compiler.is_compiling():
-        states.stamp_behind = behind  # type: ignore[attr-defined]
+        states.stamp_behind = (behind, version_of(states))  # type: ignore[attr-defined]
     return states
 
 
 def states_behind(states: Tensor | None) -> PackedStates | SharedSource | None:
-    return None if states is None or torch.compiler.is_compiling() else getattr(states, "stamp_behind", None)
+    if states is None or torch.compiler.is_compiling():
+        return None
+    behind, version = getattr(states, "stamp_behind", (None, None))
+    if isinstance(behind, PackedStates) and states.is_inference():  # has no version
+        return behind if behind.are_in(states) else None
+    return behind if version == version_of(states) else None
+
+
+def source_behind(states: Tensor | None) -> SharedSource | None:
+    """The same for a SharedSource only, without reading contents."""
+    behind, _ = (None, None) if torch.compiler.is_compiling() else getattr(states, "stamp_behind", (None, None))
+    return behind if isinstance(behind, SharedSource) else None
+
+
+def check_mask(shape: torch.Size, mask: Tensor) -> None:
+    """Raises:
+    ValueError: the mask of a decoder's encoder states `[B, S', ...]` has another shape, for example that of histories
+        before pruning.
+    """
+    if mask.shape != shape[:2]:
+        raise ValueError(
+            f"encoder_attention_mask must have shape {list(shape[:2])}, that of the encoder's states, got "
+            f"{list(mask.shape)}: with pruning give the attention_mask of the encoder's output, which has the kept "
+            "tokens"
+        )

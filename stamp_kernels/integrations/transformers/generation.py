@@ -5,6 +5,7 @@ beams of a history read one packed copy: its keys and values are computed once, 
 attended to. Searches, logits processors, constraints and scores are Hugging Face's.
 """
 
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -72,6 +73,20 @@ class SharedEncoderOutput(EncoderOutput):
         )
 
 
+# Whether the call of `generate` that runs gives every beam its own copy of the history.
+_OWN_HISTORIES: ContextVar[bool] = ContextVar("_OWN_HISTORIES", default=False)
+
+
+def _needs_own_histories(default: Any, /, generation_config: Any = None, **kwargs: Any) -> bool:
+    """Whether `generate` splits the beams (low_memory=True) or crops the cache, that of an assistant model.
+
+    Old releases do, and they take the histories or the keys of cross attention apart, which shared ones do not have.
+    """
+    config = default if generation_config is None else generation_config
+    low_memory = kwargs.get("low_memory", getattr(config, "low_memory", None))
+    return bool(low_memory) or getattr(config, "is_assistant", False)
+
+
 class PackedGeneration(_Base):
     """Mixin for encoder-decoders that `generate`."""
 
@@ -103,21 +118,32 @@ class PackedGeneration(_Base):
             # A copy: generate writes into it.
             kwargs["encoder_outputs"] = EncoderOutput(**encoder_outputs.padded())
         elif encoder_outputs is not None and isinstance(behind := states_behind(encoder_outputs[0]), PackedStates):
-            kwargs["encoder_outputs"] = EncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=behind.mask)
-        return super().generate(*args, **kwargs)
+            # The caller has put a stamped encoder's states into an output of the base model.
+            mask = behind.mask_beside(kwargs.get("attention_mask"))
+            if mask is behind.layout.mask:
+                kwargs["encoder_outputs"] = EncoderOutput(last_hidden_state=encoder_outputs[0], attention_mask=mask)
+            else:
+                kwargs["attention_mask"] = mask.long()
+        token = _OWN_HISTORIES.set(_needs_own_histories(self.generation_config, *args[1:2], **kwargs))
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            _OWN_HISTORIES.reset(token)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Hugging Face repeats every tensor for the beams here. Packed histories are not repeated."""
         encoded = kwargs.get("encoder_outputs")
-        behind = states_behind(encoded.last_hidden_state) if isinstance(encoded, EncoderOutput) else None
-        if isinstance(behind, PackedStates) and self.shares_sources():
+        states = encoded.last_hidden_state if isinstance(encoded, EncoderOutput) else None
+        behind = states_behind(states)
+        if isinstance(behind, PackedStates) and self.shares_sources() and not _OWN_HISTORIES.get():
             del kwargs["encoder_outputs"]
             input_ids, kwargs = cast(Any, super())._expand_inputs_for_generation(
                 expand_size=expand_size, input_ids=input_ids, **kwargs
             )
-            shared = SharedEncoderOutput.of(cast(EncoderOutput, encoded), behind.packed, expand_size)
+            packed = behind.read(cast(Tensor, states))
+            shared = SharedEncoderOutput.of(cast(EncoderOutput, encoded), packed, expand_size)
             return input_ids, kwargs | dict(encoder_outputs=shared)
         if isinstance(encoded, EncoderOutput) and encoded.attention_mask is not None:
             # A forward that a subclass has written reads this mask, and that of the caller is from before pruning.

@@ -1,17 +1,32 @@
 """What stamped models return: the outputs of their base models, and what pruning and prediction add."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
 from transformers.utils.generic import ModelOutput
 
 from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
+from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, layout_on_the_left
 from stamp_kernels.packed import PackedBatch
 
-__all__ = ["EncoderOutput", "Seq2SeqOutput", "as_requested", "selected_layers"]
+__all__ = [
+    "DecoderOutput",
+    "EncoderOutput",
+    "Seq2SeqOutput",
+    "Seq2SeqStates",
+    "as_requested",
+    "check_layers",
+    "has_cache",
+    "returns_tuple",
+    "selected_layers",
+]
 
 
 class _NamedFields(ModelOutput):
@@ -21,22 +36,26 @@ class _NamedFields(ModelOutput):
         """How many fields from the first on have the base model's places."""
         raise NotImplementedError
 
-    def to_tuple(self) -> tuple[Any, ...]:
-        return super().to_tuple()[: self.num_places()]
-
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
             return super().__getitem__(key)
+        # Behind the last field a cache may be missing, so that [-1] and [1:] do not find it either.
+        length = len(self) + getattr(self, "lacks_cache", False)
         try:
-            chosen = range(len(self))[key]
+            chosen = range(length)[key]
         except IndexError:
-            chosen = len(self)
+            chosen = length
         if any(place >= self.num_places() for place in ([chosen] if isinstance(chosen, int) else chosen)):
             raise IndexError(
                 f"{type(self).__name__}[{key}]: of {', '.join(self.keys())} only the first {self.num_places()} can be "
                 "found by number: use their names, or ask for the base model's tuple with return_dict=False"
             )
         return self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields with the base model's places; all if there is none, which would lose packed states."""
+        fields: tuple[Any, ...] = super().to_tuple()
+        return fields[: self.num_places() or None]
 
 
 @dataclass
@@ -70,16 +89,19 @@ class EncoderOutput(BaseModelOutput, _NamedFields):
         if self.packed is None:
             return self
         # At least one column, even if it is padding: the base model's decoder cannot read states without columns.
-        length = max(self.packed.max_seqlen, 1)
-        states = self.packed.to_padded(length)
-        lengths = self.packed.cu_seqlens.diff()
-        mask = torch.arange(length, device=states.device) < lengths[:, None]
-        output = EncoderOutput(
-            last_hidden_state=with_states_behind(states, PackedStates(self.packed, mask)),
-            attention_mask=mask,
-            positions=replace(self.packed, values=self.packed.materialized_positions()).to_padded(length),
+        return EncoderOutput.in_layout(self.packed, layout_on_the_left(self.packed, max(self.packed.max_seqlen, 1)))
+
+    @classmethod
+    def in_layout(
+        cls, packed: PackedBatch, layout: PaddedLayout, inputs: PaddedLayout | None = None
+    ) -> "EncoderOutput":
+        """Packed states padded in a layout, which a decoder recognizes; `inputs` is the layout before pruning."""
+        behind = PackedStates(packed, layout, inputs)
+        return cls(
+            last_hidden_state=with_states_behind(layout.pad(packed.values), behind),
+            attention_mask=layout.mask,
+            positions=layout.pad(packed.materialized_positions()),
         )
-        return output
 
     def mean_pooled(self) -> Tensor:
         """`[B, d_model]`: the mean state of each history's (kept) tokens, 0 for a history without tokens.
@@ -93,11 +115,35 @@ class EncoderOutput(BaseModelOutput, _NamedFields):
         return (states * weights[..., None]).sum(1) / weights.sum(1).clamp(min=1)[:, None]
 
 
+class _NoCache(_NamedFields):
+    """Mixin for the states of a decoder that ran packed, where the base model's output has a cache by default.
+
+    Attributes:
+        lacks_cache: whether it would have one. Only the states can then be found by number.
+    """
+
+    lacks_cache: bool
+
+    def num_places(self) -> int:
+        return 1 if self.lacks_cache else len(self.keys())
+
+
+@dataclass
+class DecoderOutput(BaseModelOutputWithPastAndCrossAttentions, _NoCache):
+    """The output of a decoder, `[B, N, d_model]`."""
+
+
+@dataclass
+class Seq2SeqStates(Seq2SeqModelOutput, _NoCache):
+    """The output of an encoder-decoder without a language-model head."""
+
+
 @dataclass
 class Seq2SeqOutput(Seq2SeqLMOutput, _NamedFields):
     """The output of an encoder-decoder.
 
-    Where the loss is computed without the base model's forward, only loss and logits can be found by number.
+    If it lacks fields of the base model's output, such as the cache in training, only loss and logits can be found by
+    number.
 
     Attributes:
         loss: the loss to minimise: next_token_loss, plus prediction_loss in training with a PredictionConfig.
@@ -122,25 +168,48 @@ class Seq2SeqOutput(Seq2SeqLMOutput, _NamedFields):
         return getattr(self, "places_of_base", own)
 
     @classmethod
-    def of_base(cls, output: Seq2SeqLMOutput, **fields: Any) -> "Seq2SeqOutput":
-        """The base model's output, with further fields as attributes: its keys, order and length do not change."""
+    def of_base(cls, output: Seq2SeqLMOutput, *, lacks_cache: bool, **fields: Any) -> "Seq2SeqOutput":
+        """The base model's output, with further fields as attributes: its keys, order and length do not change. Without
+        the cache that the base model would have, places are right only in front of it.
+        """
         extended = cls(**output)
-        object.__setattr__(extended, "places_of_base", len(output.keys()))
+        if not lacks_cache:
+            object.__setattr__(extended, "places_of_base", len(output.keys()))
         for name, value in fields.items():
             object.__setattr__(extended, name, value)  # that of ModelOutput adds a key
         return extended
 
 
+def has_cache(output: ModelOutput) -> bool:
+    return not {"past_key_values", "cache"}.isdisjoint(output.keys())
+
+
+def returns_tuple(return_dict: bool | None, config: Any) -> bool:
+    """Whether the argument or the config asks for a tuple in the place of an output."""
+    return not (getattr(config, "return_dict", True) if return_dict is None else return_dict)
+
+
 def as_requested(output: ModelOutput, return_dict: bool | None, config: Any) -> Any:
     """The output, or the base model's tuple where the argument or the config asks for one."""
-    if return_dict is None:
-        return_dict = getattr(config, "return_dict", True)
-    return output if return_dict else output.to_tuple()
+    return output.to_tuple() if returns_tuple(return_dict, config) else output
 
 
 def selected_layers(hidden_states: tuple[Tensor, ...], wanted: Any) -> tuple[Tensor | None, ...]:
     """Hidden states as output_hidden_states asks for them: True, or the indices of layers, None in place of others."""
     if isinstance(wanted, bool):
         return hidden_states
-    kept = {index % len(hidden_states) for index in wanted}
+    length = len(hidden_states)
+    indices = [wanted] if isinstance(wanted, int) else wanted
+    kept = {index % length for index in indices if -length <= index < length}
     return tuple(states if index in kept else None for index, states in enumerate(hidden_states))
+
+
+def check_layers(wanted: Any) -> None:
+    """Raises:
+    ValueError: indices of layers, where only the last states exist.
+    """
+    if wanted and not isinstance(wanted, bool):
+        raise ValueError(
+            f"output_hidden_states={wanted}: with pruning or prediction only the last hidden states exist, "
+            "which output_hidden_states=True returns"
+        )

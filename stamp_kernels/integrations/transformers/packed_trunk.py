@@ -15,9 +15,13 @@ from torch.nn import functional as F
 
 from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.integrations.transformers.configuration import PruningConfig
-from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
 from stamp_kernels.integrations.transformers.outputs import EncoderOutput
-from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
+from stamp_kernels.integrations.transformers.padded_layout import (
+    PaddedLayout,
+    layout_in_columns,
+    layout_on_the_left,
+    pack_padded,
+)
 from stamp_kernels.integrations.transformers.padded_queries import PaddedQueries
 from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.modules.pruning import PrunedBatch, SemanticAdaptivePruning
@@ -50,14 +54,23 @@ class Packing:
         wants_centrality: whether the self-attention has to compute the centrality of its keys.
         has_bias: whether the relative-position bias is added.
         centrality: `[T]`, the result, written by the self-attention.
-        is_consumed: whether a packed attention has read it. Not written under torch.compile.
+        is_watched: whether is_consumed is written.
+        is_consumed: whether a packed attention has read it.
     """
 
-    def __init__(self, queries: PackedBatch, *, wants_centrality: bool = False, has_bias: bool = True) -> None:
+    def __init__(
+        self,
+        queries: PackedBatch,
+        *,
+        wants_centrality: bool = False,
+        has_bias: bool = True,
+        is_watched: bool = True,
+    ) -> None:
         self.queries = queries
         self.wants_centrality = wants_centrality
         self.has_bias = has_bias
         self.centrality: Tensor | None = None
+        self.is_watched = is_watched
         self.is_consumed = False
 
 
@@ -70,11 +83,20 @@ class CrossPacking:
         tiles_q: the tile list of the queries, if there is one.
     """
 
-    def __init__(self, source: PackedBatch, cu_seqlens_q: Tensor, max_seqlen_q: int, tiles_q: Tensor | None) -> None:
+    def __init__(
+        self,
+        source: PackedBatch,
+        cu_seqlens_q: Tensor,
+        max_seqlen_q: int,
+        tiles_q: Tensor | None,
+        *,
+        is_watched: bool = True,
+    ) -> None:
         self.source = source
         self.cu_seqlens_q = cu_seqlens_q
         self.max_seqlen_q = max_seqlen_q
         self.tiles_q = tiles_q
+        self.is_watched = is_watched
         self.is_consumed = False
 
 
@@ -84,7 +106,7 @@ def check_consumed(block: nn.Module, block_number: int, *packings: Packing | Cro
     Raises:
         RuntimeError: an attention of the block did not run packed, so that sequences may have been mixed.
     """
-    if torch.compiler.is_compiling() or all(packing is None or packing.is_consumed for packing in packings):
+    if all(packing is None or packing.is_consumed or not packing.is_watched for packing in packings):
         return
     if any(_is_compiled(module) for module in block.modules()):
         return
@@ -173,36 +195,18 @@ class PackedTrunk(nn.Module):
         """States in the places that their tokens have in a padded batch; on the left if they were pruned (unless the
         configuration keeps places) or without layout.
         """
-        if layout is None or (self.is_pruned and not self.stamp_keeps_places):
+        if layout is None:
             return EncoderOutput(packed=encoded).padded()
-        if self.is_pruned:
-            output = _in_their_places(encoded, layout)
+        length = layout.mask.shape[1]
+        if not self.is_pruned:
+            kept = layout
+        elif self.stamp_keeps_places:
+            first_column = F.pad(layout.first_columns(), (0, 1))  # the last one is for tail rows
+            sequence = sequence_of_row(encoded.cu_seqlens, encoded.values.shape[0])
+            kept = layout_in_columns(encoded, first_column[sequence] + encoded.materialized_positions(), length)
         else:
-            output = EncoderOutput(
-                last_hidden_state=layout.pad(encoded.values),
-                attention_mask=layout.mask,
-                positions=layout.pad(encoded.materialized_positions()),
-            )
-        states, mask = cast(Tensor, output.last_hidden_state), cast(Tensor, output.attention_mask)
-        with_states_behind(states, PackedStates(encoded, mask))
-        return output
-
-
-def _in_their_places(encoded: PackedBatch, layout: PaddedLayout) -> EncoderOutput:
-    """The states of the tokens that pruning has kept, in the columns `[B, S]` of a padded batch with this layout."""
-    (batch, length), total = layout.mask.shape, encoded.values.shape[0]
-    sequence, positions = sequence_of_row(encoded.cu_seqlens, total), encoded.materialized_positions()
-    is_tail = sequence == batch
-    first_column = F.pad(layout.first_columns(), (0, 1))  # the last one is for tail rows
-    # Tail rows go to one more row, which is cut off.
-    place = torch.where(is_tail, batch * length, sequence * length + first_column[sequence] + positions)
-
-    def padded(values: Tensor) -> Tensor:
-        rows = values.new_zeros(batch * length + 1, *values.shape[1:]).index_copy(0, place, values)
-        return rows[:-1].unflatten(0, (batch, length))
-
-    states = torch.where(is_tail[:, None], 0, encoded.values)
-    return EncoderOutput(last_hidden_state=padded(states), attention_mask=padded(~is_tail), positions=padded(positions))
+            kept = layout_on_the_left(encoded, max(encoded.max_seqlen, 1))
+        return EncoderOutput.in_layout(encoded, kept, layout)
 
 
 def packed_embeddings(inputs: PackedBatch, embed_tokens: nn.Module | None, hidden_size: int) -> Tensor:

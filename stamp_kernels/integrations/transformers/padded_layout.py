@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stamp_kernels.common.rows import sequence_of_row
 from stamp_kernels.ops.pruning.gather import gather_tokens
 from stamp_kernels.ops.pruning.selection import TokenSelection
 from stamp_kernels.packed import PackedBatch
 
-__all__ = ["PaddedLayout", "pack_padded"]
+__all__ = ["PaddedLayout", "layout_in_columns", "layout_on_the_left", "pack_padded", "version_of"]
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,20 @@ class PaddedLayout:
     Attributes:
         mask: bool `[B, S]`, True on tokens.
         selection: for gather_tokens, the packed row of each padded row. None if there is no padding.
+        given: the mask as the caller gave it, and its version, to recognize it without reading it.
     """
 
     mask: Tensor
     selection: TokenSelection | None
+    given: tuple[Tensor, int | None] | None = None
+
+    def is_made_with(self, mask: Tensor) -> bool:
+        """Whether a mask `[B, S]` says the same as this layout's."""
+        if mask is self.mask or (
+            self.given is not None and mask is self.given[0] and version_of(mask) == self.given[1]
+        ):
+            return True
+        return mask.shape == self.mask.shape and torch.equal(mask.bool(), self.mask)
 
     def pad(self, values: Tensor) -> Tensor:
         """`[T, ...]` to `[B, S, ...]`, 0 on padding."""
@@ -35,9 +46,7 @@ class PaddedLayout:
         rows = values.flatten(0, 1)
         if self.selection is None:
             return rows
-        places = self.selection.inverse
-        is_tail = (places < 0).view(-1, *[1] * (rows.dim() - 1))
-        return rows.index_select(0, places.clamp(min=0)).masked_fill(is_tail, fill_value)
+        return gather_tokens(rows, self.selection_of_tokens(), fill_value=fill_value)
 
     def selection_of_tokens(self) -> TokenSelection:
         """For gather_tokens, the padded row of each packed row. Only if there is padding."""
@@ -70,12 +79,42 @@ def pack_padded(inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBa
         if attention_mask.shape != (batch, length):
             raise ValueError(f"attention_mask must have shape {[batch, length]}, got {list(attention_mask.shape)}")
         pack_by_mask = _pack_at_capacity if torch.compiler.is_exporting() else _pack_by_mask
-        return pack_by_mask(inputs, attention_mask.bool())
+        packed, layout = pack_by_mask(inputs, attention_mask.bool())
+        if not torch.compiler.is_compiling():  # graphs do not know versions
+            layout = replace(layout, given=(attention_mask, version_of(attention_mask)))
+        return packed, layout
     # Without padding all sizes are known on the CPU.
     cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=inputs.device) * length
     lengths_cpu = torch.full((batch,), length, dtype=torch.int64, device="cpu")
     mask = torch.ones(batch, length, dtype=torch.bool, device=inputs.device)
     return PackedBatch(inputs.flatten(0, 1), cu_seqlens, length, lengths_cpu=lengths_cpu), PaddedLayout(mask, None)
+
+
+def layout_on_the_left(packed: PackedBatch, length: int) -> PaddedLayout:
+    """The layout of a batch whose padding, up to `length` columns, is on the right."""
+    total = packed.values.shape[0]
+    starts = F.pad(packed.cu_seqlens[:-1], (0, 1))  # the last one is for tail rows
+    row = torch.arange(total, device=packed.values.device)
+    return layout_in_columns(packed, row - starts[sequence_of_row(packed.cu_seqlens, total)], length)
+
+
+def layout_in_columns(packed: PackedBatch, columns: Tensor, length: int) -> PaddedLayout:
+    """The layout of packed rows that are in these columns `[T]` of a padded batch `[B, length]`."""
+    total, batch = packed.values.shape[0], packed.cu_seqlens.shape[0] - 1
+    sequence = sequence_of_row(packed.cu_seqlens, total)
+    is_tail = sequence == batch
+    # Tail rows go to one more place, which is cut off.
+    place = torch.where(is_tail, batch * length, sequence * length + columns)
+    row = torch.arange(total, device=columns.device)
+    packed_row = torch.full((batch * length + 1,), -1, device=columns.device).scatter(0, place, row)[:-1]
+    padded_row = torch.where(is_tail, -1, place).to(torch.int32)
+    selection = TokenSelection(packed_row, packed.cu_seqlens, packed.max_seqlen, padded_row, total)
+    return PaddedLayout((packed_row >= 0).view(batch, length), selection)
+
+
+def version_of(x: Tensor) -> int | None:
+    """How often a tensor was changed in place. Inference tensors do not count it."""
+    return None if x.is_inference() else x._version
 
 
 @torch.compiler.disable(reason="the number of tokens in a mask is a size that the CPU has to read")

@@ -9,6 +9,7 @@ Inputs, outputs and checkpoints are those of Hugging Face's classes. `model.enco
 sequences through T5's own blocks, see `t5_stacks`. Tested with transformers 5.17 and 5.24.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +39,14 @@ from stamp_kernels.integrations.transformers.generation import (
 )
 from stamp_kernels.integrations.transformers.losses import loss_of_logits, next_token_loss, shared_unembedding
 from stamp_kernels.integrations.transformers.multi_step_targets import IGNORE_INDEX, item_rows, multi_step_targets
-from stamp_kernels.integrations.transformers.outputs import EncoderOutput, Seq2SeqOutput
+from stamp_kernels.integrations.transformers.outputs import (
+    EncoderOutput,
+    Seq2SeqOutput,
+    Seq2SeqStates,
+    check_layers,
+    has_cache,
+    returns_tuple,
+)
 from stamp_kernels.integrations.transformers.packed_trunk import check_at_most_one_given, check_one_given
 from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, pack_padded
 from stamp_kernels.integrations.transformers.t5_stacks import (
@@ -48,7 +56,13 @@ from stamp_kernels.integrations.transformers.t5_stacks import (
     options_of_base,
 )
 from stamp_kernels.integrations.transformers.tokenwise import mixes_tokens
-from stamp_kernels.integrations.transformers.versions import MODEL_ARGUMENTS, base_parameters, head_scale, let_record
+from stamp_kernels.integrations.transformers.versions import (
+    MODEL_ARGUMENTS,
+    arguments_by_name,
+    base_parameters,
+    head_scale,
+    let_record,
+)
 from stamp_kernels.modules._arguments import check_packed
 from stamp_kernels.modules.prediction import MultiStepPrediction
 from stamp_kernels.ops._checks import check_tensor
@@ -57,6 +71,9 @@ from stamp_kernels.packed import PackedBatch
 __all__ = ["StampT5EncoderModel", "StampT5ForConditionalGeneration", "StampT5Model", "head_inputs"]
 
 _FORWARD_PARAMETERS = base_parameters(T5ForConditionalGeneration.forward)
+_ENCODER_PARAMETERS = base_parameters(T5EncoderModel.forward)
+_BIAS_METHODS = ("compute_bias", "_relative_position_bucket")  # that packed attention computes itself
+_KNOWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")  # computes the same as packed attention
 
 
 @packs(T5PreTrainedModel, named="T5PreTrainedModel")
@@ -68,10 +85,43 @@ class StampT5PreTrainedModel(StampedModel, T5PreTrainedModel):
 class StampT5EncoderModel(StampedModel, T5EncoderModel):
     """T5EncoderModel after `apply_stamp`. Its forward takes the arguments of the encoder, see PackedT5Encoder."""
 
+    encoder: PackedT5Encoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # [B, S]
+        attention_mask: Tensor | None = None,  # [B, S]
+        *args: Any,
+        inputs_embeds: Tensor | None = None,  # [B, S, d_model]
+        packed_inputs: PackedBatch | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """T5's forward, which also takes packed_inputs. Positional arguments have T5's order."""
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        if packed_inputs is None:
+            return super().forward(input_ids, attention_mask, *args, **kwargs)
+        kwargs |= dict(zip(_ENCODER_PARAMETERS[2:], args, strict=False))
+        return self.encoder(input_ids, attention_mask, packed_inputs=packed_inputs, **kwargs)
+
 
 @packs(T5Model, named="T5Model")
 class StampT5Model(StampedModel, T5Model):
     """T5Model after `apply_stamp`: T5's own forward, whose stacks pack what they are given."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """T5's forward, see PackedT5Decoder for when the decoder runs packed."""
+        wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
+        names = base_parameters(T5Model.forward)
+        arguments = arguments_by_name(names, args, kwargs)
+        if arguments.get("use_cache") is None and wants_tuple:
+            arguments["use_cache"] = self.config.use_cache  # a tuple has the base model's length
+        output = super().forward(**arguments)
+        if wants_tuple:
+            return output
+        states = Seq2SeqStates(**output)
+        states.lacks_cache = _wants_cache(self.config, arguments) and not has_cache(output)
+        return states
 
 
 @packs(T5ForConditionalGeneration, named="T5ForConditionalGeneration")
@@ -83,7 +133,6 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
 
     encoder: PackedT5Encoder
     decoder: PackedT5Decoder
-    accepts_loss_kwargs = True  # for Hugging Face's Trainer: forward divides by num_items_in_batch
 
     def forward(
         self,
@@ -140,17 +189,27 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             RuntimeError: contents are wrong, such as a label outside the vocabulary.
         """
         if args:
-            return self.forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                decoder_input_ids=decoder_input_ids,
-                decoder_attention_mask=decoder_attention_mask,
+            named = dict(
                 encoder_outputs=encoder_outputs,
                 inputs_embeds=inputs_embeds,
                 decoder_inputs_embeds=decoder_inputs_embeds,
                 labels=labels,
-                **dict(zip(_FORWARD_PARAMETERS[4:], args, strict=False)),
-                **kwargs,
+                packed_inputs=packed_inputs,
+                future_ids=future_ids,
+                num_items_in_batch=num_items_in_batch,
+                num_future_targets=num_future_targets,
+                training_step=training_step,
+                skip_logits=skip_logits,
+            )
+            given = {name: value for name, value in named.items() if value is not None} | kwargs
+            # Not self.forward, which may be that of a subclass.
+            return StampT5ForConditionalGeneration.forward(
+                self,
+                input_ids,
+                attention_mask,
+                decoder_input_ids,
+                decoder_attention_mask,
+                **arguments_by_name(_FORWARD_PARAMETERS[4:], args, given),
             )
         check_one_given(
             input_ids=input_ids,
@@ -160,10 +219,8 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         )
         check_at_most_one_given(attention_mask=attention_mask, packed_inputs=packed_inputs)
         check_at_most_one_given(decoder_input_ids=decoder_input_ids, decoder_inputs_embeds=decoder_inputs_embeds)
-        returns_tuple = not getattr(self.config, "return_dict", True)
-        if kwargs.get("return_dict") is not None:
-            returns_tuple = not kwargs["return_dict"]
-        options = options_of_base(self.config, **kwargs) + ["return_dict=False"] * returns_tuple
+        wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
+        options = options_of_base(self.config, **kwargs) + ["return_dict=False"] * wants_tuple
         unknown = [name for name in options if re.split("[= ]", name)[0] not in MODEL_ARGUMENTS]
         if unknown and getattr(self.encoder, "takes_packed", False):  # an encoder with a forward of its own may know it
             raise ValueError(f"forward takes no {', '.join(unknown)}")
@@ -175,6 +232,8 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
                 raise ValueError("future_ids needs labels in training: without labels no further steps are predicted")
         trains_heads = self.training and self.stamp_prediction is not None
         wants_states = self.wants_hidden_states(kwargs)
+        if trains_heads or self.is_pruned:
+            check_layers(kwargs.get("output_hidden_states"))
         # In evaluation T5 returns a cache by default, and all hidden states exist if nothing is pruned.
         wants_cache = not self.training and kwargs.get("use_cache") is None and self.config.use_cache
         runs_base = bool(options) or (wants_states and not (trains_heads or self.is_pruned))
@@ -193,7 +252,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
                 inputs_embeds,
                 packed_inputs,
                 encoder_outputs,
-                returns_tuple,
+                wants_tuple,
                 num_items_in_batch,
                 decoder_input_ids=decoder_input_ids,
                 decoder_attention_mask=decoder_attention_mask,
@@ -276,6 +335,12 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         )
 
     @property
+    def accepts_loss_kwargs(self) -> bool:
+        """For Hugging Face's Trainer: forward divides by num_items_in_batch. A subclass's own may not take it."""
+        parameters = inspect.signature(type(self).forward).parameters
+        return "num_items_in_batch" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+    @property
     def is_pruned(self) -> bool:
         """Whether the encoder prunes in the current mode."""
         return getattr(self.encoder, "is_pruned", False)
@@ -315,7 +380,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         inputs_embeds: Tensor | None,
         packed_inputs: PackedBatch | None,
         encoder_outputs: Any,
-        returns_tuple: bool,
+        wants_tuple: bool,
         num_items_in_batch: Tensor | int | None,
         **kwargs: Any,
     ) -> Any:
@@ -333,7 +398,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         else:
             states, mask, positions = _padded_states(encoder_outputs, attention_mask)
         fields = {} if isinstance(encoder_outputs, tuple) else dict(encoder_outputs)
-        if returns_tuple and kwargs.get("use_cache") is None:
+        if wants_tuple and kwargs.get("use_cache") is None:
             kwargs["use_cache"] = self.config.use_cache  # a tuple has the base model's length
         kwargs["return_dict"] = True
         output = super().forward(
@@ -348,9 +413,12 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         labels = kwargs.get("labels")
         if labels is not None and num_items_in_batch is not None:
             output.loss = _share((labels != IGNORE_INDEX).sum(), num_items_in_batch, output.loss) * output.loss
-        if returns_tuple:
+        if wants_tuple:
             return output.to_tuple()
-        return Seq2SeqOutput.of_base(output, encoder_attention_mask=mask, encoder_positions=positions)
+        lacks_cache = _wants_cache(self.config, kwargs) and not has_cache(output)
+        return Seq2SeqOutput.of_base(
+            output, lacks_cache=lacks_cache, encoder_attention_mask=mask, encoder_positions=positions
+        )
 
     def _prediction_loss(
         self,
@@ -386,6 +454,11 @@ def head_inputs(model: T5ForConditionalGeneration, states: Tensor) -> Tensor:
     return states if scale == 1.0 else states * scale
 
 
+def _wants_cache(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the base model's output would have a cache."""
+    return bool(getattr(config, "use_cache", True) if kwargs.get("use_cache") is None else kwargs["use_cache"])
+
+
 def _share(num_labels: Tensor, num_items_in_batch: Tensor | int, loss: Tensor) -> Tensor:
     """The part of a larger batch's labels that a batch has."""
     return num_labels.to(loss.dtype) / torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -398,8 +471,9 @@ def _padded_states(
     if isinstance(encoder_outputs, EncoderOutput):
         padded = encoder_outputs.padded()
         return cast(Tensor, padded.last_hidden_state), padded.attention_mask, padded.positions
-    behind = states_behind(encoder_outputs[0])
-    return encoder_outputs[0], behind.mask if isinstance(behind, PackedStates) else attention_mask, None
+    states = encoder_outputs[0]
+    behind = states_behind(states)
+    return states, behind.mask_beside(attention_mask) if isinstance(behind, PackedStates) else attention_mask, None
 
 
 def _packed_source(encoder_outputs: BaseModelOutput | tuple[Tensor, ...], attention_mask: Tensor | None) -> PackedBatch:
@@ -407,7 +481,8 @@ def _packed_source(encoder_outputs: BaseModelOutput | tuple[Tensor, ...], attent
         return encoder_outputs.packed
     states, mask, _ = _padded_states(encoder_outputs, attention_mask)
     behind = states_behind(states)
-    return behind.packed if isinstance(behind, PackedStates) else pack_padded(states, mask)[0]
+    is_known = isinstance(behind, PackedStates) and mask is behind.layout.mask
+    return cast(PackedStates, behind).read(states) if is_known else pack_padded(states, mask)[0]
 
 
 # ---- what apply_stamp does to a T5 ---------------------------------------------------------------------------------
@@ -427,10 +502,11 @@ def _check(model: T5PreTrainedModel, pruning: PruningConfig | None, prediction: 
     encoders = [name for name, stack in stacks.items() if not stack.is_decoder]
     if pruning is not None:
         if not encoders:
-            raise ValueError(f"pruning needs an encoder, got a {type(model).__name__} that is a decoder")
-        if any(name in padded for name in encoders):
-            raise ValueError(f"pruning needs an encoder that runs packed: {padded[encoders[0]]}")
-        pruning.check_blocks(stacks[encoders[0]].config.num_layers)
+            raise ValueError(f"pruning needs an encoder, got a {own_class(type(model)).__name__} that is a decoder")
+        for name in encoders:
+            if name in padded:
+                raise ValueError(f"pruning needs an encoder that runs packed: {padded[name]}")
+            pruning.check_blocks(len(stacks[name].block))
     own_forward = None
     if isinstance(model, T5ForConditionalGeneration):
         own_forward = lost_forward(own_class(type(model)), T5ForConditionalGeneration)
@@ -455,15 +531,21 @@ def _why_padded(name: str, stack: T5Stack) -> str | None:
     lost = lost_forward(own_class(type(stack)), T5Stack)
     if lost is not None:
         return f"{lost} does not call super().forward (with inputs_embeds, if it changes the embeddings)"
-    for inner, attention in {"": stack, **_attentions(stack)}.items():
-        if patched_forward(attention):
-            place = ".".join(part for part in (name, inner) if part)
+    for inner, module in {"": stack, **_attentions(stack)}.items():
+        # What replaces the forward of a stamped module runs around it.
+        if patched_forward(module) and not isinstance(module, StampedModule):
+            place = ".".join(part for part in (name, inner) if part) or f"the {type(module).__name__}"
             return f"{place} has a forward of its own on the instance, as hooks of Accelerate put there"
-    for attention in _attentions(stack).values():
-        own = own_class(type(attention))
-        lost = lost_forward(own, T5Attention, ("forward", "compute_bias", "_relative_position_bucket"))
+    for inner, attention in _attentions(stack).items():
+        lost = lost_forward(own_class(type(attention)), T5Attention, _BIAS_METHODS)
         if lost is not None:
-            return f"{lost} is not T5's attention, and does not call super()"
+            return f"{lost} is not T5's, and packed sequences would not run it (a forward may call super().forward)"
+        patched = [method for method in _BIAS_METHODS if method in vars(attention)]
+        if patched:
+            return f"{name}.{inner} has a {patched[0]} of its own on the instance, which packed sequences would not run"
+        implementation = getattr(attention.config, "_attn_implementation", None)
+        if implementation not in _KNOWN_ATTENTION and not str(implementation).startswith("flash_attention"):
+            return f'attn_implementation="{implementation}" is not T5\'s, and packed sequences would not run it'
     for number, block in enumerate(stack.block, start=1):
         expected = 2 if stack.is_decoder else 1
         found = sum(isinstance(module, T5Attention) for module in block.modules())

@@ -9,13 +9,25 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 from transformers.utils import logging
 
-from stamp_kernels.integrations.transformers.classes import StampedModule, packs
-from stamp_kernels.integrations.transformers.encoded import SharedSource, states_behind
-from stamp_kernels.integrations.transformers.outputs import EncoderOutput, as_requested, selected_layers
+from stamp_kernels.integrations.transformers.classes import StampedModule, own_class, packs
+from stamp_kernels.integrations.transformers.encoded import (
+    PackedStates,
+    SharedSource,
+    check_mask,
+    source_behind,
+    states_behind,
+)
+from stamp_kernels.integrations.transformers.outputs import (
+    DecoderOutput,
+    EncoderOutput,
+    as_requested,
+    check_layers,
+    returns_tuple,
+    selected_layers,
+)
 from stamp_kernels.integrations.transformers.packed_trunk import (
     CrossPacking,
     PackedTrunk,
@@ -30,6 +42,7 @@ from stamp_kernels.integrations.transformers.padded_layout import pack_padded
 from stamp_kernels.integrations.transformers.padded_queries import PaddedQueries
 from stamp_kernels.integrations.transformers.versions import (
     STACK_ARGUMENTS,
+    arguments_by_name,
     attention_outputs,
     base_parameters,
     run_block,
@@ -66,20 +79,30 @@ class PackedT5Attention(StampedModule, T5Attention):
         if isinstance(mask, Packing):
             if position_bias is None:
                 # Later blocks get this copy of the table: if the first block is sharded, the table is whole only here.
-                buckets = torch.arange(self.relative_attention_num_buckets, device=hidden_states.device)
-                position_bias = self.relative_attention_bias(buckets)
+                position_bias = self._bias_table(hidden_states)
             attended = self._self_attention(hidden_states, position_bias, mask)
         elif isinstance(mask, CrossPacking):
             position_bias = None
             attended = self._cross_attention(hidden_states, cast(Tensor, key_value_states), mask)
-        elif isinstance(source := states_behind(key_value_states), SharedSource):
+        elif (source := source_behind(key_value_states)) is not None:
             position_bias = None
             attended = self._shared_cross_attention(hidden_states, source)
+        elif position_bias is not None and position_bias.dim() == 2:
+            raise RuntimeError(
+                f"a {own_class(type(self)).__name__} of a packed stack got no packing as `mask`: its block and layer "
+                "must hand on their attention_mask, or leave this model unstamped"
+            )
         else:
             output = super().forward(hidden_states, mask, key_value_states, position_bias, *args, **kwargs)
             return cast(tuple[Any, ...], output)
         states = self.o(attended.reshape(*hidden_states.shape[:2], self.inner_dim))
         return attention_outputs(states, position_bias, kwargs.get("past_key_value"))
+
+    def _bias_table(self, hidden_states: Tensor) -> Tensor:
+        num_buckets = self.relative_attention_num_buckets
+        if not self.has_relative_attention_bias:
+            return hidden_states.new_zeros(num_buckets, self.n_heads)
+        return cast(Tensor, self.relative_attention_bias(torch.arange(num_buckets, device=hidden_states.device)))
 
     def _self_attention(self, hidden_states: Tensor, bias_table: Tensor, packing: Packing) -> Tensor:
         queries = packing.queries
@@ -98,7 +121,7 @@ class PackedT5Attention(StampedModule, T5Attention):
             max_seqlen_q=queries.max_seqlen,
             tiles_q=queries.tiles,
             causal=self.is_decoder,
-            scale=1.0,
+            scale=self._scale(),
             relative_bias=bias if packing.has_bias else None,
             positions_q=queries.positions,
             dropout_p=self.dropout if self.training else 0.0,
@@ -122,7 +145,7 @@ class PackedT5Attention(StampedModule, T5Attention):
             packing.source.max_seqlen,
             tiles_q=packing.tiles_q,
             tiles_k=packing.source.tiles,
-            scale=1.0,
+            scale=self._scale(),
             dropout_p=self.dropout if self.training else 0.0,
         )
         _consume(packing)
@@ -142,8 +165,11 @@ class PackedT5Attention(StampedModule, T5Attention):
             rows // max(source.num_sequences, 1),
             source.packed.max_seqlen,
             tiles_k=source.packed.tiles,
-            scale=1.0,
+            scale=self._scale(),
         )
+
+    def _scale(self) -> float:
+        return getattr(self, "scaling", 1.0)  # older releases have no attribute
 
     def _heads(self, states: Tensor) -> Tensor:
         """`[..., heads * d_kv]` to `[T, heads, d_kv]`."""
@@ -151,7 +177,7 @@ class PackedT5Attention(StampedModule, T5Attention):
 
 
 def _consume(packing: Packing | CrossPacking) -> None:
-    if not torch.compiler.is_compiling():  # a graph would write it at its end, and not at all under checkpointing
+    if packing.is_watched:
         packing.is_consumed = True
 
 
@@ -169,7 +195,7 @@ class PackedT5Stack(StampedModule, T5Stack):
     def embeds_by_token(self) -> bool:
         """Whether embed_tokens looks tokens up one by one, so that it may be given packed ones."""
         embed_tokens = getattr(self, "embed_tokens", None)  # some models delete it
-        return isinstance(embed_tokens, nn.Embedding) and type(embed_tokens).forward is nn.Embedding.forward
+        return _is_plain_embedding(embed_tokens) and "forward" not in vars(embed_tokens)
 
     def padded_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Token ids `[B, S]` or embeddings `[B, S, d_model]`, whichever can be packed."""
@@ -181,6 +207,13 @@ class PackedT5Stack(StampedModule, T5Stack):
     def embed_packed(self, inputs: PackedBatch) -> PackedBatch:
         """Token ids `[T]` embedded, or embeddings `[T, d_model]` unchanged, with dropout."""
         embed_tokens = getattr(self, "embed_tokens", None)
+        check_packed("packed_inputs", inputs)
+        holds_ids = not inputs.values.is_floating_point()
+        if holds_ids and embed_tokens is not None and not _is_plain_embedding(_adapted(embed_tokens)):
+            raise ValueError(
+                f"packed_inputs.values must be embeddings [T, {self.config.d_model}] for a stack whose embed_tokens is "
+                f"a {type(embed_tokens).__name__}, which may need ids [B, S]"
+            )
         return replace(inputs, values=self.dropout(packed_embeddings(inputs, embed_tokens, self.config.d_model)))
 
     def finish_packed(self, packed: PackedBatch) -> PackedBatch:
@@ -189,10 +222,29 @@ class PackedT5Stack(StampedModule, T5Stack):
         """
         return replace(packed, values=self.dropout(self.final_layer_norm(packed.values)), tiles=None)
 
+    def watches_blocks(self) -> bool:
+        """Whether attentions note that they have read their packing. A graph may not write in a checkpointed block."""
+        is_checkpointed = getattr(self, "gradient_checkpointing", False) and self.training
+        return not (torch.compiler.is_compiling() and is_checkpointed)
+
     def wants_hidden_states(self, kwargs: dict[str, Any]) -> Any:
         """False, True, or the indices of the layers."""
         requested = kwargs.get("output_hidden_states")
         return getattr(self.config, "output_hidden_states", False) if requested is None else requested
+
+
+def _is_plain_embedding(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+
+def _adapted(module: nn.Module) -> nn.Module:
+    """What an adapter of PEFT is for. Those of embeddings look tokens up one by one too."""
+    while type(module).__module__.startswith("peft."):
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 @packs(T5Stack)
@@ -230,7 +282,7 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
         """
         check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds, packed_inputs=packed_inputs)
         check_at_most_one_given(attention_mask=attention_mask, packed_inputs=packed_inputs)
-        kwargs |= dict(zip(_STACK_PARAMETERS[5:], args, strict=False))
+        kwargs = arguments_by_name(_STACK_PARAMETERS[5:], args, kwargs)
         padded = dict(encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
         options = options_of_base(self.config, attention_mask=attention_mask, **padded, **_known(kwargs))
         if options:
@@ -243,6 +295,8 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
             packed, layout = self.pack_inputs(self.padded_inputs(input_ids, inputs_embeds), attention_mask)
             output = self.padded_output(self.encode_packed(packed, collected), layout)
             if self.wants_hidden_states(kwargs):
+                if self.is_pruned:
+                    check_layers(self.wants_hidden_states(kwargs))
                 last = cast(Tensor, output.last_hidden_state)
                 hidden_states = (*[layout.pad(each.values) for each in collected or ()], last)
                 selected = selected_layers(hidden_states, self.wants_hidden_states(kwargs))
@@ -262,6 +316,7 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
             if collected is not None:
                 collected.append(packed)
             packing = self.packing_for(block_number, packed)
+            packing.is_watched = self.watches_blocks()
             hidden, position_bias = run_block(self, block, packed.values[None], packing, position_bias)
             check_consumed(block, block_number, packing)
             packed = self.after_block(block_number, hidden[0], packing)
@@ -296,11 +351,13 @@ class PackedT5Decoder(PackedT5Stack):
         **kwargs: Any,
     ) -> Any:
         """T5's forward. It runs packed in training or with use_cache=False, if no cache is given, and on packed inputs.
+        A tuple (return_dict=False) has T5's cache unless use_cache=False.
 
         Args:
             input_ids, attention_mask, inputs_embeds: as for T5, padded anywhere.
             encoder_hidden_states, encoder_attention_mask: the encoder's states and their mask. If the states are the
-                tensor that a stamped encoder returned, the mask is not read: the kept tokens are known.
+                tensor that a stamped encoder returned, unchanged, the kept tokens are known: the mask may be that of
+                the histories before pruning, or hide more of the states.
             packed_inputs: decoder token ids `[T]`, already shifted right, or their embeddings `[T, d_model]`.
             packed_source: the encoder's states, values `[Ts, d_model]`.
             cu_seqlens_cross, max_seqlen_cross: offsets of the decoder tokens that read each source sequence, if several
@@ -322,7 +379,7 @@ class PackedT5Decoder(PackedT5Stack):
         if (cu_seqlens_cross is None) != (max_seqlen_cross is None):
             missing = "cu_seqlens_cross" if cu_seqlens_cross is None else "max_seqlen_cross"
             raise ValueError(f"cu_seqlens_cross and max_seqlen_cross must be given together, got None for {missing}")
-        kwargs |= dict(zip(_STACK_PARAMETERS[5:], args, strict=False))
+        kwargs = arguments_by_name(_STACK_PARAMETERS[5:], args, kwargs)
         padded = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -341,10 +398,15 @@ class PackedT5Decoder(PackedT5Stack):
             return EncoderOutput(packed=self.decode_packed(packed_inputs, given_source))
 
         behind = states_behind(encoder_hidden_states)
-        if options or (kwargs.get("use_cache") is None and not self.training):  # the default is a cache
-            if behind is not None and not isinstance(behind, SharedSource):
-                padded["encoder_attention_mask"] = behind.mask
-            _check_mask(encoder_hidden_states, padded["encoder_attention_mask"])
+        if isinstance(behind, PackedStates) and (encoder_attention_mask is None or encoder_attention_mask.dim() == 2):
+            known = behind.mask_beside(encoder_attention_mask)
+            behind = behind if known is behind.layout.mask else None
+            padded["encoder_attention_mask"] = encoder_attention_mask = known
+        elif encoder_hidden_states is not None and not isinstance(behind, SharedSource):
+            _check_mask(encoder_hidden_states, encoder_attention_mask)
+        lacks_cache = kwargs.get("use_cache") is None and getattr(self.config, "use_cache", True)
+        wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
+        if options or (kwargs.get("use_cache") is None and not self.training) or (lacks_cache and wants_tuple):
             return super().forward(**padded, **kwargs)
         check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds)
         inputs, layout = pack_padded(self.padded_inputs(input_ids, inputs_embeds), attention_mask)
@@ -353,9 +415,8 @@ class PackedT5Decoder(PackedT5Stack):
             rows = layout.mask.shape[0] * layout.mask.shape[1]
             source = _Source(behind.packed, behind.offsets(rows), rows // max(behind.num_sequences, 1))
         elif behind is not None:
-            source = _Source(behind.packed)
+            source = _Source(behind.read(cast(Tensor, encoder_hidden_states)))
         elif encoder_hidden_states is not None:
-            _check_mask(encoder_hidden_states, encoder_attention_mask)
             source = _Source(pack_padded(encoder_hidden_states, encoder_attention_mask)[0])
         collected: list[PackedBatch] | None = [] if self.wants_hidden_states(kwargs) else None
         decoded = self.decode_packed(inputs, source, collected)
@@ -364,7 +425,8 @@ class PackedT5Decoder(PackedT5Stack):
         if collected is not None:
             every_layer = (*[layout.pad(each.values) for each in collected], last)
             hidden_states = selected_layers(every_layer, self.wants_hidden_states(kwargs))
-        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last, hidden_states=hidden_states)
+        output = DecoderOutput(last_hidden_state=last, hidden_states=hidden_states)
+        output.lacks_cache = lacks_cache
         return as_requested(output, kwargs.get("return_dict"), self.config)
 
     @property
@@ -382,7 +444,7 @@ class PackedT5Decoder(PackedT5Stack):
         for block_number, block in enumerate(self.block, start=1):
             if collected is not None:
                 collected.append(packed)
-            packing, cross = Packing(packed), None
+            packing, cross = Packing(packed, is_watched=self.watches_blocks()), None
             if source is not None and encoded is not None:
                 shared = source.cu_seqlens_q is not None
                 cross = CrossPacking(
@@ -390,6 +452,7 @@ class PackedT5Decoder(PackedT5Stack):
                     cast(Tensor, source.cu_seqlens_q) if shared else packed.cu_seqlens,
                     cast(int, source.max_seqlen_q) if shared else packed.max_seqlen,
                     None if shared else packed.tiles,
+                    is_watched=packing.is_watched,
                 )
             states = None if encoded is None else encoded.values[None]
             hidden, position_bias = run_block(self, block, packed.values[None], packing, position_bias, states, cross)
@@ -420,18 +483,17 @@ def _masks(arguments: dict[str, Any]) -> list[tuple[str, Tensor]]:
     return [(name, x) for name, x in arguments.items() if name.endswith("attention_mask") and isinstance(x, Tensor)]
 
 
-def _check_mask(states: Tensor | None, mask: Tensor | None) -> None:
+def _check_mask(states: Tensor, mask: Tensor | None) -> None:
     """Raises:
     ValueError: the mask is for another number of columns, for example for histories before pruning.
     """
-    if states is None or mask is None or mask.dim() != 2 or isinstance(states_behind(states), SharedSource):
-        return
-    if mask.shape != states.shape[:2]:
+    if mask is not None and mask.dim() == 4 and mask.shape[-1] != states.shape[1]:
         raise ValueError(
-            f"encoder_attention_mask must have shape {list(states.shape[:2])}, that of the encoder's states, got "
-            f"{list(mask.shape)}: with pruning give the attention_mask of the encoder's output, or keep all columns "
-            'with PruningConfig(layout="original")'
+            f"encoder_attention_mask must have shape [..., {states.shape[1]}], one column for each state, "
+            f"got {list(mask.shape)}"
         )
+    if mask is not None and mask.dim() == 2:
+        check_mask(states.shape, mask)
 
 
 def _warn_of_base(options: list[str]) -> None:

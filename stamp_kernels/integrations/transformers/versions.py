@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5ForConditionalGeneration
-from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5Stack
 
 try:
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -36,6 +36,7 @@ except ImportError:  # before 5.0
 __all__ = [
     "MODEL_ARGUMENTS",
     "STACK_ARGUMENTS",
+    "arguments_by_name",
     "attention_outputs",
     "base_parameters",
     "head_scale",
@@ -46,6 +47,11 @@ __all__ = [
 _ATTENTION_PARAMETERS = inspect.signature(T5Attention.forward).parameters
 _ATTENTION_RETURNS_CACHE = "past_key_value" in _ATTENTION_PARAMETERS
 _ATTENTION_RETURNS_WEIGHTS = "output_attentions" not in _ATTENTION_PARAMETERS
+# A decoder's block adds 1 to the last cache position: the length of padded queries, which packed attention ignores. A
+# tuple is enough for that, and costs no kernel.
+_OPTIONS_OF_BLOCKS = (
+    {"cache_position": (0,)} if "cache_position" in inspect.signature(T5Block.forward).parameters else {}
+)
 
 
 def attention_outputs(states: Tensor, position_bias: Tensor | None, cache: Any = None) -> tuple[Any, ...]:
@@ -68,11 +74,12 @@ def run_block(stack: PreTrainedModel, block: nn.Module, *args: Any) -> tuple[Ten
     """(states, position bias) of a block of the stack, called without a cache and with gradient checkpointing if it is
     on.
     """
-    run: Callable[..., Any] = block
+    run: Callable[..., Any] = functools.partial(block, **_OPTIONS_OF_BLOCKS)
     # getattr: the attribute is missing before `gradient_checkpointing_enable` in some releases.
     is_checkpointed = getattr(stack, "gradient_checkpointing", False) and stack.training
     if is_checkpointed and not isinstance(block, GradientCheckpointingLayer):
-        run = functools.partial(stack._gradient_checkpointing_func, block.__call__)
+        # Only positional arguments may follow the function.
+        run = functools.partial(stack._gradient_checkpointing_func, run)
     output = run(*args)
     return output[0], output[1]
 
@@ -102,3 +109,18 @@ def base_parameters(function: Callable[..., Any]) -> list[str]:
     """The names of a method's parameters in the order of positional arguments, without self."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds][1:]
+
+
+def arguments_by_name(names: list[str], args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for the positional ones, which have these names, and for those that are given by name.
+
+    Raises:
+        TypeError: as for any function, there are too many, or one is given twice.
+    """
+    if len(args) > len(names):
+        raise TypeError(f"forward takes {len(names)} more positional arguments here, got {len(args)}")
+    by_place = dict(zip(names, args, strict=False))
+    twice = by_place.keys() & given.keys()
+    if twice:
+        raise TypeError(f"forward got multiple values for {', '.join(sorted(twice))}")
+    return by_place | given

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from closeness import relative_error
-from t5_cases import VOCAB_SIZE, padded_batch, tiny_t5
+from t5_cases import VOCAB_SIZE, WITH_WEIGHTS, padded_batch, tiny_t5
 from torch import Tensor
 from transformers import T5EncoderModel, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
@@ -134,7 +134,7 @@ def encode_padded(
     hidden = base.encoder.embed_tokens(input_ids)
     for block_number, (self_attention, feed_forward) in enumerate((b.layer for b in base.encoder.block), start=1):
         hide_keys = torch.zeros(kept.shape, dtype=hidden.dtype).masked_fill(~kept, torch.finfo(hidden.dtype).min)
-        hidden, _, attention = self_attention(hidden, position_bias=bias + hide_keys[:, None, None])
+        hidden, *_, attention = self_attention(hidden, position_bias=bias + hide_keys[:, None, None], **WITH_WEIGHTS)
         hidden = feed_forward(hidden)
         if block_number not in schedule:
             continue
@@ -163,11 +163,12 @@ def encode_rastp(
     blocks, length = base.encoder.block, input_ids.shape[1]
     maps: list[Tensor] = []
     attention = blocks[block_number - 1].layer[0].SelfAttention
-    hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[2]))
+    hook = attention.register_forward_hook(lambda module, args, output: maps.append(output[-1]))
     hidden, mask = base.encoder.embed_tokens(input_ids), attention_mask.bool()
     bias = blocks[0].layer[0].SelfAttention.compute_bias(length, length)
     for block in blocks[:block_number]:
-        hidden = block(hidden, attention_mask=_hiding(mask, hidden.dtype), position_bias=bias)[0]
+        # Before 5.0 a block that is given a bias takes it as the sum of bias and mask.
+        hidden = block(hidden, position_bias=bias + _hiding(mask, hidden.dtype), **WITH_WEIGHTS)[0]
     hook.remove()
     received = maps[0].sum(1).sum(1)  # [B, S], over the heads, then over all queries, padding too
     importance = (received * hidden.abs().sum(-1)).detach().masked_fill(~mask, -math.inf)
@@ -175,11 +176,15 @@ def encode_rastp(
     hidden = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[2]))
     remaining = mask.gather(1, columns)
     for block in blocks[block_number:]:
-        hidden = block(hidden, attention_mask=_hiding(remaining, hidden.dtype), position_bias=None)[0]
+        hidden = block(hidden, attention_mask=_hiding(remaining, hidden.dtype), **_PLACES)[0]
     states = base.encoder.final_layer_norm(hidden).masked_fill(~remaining[..., None], 0.0)
     in_place = torch.zeros(*input_ids.shape, states.shape[2], dtype=states.dtype)
     in_place = in_place.scatter(1, columns[..., None].expand_as(states), states)
     return Encoded(in_place, torch.zeros_like(mask).scatter(1, columns, remaining)), remaining
+
+
+# A block without a bias makes one of zeros; before 5.0 it needs a last position for that, whatever it is.
+_PLACES = {"cache_position": torch.zeros(1, dtype=torch.int64)}
 
 
 def _hiding(mask: Tensor, dtype: torch.dtype) -> Tensor:

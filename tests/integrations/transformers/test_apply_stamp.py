@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from t5_cases import (
+    DTYPE,
     HEADS,
     LENGTHS,
     LEVELS,
@@ -211,7 +212,7 @@ def test_checkpoints_keep_pruning_and_heads(kind, tmp_path):
 
 def test_checkpoints_of_another_dtype(tmp_path):
     trained_heads(apply_stamp(tiny_t5(), prediction=PREDICTION)).save_pretrained(tmp_path)
-    model = StampT5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = StampT5ForConditionalGeneration.from_pretrained(tmp_path, **{DTYPE: torch.bfloat16})
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -250,6 +251,17 @@ def test_more_heads_than_a_checkpoint_has(kind, tmp_path):
     state = model.stamp_prediction.state_dict()
     assert all(torch.equal(state[name], value) for name, value in saved.stamp_prediction.state_dict().items())
     assert_identity(model.stamp_prediction.heads[1])
+
+
+def test_unembedding_missing_from_a_checkpoint(tmp_path):
+    """The heads are loaded, and stay as they are."""
+    saved = trained_heads(apply_stamp(tiny_t5(), prediction=PREDICTION))
+    saved.save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config["stamp"]["prediction"].update(unembedding="own"))
+    model = StampT5ForConditionalGeneration.from_pretrained(tmp_path)
+    state = model.stamp_prediction.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in saved.stamp_prediction.state_dict().items())
+    assert 0.8 < model.stamp_prediction.unembedding.std() * 24**0.5 < 1.2
 
 
 def assert_identity(head: nn.Module) -> None:

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, T5ForConditionalG
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from stamp_kernels.integrations.transformers import PruningConfig, apply_stamp, generation
+from stamp_kernels.integrations.transformers.encoded import states_behind
 from stamp_kernels.integrations.transformers.t5_stacks import PackedT5Attention
 from stamp_kernels.packed import PackedBatch
 
@@ -198,10 +199,35 @@ def test_a_static_cache_has_histories_of_its_own():
 
 
 @torch.no_grad()
+def test_low_memory_searches_have_histories_of_their_own(shared):
+    base = tiny_t5().eval()
+    inputs, options = inputs_of(), dict(num_beams=3, num_return_sequences=3, low_memory=True)
+    try:
+        expected = search(base, inputs, **options)
+    except ValueError as error:
+        pytest.skip(f"releases after 4.49 refuse it: {error}")
+    got = search(stamped(base), inputs, **options)
+    assert got.sequences.tolist() == expected.sequences.tolist()
+    assert relative_error(got.sequences_scores, expected.sequences_scores) < 1e-5
+    assert shared == []
+
+
+@torch.no_grad()
+def test_assisted_searches():
+    """The cache of the assistant is cropped, which old releases do key by key."""
+    base, assistant = tiny_t5().eval(), tiny_t5(num_layers=2).eval()
+    inputs = {name: values[2:3] for name, values in inputs_of().items()}
+    expected = search(base, inputs, assistant_model=assistant)
+    for model, assisting in ((base, stamped(assistant)), (stamped(base), assistant), (stamped(base), stamped(base))):
+        got = search(model, inputs, assistant_model=assisting)
+        assert got.sequences.tolist() == expected.sequences.tolist()
+
+
+@torch.no_grad()
 def test_decoder_rows_must_be_those_of_the_search():
     model = stamped(tiny_t5().eval())
     encoded = model.encoder(**inputs_of())
-    shared = generation.SharedEncoderOutput.of(encoded, encoded.last_hidden_state.stamp_behind.packed, 3)
+    shared = generation.SharedEncoderOutput.of(encoded, states_behind(encoded.last_hidden_state).packed, 3)
     with pytest.raises(
         ValueError, match=f"decoder_input_ids must have {3 * BATCH} rows, as encoder_outputs have, got 6"
     ):
@@ -217,7 +243,7 @@ def test_shared_states_that_lost_their_source_are_refused():
         lambda _, args, kwargs: (args, kwargs | dict(encoder_hidden_states=kwargs["encoder_hidden_states"] * 1)),
         with_kwargs=True,
     )
-    with pytest.raises(RuntimeError, match=r"must match the size|expanded size|batch"):
+    with pytest.raises(RuntimeError, match=r"must match the size|expanded size|batch|invalid for input of size"):
         search(model, inputs_of(), num_beams=3)
     copied.remove()
     assert isinstance(model.decoder.block[0].layer[1].EncDecAttention, PackedT5Attention)

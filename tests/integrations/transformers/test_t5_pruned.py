@@ -191,7 +191,7 @@ def test_encoder_model(name, padding):
     pruning = PRUNINGS.get(name)
     torch.manual_seed(0)
     base = T5EncoderModel(tiny_t5(**FEW_BUCKETS).encoder.config).double().train()
-    base.encoder.set_attn_implementation("eager")
+    assert base.encoder.config._attn_implementation == "eager"
     model = stamped(base, pruning)
     inputs = inputs_of(batch_of(padding, pruning))
     encoded = encode_padded(base, **inputs, pruning=pruning)
