@@ -9,7 +9,6 @@ the test split. Prints a Markdown table and writes JSON as the other results hav
 """
 
 import argparse
-import copy
 import json
 import shlex
 import sys
@@ -104,9 +103,10 @@ PATTERNS = {
 
 def models_of(pattern: Pattern, histories: Histories, keep_ratio: float, dropout: float) -> dict[str, Any]:
     """By mode, models with the same weights in training."""
-    torch.manual_seed(0)
-    base = pattern.build(histories, **SIZES, dropout_rate=dropout).train()
-    models = {mode: copy.deepcopy(base) for mode in MODES}
+    models = {}
+    for mode in MODES:
+        torch.manual_seed(0)
+        models[mode] = pattern.build(histories, **SIZES, dropout_rate=dropout).train()
     models["stamped"].stamp(None)
     models["pruned"].stamp(PruningConfig([(PRUNE_AFTER_BLOCK, keep_ratio)], **pattern.pruning(histories)))
     return models

@@ -5,7 +5,6 @@ some from the interactions. The examples t5_*.py differ in the model and in how 
 """
 
 import argparse
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -70,6 +69,34 @@ class Histories:
                 yield self.batch(rows, order[first : first + batch_size])
 
 
+class Beams:
+    """A beam search over the items that exist, level by level, for models with a head for each level.
+
+    Attributes:
+        codes: `[B, num_beams, l]` of the first l levels, the best beam of each user first.
+    """
+
+    def __init__(self, histories: Histories, num_users: int, num_beams: int) -> None:
+        self.histories = histories
+        self.codes = torch.empty(num_users, num_beams, 0, dtype=torch.int64)
+        self.scores = torch.full((num_users, num_beams), -torch.inf)
+        self.scores[:, 0] = 0  # at first all beams are equal, so that only one of them counts
+
+    def advance(self, logits: Tensor) -> Tensor:
+        """Add a code to every beam, by the logits `[B * num_beams, codebook_size]`. Returns the rows they continue."""
+        num_users, num_beams, level = self.codes.shape
+        candidates = self.scores[..., None] + logits.log_softmax(-1).view(num_users, num_beams, -1)
+        for row, prefix in zip(candidates.flatten(0, 1), self.codes.flatten(0, 1).tolist(), strict=True):
+            exist = torch.zeros(len(row), dtype=torch.bool)
+            exist[list(self.histories.next_codes.get(tuple(prefix), ()))] = True
+            row.masked_fill_(~exist, -torch.inf)
+        self.scores, chosen = candidates.flatten(1).topk(num_beams, dim=1)
+        beam, code = chosen // logits.shape[-1], chosen % logits.shape[-1]
+        kept = self.codes.gather(1, beam[..., None].expand(-1, -1, level))
+        self.codes = torch.cat([kept, code[..., None]], dim=-1)
+        return (beam + num_beams * torch.arange(num_users)[:, None]).flatten()
+
+
 class Recommender(Protocol):
     """What an example's class does. It is an nn.Module, made of the histories and T5's sizes."""
 
@@ -122,10 +149,11 @@ def compare(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_default_device(device)
     histories = Histories(args.data, args.max_items)
-    torch.manual_seed(0)
     sizes = dict(d_model=args.d_model, d_ff=8 * args.d_model, d_kv=64, num_heads=6, num_layers=args.layers)
-    base = build(histories, **sizes, dropout_rate=args.dropout).train()
-    models = {name: copy.deepcopy(base) for name in ("base", "stamped", "stamped and pruned")}
+    models = {}
+    for name in ("base", "stamped", "stamped and pruned"):
+        torch.manual_seed(0)  # the same weights
+        models[name] = build(histories, **sizes, dropout_rate=args.dropout).train()
     models["stamped"].stamp(None)
     schedule = [(max(args.layers // 2, 1), args.keep_ratio)]  # after half of the encoder
     models["stamped and pruned"].stamp(PruningConfig(schedule, **pruning(histories)))

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from histories import Batch, Histories, compare
+from histories import Batch, Beams, Histories, compare
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from stamp_kernels.integrations.transformers import PruningConfig, apply_stamp
-from stamp_kernels.profiling.recommender.evaluate import ValidPrefixes
 
 
 class Contrastive(nn.Module):
@@ -28,7 +27,7 @@ class Contrastive(nn.Module):
     def __init__(self, histories: Histories, **sizes: Any) -> None:
         super().__init__()
         levels, codes, width = histories.codes_per_item, histories.codebook_size, sizes["d_model"]
-        self.prefixes = ValidPrefixes(histories.codes_of_item.cpu().numpy(), codes, histories.device)
+        self.histories = histories
         # T5's own embeddings have one row: the decoder's start.
         self.t5 = T5ForConditionalGeneration(
             T5Config(vocab_size=1, decoder_start_token_id=0, eos_token_id=None, **sizes)
@@ -80,26 +79,17 @@ class Contrastive(nn.Module):
         encoded = self.t5.get_encoder()(**inputs, return_dict=True)
         mask = getattr(encoded, "attention_mask", inputs["attention_mask"]).repeat_interleave(num_beams, 0)
         encoded = BaseModelOutput(encoded.last_hidden_state.repeat_interleave(num_beams, 0))
-        scores = torch.full((size, num_beams), -torch.inf)
-        scores[:, 0] = 0  # at first all beams are equal, so that only one of them counts
-        ranks = torch.zeros(size, num_beams, dtype=torch.int64)
-        found = torch.empty(size, num_beams, 0, dtype=torch.int64)
-        for level, table in enumerate(self.code_embeddings):
+        beams = Beams(self.histories, size, num_beams)
+        for table in self.code_embeddings:
             decoded = self.t5(
                 encoder_outputs=encoded,
                 attention_mask=mask,
-                decoder_inputs_embeds=self.decoder_inputs(found.flatten(0, 1)),
+                decoder_inputs_embeds=self.decoder_inputs(beams.codes.flatten(0, 1)),
                 output_hidden_states=True,
                 use_cache=False,
             ).decoder_hidden_states[-1][:, -1]
-            log_probabilities = (decoded @ table.weight.T).log_softmax(-1).view(size, num_beams, -1)
-            longer = self.prefixes.continuations(ranks, level)
-            candidates = (scores[..., None] + log_probabilities).masked_fill(longer < 0, -torch.inf).flatten(1)
-            scores, chosen = candidates.topk(num_beams, dim=1)
-            beam, code = chosen // table.num_embeddings, chosen % table.num_embeddings
-            ranks = longer.flatten(1).gather(1, chosen)
-            found = torch.cat([found.gather(1, beam[..., None].expand(-1, -1, level)), code[..., None]], dim=-1)
-        return found
+            beams.advance(decoded @ table.weight.T)
+        return beams.codes
 
 
 def pruning_options(histories: Histories) -> dict[str, Any]:

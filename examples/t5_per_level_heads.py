@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from histories import Batch, Histories, compare
+from histories import Batch, Beams, Histories, compare
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5EncoderModel
@@ -21,7 +21,6 @@ from transformers.models.t5.modeling_t5 import T5Stack
 
 from stamp_kernels import per_level_cross_entropy
 from stamp_kernels.integrations.transformers import PruningConfig, apply_stamp
-from stamp_kernels.profiling.recommender.evaluate import ValidPrefixes
 
 USER_TOKENS = 2000  # users are hashed to these
 # T5Stack's name of the argument, which transformers has changed.
@@ -32,7 +31,7 @@ class PerLevelHeads(nn.Module):
     def __init__(self, histories: Histories, has_users: bool = True, **sizes: Any) -> None:
         super().__init__()
         levels, codes, width = histories.codes_per_item, histories.codebook_size, sizes["d_model"]
-        self.prefixes = ValidPrefixes(histories.codes_of_item.cpu().numpy(), codes, histories.device)
+        self.histories = histories
         sizes |= dict(vocab_size=1, eos_token_id=None)  # T5's own embeddings are not used
         self.encoder = T5EncoderModel(T5Config(**sizes))
         self.decoder = T5Stack(T5Config(**sizes, is_decoder=True, is_encoder_decoder=False))
@@ -83,11 +82,7 @@ class PerLevelHeads(nn.Module):
         states, mask = states.repeat_interleave(num_beams, 0), mask.repeat_interleave(num_beams, 0)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         inputs = self.start.expand(len(states), 1, -1)
-        # At first all beams are equal, so that only one of them counts.
-        scores = torch.full((size, num_beams), -torch.inf)
-        scores[:, 0] = 0
-        ranks = torch.zeros(size, num_beams, dtype=torch.int64)  # of the beams' prefixes
-        found = torch.empty(size, num_beams, 0, dtype=torch.int64)
+        beams = Beams(self.histories, size, num_beams)
         for level, head in enumerate(self.heads):
             decoded = self.decoder(
                 inputs_embeds=inputs,
@@ -96,16 +91,9 @@ class PerLevelHeads(nn.Module):
                 use_cache=True,
                 **{CACHE: cache},
             ).last_hidden_state[:, -1]
-            log_probabilities = head(decoded).log_softmax(-1).view(size, num_beams, -1)
-            longer = self.prefixes.continuations(ranks, level)
-            candidates = (scores[..., None] + log_probabilities).masked_fill(longer < 0, -torch.inf).flatten(1)
-            scores, chosen = candidates.topk(num_beams, dim=1)
-            beam, code = chosen // head.out_features, chosen % head.out_features
-            ranks = longer.flatten(1).gather(1, chosen)
-            found = torch.cat([found.gather(1, beam[..., None].expand(-1, -1, level)), code[..., None]], dim=-1)
-            cache.reorder_cache((beam + num_beams * torch.arange(size)[:, None]).flatten())
-            inputs = self.code_embeddings[level](code).view(-1, 1, inputs.shape[-1])
-        return found
+            cache.reorder_cache(beams.advance(head(decoded)))
+            inputs = self.code_embeddings[level](beams.codes[..., -1]).view(-1, 1, inputs.shape[-1])
+        return beams.codes
 
 
 def pruning_options(histories: Histories) -> dict[str, Any]:
