@@ -181,8 +181,8 @@ def apply_stamp(
 
     In place; `remove_stamp` undoes it. Parameters, their names and the model's inputs do not change. Without pruning
     and prediction, outputs and gradients do not change either, with two exceptions: states on padding are 0, and the
-    decoder attends to nothing of a history without tokens (an attention_mask row of zeros), where the base model attends
-    uniformly to its padding.
+    decoder attends to nothing of a history without tokens (an attention_mask row of zeros), where the base model
+    attends uniformly to its padding.
 
     The heads of the prediction are `model.stamp_prediction`; only their parameters are new. Both configurations are
     stored in `model.config.stamp`, so that `save_pretrained` writes them and `from_pretrained` of the stamped class
