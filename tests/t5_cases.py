@@ -39,6 +39,20 @@ HEADS = {
 WITH_WEIGHTS = {} if HAS_SDPA else {"output_attentions": True}
 
 
+# The name of the cache in T5's forward and its output, and in that of its layers.
+CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
+_ATTENTION_ARGUMENTS = inspect.signature(modeling_t5.T5Attention.forward).parameters
+_NEEDED_BY_ATTENTION = {"cache", "past_key_values", "past_key_value", "cache_position", "query_length"}
+
+
+def needed_by_attention(kwargs: dict) -> dict:
+    """Of a layer's keyword arguments those without which attention does not decode: the cache, and before 5.0
+    positions.
+    """
+    names = _NEEDED_BY_ATTENTION.intersection(_ATTENTION_ARGUMENTS)
+    return {name: value for name, value in kwargs.items() if name in names}
+
+
 # from_pretrained's name of the dtype. The one before 4.56 is deprecated now.
 DTYPE = "dtype" if hasattr(T5Config(), "dtype") else "torch_dtype"
 
@@ -66,11 +80,16 @@ def tiny_t5(dtype: torch.dtype = torch.float32, *, attention: str = "eager", **c
     settings = dict(vocab_size=VOCAB_SIZE, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=3, dropout_rate=0.0)
     settings |= dict(decoder_start_token_id=0, pad_token_id=0, eos_token_id=None)
     model = T5ForConditionalGeneration(T5Config(**{**settings, **config}))
-    for stack in (model.encoder, model.decoder):
+    set_attention(model, attention)
+    return model.to(dtype).train()
+
+
+def set_attention(model: torch.nn.Module, attention: str) -> None:
+    """Of every stack, see tiny_t5."""
+    for stack in (each for each in model.modules() if isinstance(each, modeling_t5.T5Stack)):
         if HAS_SDPA:
             stack.set_attn_implementation(attention)
         assert stack.config._attn_implementation == (attention if HAS_SDPA else "eager")
-    return model.to(dtype).train()
 
 
 def padded_batch(lengths: tuple[int, ...] = LENGTHS, *, padding_side: str = "right") -> dict[str, Tensor]:

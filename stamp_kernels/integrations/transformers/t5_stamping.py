@@ -29,7 +29,7 @@ from stamp_kernels.integrations.transformers.t5 import (
 )
 from stamp_kernels.integrations.transformers.t5_stacks import PackedT5Attention, PackedT5Decoder, PackedT5Encoder
 from stamp_kernels.integrations.transformers.tokenwise import differs_in_parts, mixes_tokens
-from stamp_kernels.integrations.transformers.versions import let_record
+from stamp_kernels.integrations.transformers.versions import attention_implementation, let_record
 from stamp_kernels.packed import PackedBatch
 
 __all__: list[str] = []  # importing it registers T5's classes
@@ -93,7 +93,7 @@ def _why_padded(name: str, stack: T5Stack) -> str | None:
         patched = [method for method in _BIAS_METHODS if method in vars(attention)]
         if patched:
             return f"{name}.{inner} has a {patched[0]} of its own on the instance, which packed sequences would not run"
-        implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+        implementation = attention_implementation(attention)
         if implementation not in _KNOWN_ATTENTION and not str(implementation).startswith("flash_attention"):
             return f'attn_implementation="{implementation}" is not T5\'s, and packed sequences would not run it'
     for number, block in enumerate(stack.block, start=1):

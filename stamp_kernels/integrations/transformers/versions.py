@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block, T5Stack
@@ -36,6 +37,7 @@ except ImportError:  # before 5.0
 __all__ = [
     "MODEL_ARGUMENTS",
     "STACK_ARGUMENTS",
+    "attention_implementation",
     "attention_outputs",
     "base_parameters",
     "head_scale",
@@ -49,11 +51,7 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 _ATTENTION_PARAMETERS = inspect.signature(T5Attention.forward).parameters
 _ATTENTION_RETURNS_CACHE = "past_key_value" in _ATTENTION_PARAMETERS
 _ATTENTION_RETURNS_WEIGHTS = "output_attentions" not in _ATTENTION_PARAMETERS
-# A decoder's block adds 1 to the last cache position: the length of padded queries, which packed attention ignores. A
-# tuple is enough for that, and costs no kernel.
-_OPTIONS_OF_BLOCKS = (
-    {"cache_position": (0,)} if "cache_position" in inspect.signature(T5Block.forward).parameters else {}
-)
+_BLOCKS_HAVE_POSITIONS = "cache_position" in inspect.signature(T5Block.forward).parameters
 
 
 def attention_outputs(states: Tensor, position_bias: Tensor | None, cache: Any = None) -> tuple[Any, ...]:
@@ -61,6 +59,11 @@ def attention_outputs(states: Tensor, position_bias: Tensor | None, cache: Any =
     if _ATTENTION_RETURNS_CACHE:
         return states, cache, position_bias
     return (states, position_bias, None) if _ATTENTION_RETURNS_WEIGHTS else (states, position_bias)
+
+
+def attention_implementation(attention: T5Attention) -> str | None:
+    """The name of the attention function. Before 5.0 T5's attention has no config, and only eager."""
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None)
 
 
 def let_record(stack_class: type[PreTrainedModel]) -> None:
@@ -76,7 +79,11 @@ def run_block(stack: PreTrainedModel, block: nn.Module, *args: Any) -> tuple[Ten
     """(states, position bias) of a block of the stack, called without a cache and with gradient checkpointing if it is
     on.
     """
-    run: Callable[..., Any] = functools.partial(block, **_OPTIONS_OF_BLOCKS)
+    run: Callable[..., Any] = block
+    if _BLOCKS_HAVE_POSITIONS:
+        # A decoder's block adds 1 to the last position: the length of padded queries. Packed attention does not read
+        # it, so any number will do. On the CPU it costs no kernel.
+        run = functools.partial(block, cache_position=torch.zeros(1, dtype=torch.int64, device="cpu"))
     # getattr: the attribute is missing before `gradient_checkpointing_enable` in some releases.
     is_checkpointed = getattr(stack, "gradient_checkpointing", False) and stack.training
     if is_checkpointed and not isinstance(block, GradientCheckpointingLayer):

@@ -17,7 +17,7 @@ from padded_stamp import (
     inputs_of,
     stamped,
 )
-from t5_cases import LEVELS, assert_same_training_step, tiny_t5
+from t5_cases import LEVELS, assert_same_training_step, set_attention, tiny_t5
 from torch import Tensor
 from transformers import T5EncoderModel, T5Model
 
@@ -71,7 +71,7 @@ def test_gradients_of_padded_states(positions, padding):
     pruning = in_place("two_points", positions)
     torch.manual_seed(0)
     base = T5EncoderModel(tiny_t5(**FEW_BUCKETS).encoder.config).double().train()
-    base.encoder.set_attn_implementation("eager")
+    set_attention(base, "eager")
     model, batch = stamped(base, pruning), batch_of(padding)
     encoded = encode_padded(base, **inputs_of(batch), pruning=pruning)
     output = model(**inputs_of(batch))

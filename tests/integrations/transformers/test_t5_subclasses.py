@@ -16,26 +16,27 @@ from closeness import assert_close, relative_error
 from padded_stamp import decode_padded, encode_padded
 from peft import LoraConfig, TaskType, get_peft_model
 from t5_cases import (
+    CACHE,
     COPIES,
+    HAS_SDPA,
     LEVELS,
     PREDICTION,
     PRUNING,
     VOCAB_SIZE,
     assert_same_training_step,
+    needed_by_attention,
     padded_batch,
+    set_attention,
     stamped,
     tiny_t5,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
-from transformers.masking_utils import eager_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import (
     T5Attention,
@@ -43,7 +44,6 @@ from transformers.models.t5.modeling_t5 import (
     T5LayerCrossAttention,
     T5LayerSelfAttention,
     T5Stack,
-    eager_attention_forward,
 )
 
 from stamp_kernels.integrations.transformers import (
@@ -239,11 +239,15 @@ def test_patched_bias_stays_padded():
         apply_stamp(base)
 
 
-def halved_attention(module, query, key, value, mask, *, scaling=None, **kwargs):
-    return eager_attention_forward(module, query, key, value, mask, scaling=0.5 * scaling, **kwargs)
-
-
+@pytest.mark.skipif(not HAS_SDPA, reason="before 5.0 T5's attention calls no registered function")
 def test_registered_attention_function_stays_padded():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+    from transformers.models.t5.modeling_t5 import eager_attention_forward
+
+    def halved_attention(module, query, key, value, mask, *, scaling=None, **kwargs):
+        return eager_attention_forward(module, query, key, value, mask, scaling=0.5 * scaling, **kwargs)
+
     AttentionInterface.register("halved", halved_attention)
     AttentionMaskInterface.register("halved", eager_mask)
     base = tiny_t5(torch.float64)
@@ -260,34 +264,41 @@ def test_registered_attention_function_stays_padded():
 class OldSelfLayer(T5LayerSelfAttention):
     """Written for a release without further arguments."""
 
-    def forward(self, hidden_states, attention_mask=None, position_bias=None, cache=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
         attended = self.SelfAttention(
-            self.layer_norm(hidden_states), mask=attention_mask, position_bias=position_bias, cache=cache
+            self.layer_norm(hidden_states),
+            mask=attention_mask,
+            position_bias=position_bias,
+            **needed_by_attention(kwargs),
         )
         return (hidden_states + 0.5 * self.dropout(attended[0]), *attended[1:])
 
 
 class OldCrossLayer(T5LayerCrossAttention):
-    def forward(self, hidden_states, key_value_states, attention_mask=None, position_bias=None, cache=None, **kwargs):
+    def forward(self, hidden_states, key_value_states, attention_mask=None, position_bias=None, **kwargs):
         attended = self.EncDecAttention(
             self.layer_norm(hidden_states),
             mask=attention_mask,
             key_value_states=key_value_states,
             position_bias=position_bias,
-            cache=cache,
+            **needed_by_attention(kwargs),
         )
         return (hidden_states + 0.5 * self.dropout(attended[0]), *attended[1:])
 
 
 class UnmaskedSelfLayer(T5LayerSelfAttention):
     def forward(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
-        attended = self.SelfAttention(self.layer_norm(hidden_states), position_bias=position_bias)
+        attended = self.SelfAttention(
+            self.layer_norm(hidden_states), position_bias=position_bias, **needed_by_attention(kwargs)
+        )
         return (hidden_states + self.dropout(attended[0]), *attended[1:])
 
 
 class UnmaskedCrossLayer(T5LayerCrossAttention):
     def forward(self, hidden_states, key_value_states, attention_mask=None, position_bias=None, **kwargs):
-        attended = self.EncDecAttention(self.layer_norm(hidden_states), key_value_states=key_value_states)
+        attended = self.EncDecAttention(
+            self.layer_norm(hidden_states), key_value_states=key_value_states, **needed_by_attention(kwargs)
+        )
         return (hidden_states + self.dropout(attended[0]), *attended[1:])
 
 
@@ -308,7 +319,8 @@ class TwoAttentions(T5LayerSelfAttention):
     """One more self-attention, without a mask, before T5's."""
 
     def forward(self, hidden_states, attention_mask=None, position_bias=None, **kwargs):
-        hidden_states = hidden_states + self.SelfAttention(hidden_states, position_bias=position_bias)[0]
+        needed = needed_by_attention(kwargs)
+        hidden_states = hidden_states + self.SelfAttention(hidden_states, position_bias=position_bias, **needed)[0]
         return super().forward(hidden_states, attention_mask, position_bias, **kwargs)
 
 
@@ -1075,9 +1087,9 @@ class Letter(T5ForConditionalGeneration):
         inputs_embeds=None,
         decoder_inputs_embeds=None,
         labels=None,
-        cache=None,
         use_cache=None,
         return_dict=None,
+        **kwargs,
     ):
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -1090,21 +1102,24 @@ class Letter(T5ForConditionalGeneration):
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             inputs_embeds=decoder_inputs_embeds,
-            cache=cache,
+            **{CACHE: kwargs.get(CACHE)},
             encoder_hidden_states=hidden_states,
             encoder_attention_mask=attention_mask,
             use_cache=use_cache,
             return_dict=True,
         )
         states = decoder_outputs[0]
-        if self.config.scale_decoder_outputs:
+        if getattr(self.config, "scale_decoder_outputs", self.config.tie_word_embeddings):
             states = states * (self.model_dim**-0.5)
         logits = self.lm_head(states)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.flatten(0, 1) / self.temperature, labels.flatten())
         return Seq2SeqLMOutput(
-            loss=loss, logits=logits, cache=decoder_outputs.cache, encoder_last_hidden_state=hidden_states
+            loss=loss,
+            logits=logits,
+            encoder_last_hidden_state=hidden_states,
+            **{CACHE: decoder_outputs.get(CACHE)},
         )
 
 
@@ -1134,8 +1149,7 @@ SUBCLASSES = (Untouched, Smoothed, Letter, WithHead, Doubled)
 def subclass_model(cls: type[T5ForConditionalGeneration]) -> nn.Module:
     torch.manual_seed(0)
     model = cls(tiny_t5().config)
-    for stack in (model.encoder, model.decoder):
-        stack.set_attn_implementation("eager")
+    set_attention(model, "eager")
     return model.double().train()
 
 
