@@ -9,6 +9,7 @@ OUTPUT ?=
 GPU_PYTHON ?= python3.12
 STAGE ?= 1
 SEED ?= 0
+VERSIONS ?= 4.47.1 4.51.3 4.57.6 5.17.0 5.24.0
 MINUTES ?= 3
 # A model and a training that one CPU core finishes in half an hour on 82,000 short histories (Amazon Instruments).
 QUALITY ?= --min-items 3 --max-items 10 --batch-size 32 --epochs 2 --learning-rate 0.002 --dropout 0 --layers 2 \
@@ -30,7 +31,7 @@ INSTRUCTION_SETS = $$(PYTHONPATH=tests $(BIN)/python -c "from devices import CAP
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 .PHONY: help install check test lint format fuzz sanitize sanitize-quick sanitized-library errors profile profile-long \
-	quality benchmark aot wheel gpu-bundle gpu-check clean
+	quality benchmark transformers aot wheel gpu-bundle gpu-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | column -t -s '|'
@@ -50,6 +51,21 @@ check: lint ## lint, types and the core of the tests, in under 90 seconds
 
 test: install ## all tests
 	$(PYTEST)
+
+# Each release has an environment of its own, which finds everything else, torch too, in $(VENV) after its own packages.
+transformers: install ## tests of the integration with several releases of transformers: VERSIONS="4.47.1 5.24.0"
+	@packages=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); failed=0; \
+	for version in $(VERSIONS); do \
+		own=build/transformers/$$version; log=$$own/tests.log; \
+		$(BIN)/python -m venv --clear --without-pip $$own || exit 1; \
+		echo "$$packages" > $$(echo $$own/lib/python*/site-packages)/shared.pth; \
+		$(BIN)/pip --python $$own/bin/python install --quiet "transformers==$$version" > $$log 2>&1 && \
+			PYTHONPATH=. OMP_WAIT_POLICY=passive $$own/bin/python -m pytest -q -p no:cacheprovider \
+			--override-ini=addopts=--strict-markers -rfEs tests/integrations/transformers >> $$log 2>&1 || failed=1; \
+		found=$$($$own/bin/python -c "import transformers; print(transformers.__version__)" 2> /dev/null); \
+		test "$$found" = $$version || failed=1; \
+		echo "transformers $$found: $$(tail -n 1 $$log)   ($$log)"; \
+	done; exit $$failed
 
 lint: install ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

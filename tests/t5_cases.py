@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import io
+import pickle
 import textwrap
 
 import torch
@@ -124,3 +126,17 @@ def assert_same_training_step(base, base_loss: Tensor, model, loss: Tensor) -> N
             assert relative_error(got[name], expected[name]) < bound, name
     whole = [torch.cat([g.flatten() for g in grads.values()]) for grads in (got, expected)]
     assert relative_error(*whole) < bound
+
+
+def pickled(model: torch.nn.Module) -> torch.nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_whole(model: torch.nn.Module) -> torch.nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, pickled, saved_whole]

@@ -1,5 +1,6 @@
 """STAMP in Hugging Face's models: `apply_stamp` for every supported class. Importing this registers them all."""
 
+from stamp_kernels.integrations.transformers import t5_stamping  # noqa: F401  registers T5's classes
 from stamp_kernels.integrations.transformers.apply import StampStatus, apply_stamp, remove_stamp, stamp_status
 from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig
 from stamp_kernels.integrations.transformers.multi_step_targets import global_target_counts

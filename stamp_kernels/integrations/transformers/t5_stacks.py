@@ -42,9 +42,8 @@ from stamp_kernels.integrations.transformers.padded_layout import pack_padded
 from stamp_kernels.integrations.transformers.padded_queries import PaddedQueries
 from stamp_kernels.integrations.transformers.versions import (
     STACK_ARGUMENTS,
-    arguments_by_name,
     attention_outputs,
-    base_parameters,
+    in_order_of,
     run_block,
 )
 from stamp_kernels.modules._arguments import check_packed
@@ -56,7 +55,6 @@ __all__ = ["PackedT5Attention", "PackedT5Decoder", "PackedT5Encoder", "options_o
 
 logger = logging.get_logger(__name__)
 
-_STACK_PARAMETERS = base_parameters(T5Stack.forward)
 _NO_OPTIONS = ("return_dict", "num_items_in_batch", "output_hidden_states")  # packed stacks have these, or ignore them
 
 
@@ -251,14 +249,15 @@ def _adapted(module: nn.Module) -> nn.Module:
 class PackedT5Encoder(PackedTrunk, PackedT5Stack):
     """T5's encoder on packed sequences, pruned between blocks."""
 
+    @in_order_of(T5Stack.forward)
     def forward(
         self,
+        *,
         input_ids: Tensor | None = None,  # [B, S]
         attention_mask: Tensor | None = None,  # [B, S]
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
         inputs_embeds: Tensor | None = None,  # [B, S, d_model]
-        *args: Any,
         packed_inputs: PackedBatch | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -270,7 +269,7 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
             encoder_hidden_states, encoder_attention_mask: not for an encoder.
             inputs_embeds: embeddings in place of token ids.
             packed_inputs: token ids `[T]` or embeddings `[T, d_model]` as a PackedBatch.
-            args, kwargs: of T5Stack.forward. Options that a packed stack does not have run Hugging Face's own forward,
+            kwargs: of T5Stack.forward. Options that a packed stack does not have run Hugging Face's own forward,
                 on padded inputs, if nothing is pruned.
 
         Returns:
@@ -282,7 +281,6 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
         """
         check_one_given(input_ids=input_ids, inputs_embeds=inputs_embeds, packed_inputs=packed_inputs)
         check_at_most_one_given(attention_mask=attention_mask, packed_inputs=packed_inputs)
-        kwargs = arguments_by_name(_STACK_PARAMETERS[5:], args, kwargs)
         padded = dict(encoder_hidden_states=encoder_hidden_states, encoder_attention_mask=encoder_attention_mask)
         options = options_of_base(self.config, attention_mask=attention_mask, **padded, **_known(kwargs))
         if options:
@@ -334,16 +332,23 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
 
 @packs(T5Stack)
 class PackedT5Decoder(PackedT5Stack):
-    """T5's decoder, on packed sequences where no cache is needed."""
+    """T5's decoder, on packed sequences where no cache is needed.
 
+    Attributes:
+        stamp_skips_zeros: whether its encoder leaves states of 0 in the columns of dropped tokens.
+    """
+
+    stamp_skips_zeros: bool
+
+    @in_order_of(T5Stack.forward)
     def forward(
         self,
+        *,
         input_ids: Tensor | None = None,  # [B, N]
         attention_mask: Tensor | None = None,  # [B, N]
         encoder_hidden_states: Tensor | None = None,  # [B, S, d_model]
         encoder_attention_mask: Tensor | None = None,  # [B, S]
         inputs_embeds: Tensor | None = None,  # [B, N, d_model]
-        *args: Any,
         packed_inputs: PackedBatch | None = None,
         packed_source: PackedBatch | None = None,
         cu_seqlens_cross: Tensor | None = None,  # int32 [B + 1]
@@ -362,7 +367,7 @@ class PackedT5Decoder(PackedT5Stack):
             packed_source: the encoder's states, values `[Ts, d_model]`.
             cu_seqlens_cross, max_seqlen_cross: offsets of the decoder tokens that read each source sequence, if several
                 decoder sequences share one (the beams of a search). None: one decoder sequence for each.
-            args, kwargs: of T5Stack.forward.
+            kwargs: of T5Stack.forward.
 
         Returns:
             T5Stack's output. For packed_inputs, which are teacher forcing without a cache, EncoderOutput with only
@@ -379,7 +384,6 @@ class PackedT5Decoder(PackedT5Stack):
         if (cu_seqlens_cross is None) != (max_seqlen_cross is None):
             missing = "cu_seqlens_cross" if cu_seqlens_cross is None else "max_seqlen_cross"
             raise ValueError(f"cu_seqlens_cross and max_seqlen_cross must be given together, got None for {missing}")
-        kwargs = arguments_by_name(_STACK_PARAMETERS[5:], args, kwargs)
         padded = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -404,6 +408,11 @@ class PackedT5Decoder(PackedT5Stack):
             padded["encoder_attention_mask"] = encoder_attention_mask = known
         elif encoder_hidden_states is not None and not isinstance(behind, SharedSource):
             _check_mask(encoder_hidden_states, encoder_attention_mask)
+            if self.stamp_skips_zeros and (encoder_attention_mask is None or encoder_attention_mask.dim() == 2):
+                # States that are not recognized, beside a mask that may be from before pruning.
+                is_state = (encoder_hidden_states != 0).any(-1)
+                given_mask = True if encoder_attention_mask is None else encoder_attention_mask.bool()
+                padded["encoder_attention_mask"] = encoder_attention_mask = is_state & given_mask
         lacks_cache = kwargs.get("use_cache") is None and getattr(self.config, "use_cache", True)
         wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
         if options or (kwargs.get("use_cache") is None and not self.training) or (lacks_cache and wants_tuple):

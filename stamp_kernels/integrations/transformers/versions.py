@@ -13,7 +13,7 @@ self-attention, `encoder_attention_mask` that of its cross attention. Packed sta
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, T5ForConditionalGeneration
@@ -36,13 +36,15 @@ except ImportError:  # before 5.0
 __all__ = [
     "MODEL_ARGUMENTS",
     "STACK_ARGUMENTS",
-    "arguments_by_name",
     "attention_outputs",
     "base_parameters",
     "head_scale",
+    "in_order_of",
     "let_record",
     "run_block",
 ]
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 _ATTENTION_PARAMETERS = inspect.signature(T5Attention.forward).parameters
 _ATTENTION_RETURNS_CACHE = "past_key_value" in _ATTENTION_PARAMETERS
@@ -111,16 +113,24 @@ def base_parameters(function: Callable[..., Any]) -> list[str]:
     return [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds][1:]
 
 
-def arguments_by_name(names: list[str], args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments for the positional ones, which have these names, and for those that are given by name.
+def in_order_of(base_forward: Callable[..., Any]) -> Callable[[_Forward], _Forward]:
+    """Decorator of a forward that takes arguments by name only: positional ones have the base model's order."""
+    names = base_parameters(base_forward)
 
-    Raises:
-        TypeError: as for any function, there are too many, or one is given twice.
-    """
-    if len(args) > len(names):
-        raise TypeError(f"forward takes {len(names)} more positional arguments here, got {len(args)}")
-    by_place = dict(zip(names, args, strict=False))
-    twice = by_place.keys() & given.keys()
-    if twice:
-        raise TypeError(f"forward got multiple values for {', '.join(sorted(twice))}")
-    return by_place | given
+    def decorate(forward: _Forward) -> _Forward:
+        @functools.wraps(forward)
+        def in_order(self: Any, *args: Any, **kwargs: Any) -> Any:
+            """Raises:
+            TypeError: as for any function, there are too many arguments, or one is given twice.
+            """
+            if len(args) > len(names):
+                raise TypeError(f"forward takes {len(names)} positional arguments, got {len(args)}")
+            by_place = dict(zip(names, args, strict=False))
+            twice = by_place.keys() & kwargs.keys()
+            if twice:
+                raise TypeError(f"forward got multiple values for {', '.join(sorted(twice))}")
+            return forward(self, **by_place, **kwargs)
+
+        return cast(_Forward, in_order)
+
+    return decorate

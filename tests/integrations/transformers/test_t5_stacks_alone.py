@@ -40,7 +40,6 @@ from stamp_kernels.integrations.transformers import (
     apply_stamp,
     remove_stamp,
     stamp_status,
-    t5_stacks,
 )
 from stamp_kernels.packed import PackedBatch
 
@@ -76,20 +75,6 @@ def made(cls: type[T5PreTrainedModel], **changes) -> T5PreTrainedModel:
     for stack in (module for module in model.modules() if isinstance(module, T5Stack)):
         stack.config._attn_implementation = "eager"
     return model
-
-
-@pytest.fixture
-def packed_calls(monkeypatch) -> list[str]:
-    """The kinds of packed attention that ran."""
-    calls = []
-    run = t5_stacks.packed_attention
-
-    def counted(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *args, **kwargs):
-        calls.append("self" if cu_seqlens_k is None else "cross")
-        return run(q, k, v, cu_seqlens_q, cu_seqlens_k, *args, **kwargs)
-
-    monkeypatch.setattr(t5_stacks, "packed_attention", counted)
-    return calls
 
 
 # ---- T5Model -------------------------------------------------------------------------------------------------------

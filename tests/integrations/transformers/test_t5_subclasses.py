@@ -4,8 +4,6 @@ Nothing is lost in silence: no overridden method, no patched instance, no mask, 
 """
 
 import copy
-import io
-import pickle
 import types
 import warnings
 from collections.abc import Callable
@@ -18,6 +16,7 @@ from closeness import assert_close, relative_error
 from padded_stamp import decode_padded, encode_padded
 from peft import LoraConfig, TaskType, get_peft_model
 from t5_cases import (
+    COPIES,
     LEVELS,
     PREDICTION,
     PRUNING,
@@ -116,20 +115,6 @@ def assert_pruned_like_the_reference(base: nn.Module, model: nn.Module, batch: d
     encoded = encode_padded(base, **inputs_of(batch), pruning=PRUNING)
     expected = decode_padded(base, encoded, labels=batch["labels"])
     assert_same_training_step(base, expected.loss, model, model(**batch).loss)
-
-
-@pytest.fixture
-def packed_calls(monkeypatch) -> list[str]:
-    """The kinds of packed attention that ran."""
-    calls = []
-    run = t5_stacks.packed_attention
-
-    def counted(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *args, **kwargs):
-        calls.append("self" if cu_seqlens_k is None else "cross")
-        return run(q, k, v, cu_seqlens_q, cu_seqlens_k, *args, **kwargs)
-
-    monkeypatch.setattr(t5_stacks, "packed_attention", counted)
-    return calls
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
@@ -1264,18 +1249,7 @@ def test_checkpoints_of_subclasses(cls, tmp_path):
     assert torch.equal(base(**batch).loss, expected.loss)
 
 
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved_whole(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_whole])
+@pytest.mark.parametrize("copied", COPIES)
 def test_copies_of_subclasses_are_stamped(copied):
     base = with_encoder(SuperEncoder, Smoothed)
     become_all(base.decoder, T5Attention, HalvedAttention)
