@@ -329,6 +329,7 @@ def test_layers_without_further_arguments(packed_calls):
     become_all(base, T5LayerCrossAttention, OldCrossLayer)
     model = silently_stamped(base)
     assert_all_packed(model)
+    packed_calls.clear()  # layers of others are tried out
     model(**batch_of())
     assert len(packed_calls) == 9
     assert_same_as_base(base, model, batch_of("left"))
@@ -1214,8 +1215,6 @@ def test_arguments_that_nobody_knows_are_refused():
     model = stamped(subclass_model(Smoothed))
     with pytest.raises(ValueError, match="forward takes no user_ids"):
         model(**batch_of(), user_ids=torch.zeros(4))
-    with pytest.raises(TypeError, match="user_ids"):
-        stamped(subclass_model(Letter))(**batch_of(), user_ids=torch.zeros(4))
 
 
 class BuiltStamped(StampT5ForConditionalGeneration):
