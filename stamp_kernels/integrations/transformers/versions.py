@@ -138,6 +138,19 @@ def in_order_of(base_forward: Callable[..., Any]) -> Callable[[_Forward], _Forwa
                 raise TypeError(f"forward got multiple values for {', '.join(sorted(twice))}")
             return forward(self, **by_place, **kwargs)
 
+        # Trainer and generate look the names up.
+        in_order.__signature__ = _joined_signature(base_forward, forward)  # type: ignore[attr-defined]
         return cast(_Forward, in_order)
 
     return decorate
+
+
+def _joined_signature(base_forward: Callable[..., Any], forward: Callable[..., Any]) -> inspect.Signature:
+    """The base model's arguments, by place or name, and then what a forward adds to them by name."""
+    parameters = dict(inspect.signature(base_forward).parameters)
+    added = [each for name, each in inspect.signature(forward).parameters.items() if name not in parameters]
+    options = [each for each in parameters.values() if each.kind is each.VAR_KEYWORD]
+    named = [each for each in parameters.values() if each.kind is not each.VAR_KEYWORD]
+    by_name = [each for each in added if each.kind is each.KEYWORD_ONLY]
+    options = options or [each for each in added if each.kind is each.VAR_KEYWORD]
+    return inspect.Signature([*named, *by_name, *options])
