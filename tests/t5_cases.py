@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import io
+import pickle
 import textwrap
 
 import torch
@@ -37,18 +39,33 @@ HEADS = {
 WITH_WEIGHTS = {} if HAS_SDPA else {"output_attentions": True}
 
 
+# Whether T5's forward hands further arguments to its stacks, from 5.0 on.
+_PARAMETERS = list(inspect.signature(T5ForConditionalGeneration.forward).parameters)[1:]
+HAS_KWARGS = "kwargs" in _PARAMETERS
+
 # The name of the cache in T5's forward and its output, and in that of its layers.
 CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 _ATTENTION_ARGUMENTS = inspect.signature(modeling_t5.T5Attention.forward).parameters
-_NEEDED_BY_ATTENTION = {"cache", "past_key_values", "past_key_value", "cache_position", "query_length"}
+_NEEDED_BY_ATTENTION = ("cache", "past_key_values", "past_key_value", "cache_position", "query_length", *WITH_WEIGHTS)
 
 
 def needed_by_attention(kwargs: dict) -> dict:
-    """Of a layer's keyword arguments those without which attention does not decode: the cache, and before 5.0
+    """Of a layer's keyword arguments those that every forward hands to the attention: the cache, and before 5.0
     positions.
     """
-    names = _NEEDED_BY_ATTENTION.intersection(_ATTENTION_ARGUMENTS)
+    names = set(_NEEDED_BY_ATTENTION).intersection(_ATTENTION_ARGUMENTS)
     return {name: value for name, value in kwargs.items() if name in names}
+
+
+def positions_of(states: Tensor) -> dict[str, Tensor]:
+    """What a loop over the blocks gives each of them besides states, mask and bias: before 5.0 positions."""
+    return {} if HAS_KWARGS else {"cache_position": torch.arange(states.shape[1])}
+
+
+def positional(**named) -> tuple:
+    """The arguments by place, in the order of this release's T5ForConditionalGeneration.forward."""
+    last = max(map(_PARAMETERS.index, named))
+    return tuple(named.get(name) for name in _PARAMETERS[: last + 1])
 
 
 # from_pretrained's name of the dtype. The one before 4.56 is deprecated now.
@@ -143,3 +160,17 @@ def assert_same_training_step(base, base_loss: Tensor, model, loss: Tensor) -> N
             assert relative_error(got[name], expected[name]) < bound, name
     whole = [torch.cat([g.flatten() for g in grads.values()]) for grads in (got, expected)]
     assert relative_error(*whole) < bound
+
+
+def pickled(model: torch.nn.Module) -> torch.nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved_whole(model: torch.nn.Module) -> torch.nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, pickled, saved_whole]

@@ -180,10 +180,13 @@ def apply_stamp(
     """Run a Hugging Face model on packed sequences, prune them (SAP), and predict further items in training (MAP).
 
     In place; `remove_stamp` undoes it. Parameters, their names and the model's inputs do not change. Without pruning
-    and prediction, outputs and gradients do not change either, except on padding, where states are 0. The heads of the
-    prediction are `model.stamp_prediction`; only their parameters are new. Both configurations are stored in
-    `model.config.stamp`, so that `save_pretrained` writes them and `from_pretrained` of the stamped class restores
-    them. The base model's own class loads such a checkpoint too, as a model that is not pruned.
+    and prediction, outputs and gradients do not change either, with two exceptions: states on padding are 0, and the
+    decoder attends to nothing of a history without tokens (an attention_mask row of zeros), where the base model
+    attends uniformly to its padding.
+
+    The heads of the prediction are `model.stamp_prediction`; only their parameters are new. Both configurations are
+    stored in `model.config.stamp`, so that `save_pretrained` writes them and `from_pretrained` of the stamped class
+    restores them. The base model's own class loads such a checkpoint too, as a model that is not pruned.
 
     Subclasses keep what they override: the stamped class goes below them in the method resolution order, so that
     `super().forward` reaches it. A forward that does not call it keeps its loss, and its stacks run packed. A stack
@@ -198,7 +201,7 @@ def apply_stamp(
     Args:
         model: a T5ForConditionalGeneration, T5EncoderModel, T5Model or another model with T5's stacks, a T5Stack
             itself, or a subclass of these.
-        pruning: None: not pruned. Only for models with an encoder.
+        pruning: None: not pruned. Only for models with an encoder, and for every encoder that a model has.
         prediction: None: no auxiliary loss. Only for T5ForConditionalGeneration.
 
     Returns:

@@ -332,7 +332,13 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
 
 @packs(T5Stack)
 class PackedT5Decoder(PackedT5Stack):
-    """T5's decoder, on packed sequences where no cache is needed."""
+    """T5's decoder, on packed sequences where no cache is needed.
+
+    Attributes:
+        stamp_skips_zeros: whether its encoder leaves states of 0 in the columns of dropped tokens.
+    """
+
+    stamp_skips_zeros: bool
 
     @in_order_of(T5Stack.forward)
     def forward(
@@ -402,6 +408,11 @@ class PackedT5Decoder(PackedT5Stack):
             padded["encoder_attention_mask"] = encoder_attention_mask = known
         elif encoder_hidden_states is not None and not isinstance(behind, SharedSource):
             _check_mask(encoder_hidden_states, encoder_attention_mask)
+            if self.stamp_skips_zeros and (encoder_attention_mask is None or encoder_attention_mask.dim() == 2):
+                # States that are not recognized, beside a mask that may be from before pruning.
+                is_state = (encoder_hidden_states != 0).any(-1)
+                given_mask = True if encoder_attention_mask is None else encoder_attention_mask.bool()
+                padded["encoder_attention_mask"] = encoder_attention_mask = is_state & given_mask
         lacks_cache = kwargs.get("use_cache") is None and getattr(self.config, "use_cache", True)
         wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
         if options or (kwargs.get("use_cache") is None and not self.training) or (lacks_cache and wants_tuple):

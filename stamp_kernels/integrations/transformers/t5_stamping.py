@@ -1,9 +1,13 @@
 """What apply_stamp does to a T5: which stacks can run packed, and the classes that they and their model become."""
 
+import copy
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import T5ForConditionalGeneration, T5PreTrainedModel
 from transformers.models.t5.modeling_t5 import T5Attention, T5Stack
 
@@ -16,6 +20,7 @@ from stamp_kernels.integrations.transformers.classes import (
     stamped_class,
 )
 from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig
+from stamp_kernels.integrations.transformers.packed_trunk import CrossPacking, Packing
 from stamp_kernels.integrations.transformers.t5 import (
     StampT5EncoderModel,
     StampT5ForConditionalGeneration,
@@ -23,8 +28,9 @@ from stamp_kernels.integrations.transformers.t5 import (
     StampT5PreTrainedModel,
 )
 from stamp_kernels.integrations.transformers.t5_stacks import PackedT5Attention, PackedT5Decoder, PackedT5Encoder
-from stamp_kernels.integrations.transformers.tokenwise import mixes_tokens
+from stamp_kernels.integrations.transformers.tokenwise import differs_in_parts, mixes_tokens
 from stamp_kernels.integrations.transformers.versions import attention_implementation, let_record
+from stamp_kernels.packed import PackedBatch
 
 __all__: list[str] = []  # importing it registers T5's classes
 
@@ -100,7 +106,45 @@ def _why_padded(name: str, stack: T5Stack) -> str | None:
             is_probed = inner.endswith(("layer_norm", "layer.1", "layer.2")) and not _attentions(module)
             if is_probed and mixes_tokens(module, stack.config.d_model):
                 return f"{inner} of block {number}, a {type(module).__name__}, mixes tokens, and would mix histories"
+        foreign = [
+            module for module in (block, *getattr(block, "layer", ())) if _attentions(module) and not _is_t5(module)
+        ]
+        if foreign and _mixes_histories(stack, block):
+            return f"block {number} mixes histories, or counts their tokens, in {type(foreign[0]).__name__}.forward"
     return None
+
+
+def _is_t5(module: nn.Module) -> bool:
+    """Whether the forward of a block or layer is Hugging Face's."""
+    return "forward" not in vars(module) and inspect.unwrap(type(module).forward).__module__ == T5Stack.__module__
+
+
+def _mixes_histories(stack: T5Stack, block: nn.Module) -> bool:
+    """Runs a packed copy of the block on two histories, together and one by one."""
+    block = copy.deepcopy(block)
+    for attention in _attentions(block).values():
+        attention.__class__ = stamped_class(type(attention), PackedT5Attention)
+    config = stack.config
+    bias_table = torch.linspace(-1, 1, config.relative_attention_num_buckets * config.num_heads, device="cpu")
+    bias_table = bias_table.view(-1, config.num_heads)
+
+    def run(states: Tensor, *lengths: int) -> Tensor:
+        starts = [0, *itertools.accumulate(lengths)]
+        offsets = torch.tensor(starts, dtype=torch.int32, device=states.device)
+        batch = PackedBatch(states[0], offsets, max(lengths))
+        # A history reads itself as its source.
+        cross = (states, CrossPacking(batch, offsets, max(lengths), None)) if stack.is_decoder else ()
+        output: Tensor = block(states, Packing(batch), bias_table.to(states), *cross)[0]
+        return output
+
+    return differs_in_parts(block, config.d_model, run)
+
+
+def _skip_dropped_states(model: nn.Module, pruning: PruningConfig | None) -> None:
+    """With layout="original" a decoder takes no state of 0 for one of a token, whatever mask it is given."""
+    for stack in _stacks(model).values():
+        if isinstance(stack, PackedT5Decoder):
+            stack.stamp_skips_zeros = pruning is not None and pruning.layout == "original"
 
 
 def _pack(model: nn.Module, status: StampStatus, pruning: PruningConfig | None) -> None:
@@ -112,12 +156,15 @@ def _pack(model: nn.Module, status: StampStatus, pruning: PruningConfig | None) 
                 attention.__class__ = stamped_class(type(attention), PackedT5Attention)
             if isinstance(stack, PackedT5Encoder):
                 stack.set_pruning(pruning)
+    _skip_dropped_states(model, pruning)
 
 
 def _unpack(model: nn.Module) -> None:
     for stack in _stacks(model).values():
         if isinstance(stack, PackedT5Encoder):
             stack.remove_pruning()
+        if isinstance(stack, PackedT5Decoder):
+            del stack.stamp_skips_zeros
         for module in (*_attentions(stack).values(), stack):
             module.__class__ = own_class(type(module))
 

@@ -4,6 +4,8 @@ Blocks of packed stacks get the tokens of all histories as one row `[1, T, d_mod
 other module that looks at its neighbours, such as a convolution, would mix histories.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import (
@@ -13,7 +15,7 @@ from transformers.models.t5.modeling_t5 import (
     T5LayerNorm,
 )
 
-__all__ = ["mixes_tokens"]
+__all__ = ["differs_in_parts", "mixes_tokens"]
 
 _TOKENWISE = (T5LayerFF, T5DenseActDense, T5DenseGatedActDense, T5LayerNorm, nn.Linear, nn.Dropout, nn.Identity)
 _TOKENWISE_FILES = ("torch.nn.modules.activation", "transformers.activations", "peft.tuners")
@@ -22,11 +24,21 @@ _TOKENWISE_FILES = ("torch.nn.modules.activation", "transformers.activations", "
 def mixes_tokens(module: nn.Module, width: int) -> bool:
     """Whether the output of a module for a token `[1, 1, width]` depends on other tokens.
 
-    Known classes do not. Others are run once, in evaluation, on random states: whole, and in two parts. A module that
-    cannot be run like that, for example because its parameters are on the meta device, is trusted.
+    Known classes do not. Others are run once on random states, see `differs_in_parts`.
+    """
+    if all(_is_known(each) for each in module.modules()):
+        return False
+    return differs_in_parts(module, width, lambda states, *lengths: _states(module(states)))
+
+
+def differs_in_parts(module: nn.Module, width: int, run: Callable[..., Tensor]) -> bool:
+    """Whether `run(states, 3, 4)`, on random states `[1, 7, width]`, is not what it gives for 3 and for 4 of them.
+
+    In evaluation, without gradients. A module that cannot be run like that, for example because its parameters are on
+    the meta device, is trusted: False.
     """
     parameter = next(module.parameters(), None)
-    if all(_is_known(each) for each in module.modules()) or parameter is None or parameter.is_meta:
+    if parameter is None or parameter.is_meta:
         return False
     states = torch.randn(1, 7, width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     states = states.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
@@ -34,14 +46,18 @@ def mixes_tokens(module: nn.Module, width: int) -> bool:
     module.eval()
     try:
         with torch.no_grad():
-            whole = _states(module(states))
-            parts = torch.cat([_states(module(states[:, :3])), _states(module(states[:, 3:]))], dim=1)
+            whole = run(states, 3, 4)
+            parts = torch.cat([run(states[:, :3], 3), run(states[:, 3:], 4)], dim=1)
     except Exception:  # whatever a foreign module raises, it says nothing about tokens
         return False
     finally:
         for each, mode in modes:
             each.training = mode
-    return whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=0.05, atol=0.05 * float(whole.std()))
+    tolerance = 0.05 if whole.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    is_close = whole.shape == parts.shape and torch.allclose(
+        whole, parts, rtol=tolerance, atol=tolerance * float(whole.std())
+    )
+    return not is_close
 
 
 def _is_known(module: nn.Module) -> bool:

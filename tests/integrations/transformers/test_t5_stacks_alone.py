@@ -11,6 +11,7 @@ import torch
 from closeness import assert_close, relative_error
 from padded_stamp import encode_padded
 from t5_cases import (
+    HAS_KWARGS,
     LEVELS,
     PREDICTION,
     PRUNING,
@@ -40,7 +41,6 @@ from stamp_kernels.integrations.transformers import (
     apply_stamp,
     remove_stamp,
     stamp_status,
-    t5_stacks,
 )
 from stamp_kernels.packed import PackedBatch
 
@@ -72,24 +72,13 @@ def config(**changes):
 
 def made(cls: type[T5PreTrainedModel], **changes) -> T5PreTrainedModel:
     torch.manual_seed(0)
-    model = cls(config(**changes)).double().train()
+    model = cls(config(**changes))
+    if cls is T5Stack and model.embed_tokens is None:  # before 5.0
+        model.set_input_embeddings(nn.Embedding(model.config.vocab_size, model.config.d_model))
+    model.double().train()
     for stack in (module for module in model.modules() if isinstance(module, T5Stack)):
         stack.config._attn_implementation = "eager"
     return model
-
-
-@pytest.fixture
-def packed_calls(monkeypatch) -> list[str]:
-    """The kinds of packed attention that ran."""
-    calls = []
-    run = t5_stacks.packed_attention
-
-    def counted(q, k, v, cu_seqlens_q, cu_seqlens_k=None, *args, **kwargs):
-        calls.append("self" if cu_seqlens_k is None else "cross")
-        return run(q, k, v, cu_seqlens_q, cu_seqlens_k, *args, **kwargs)
-
-    monkeypatch.setattr(t5_stacks, "packed_attention", counted)
-    return calls
 
 
 # ---- T5Model -------------------------------------------------------------------------------------------------------
@@ -493,6 +482,7 @@ def test_mask_changed_in_place():
     assert_same_training_step(base, losses[0], model, losses[1])
 
 
+@pytest.mark.skipif(not HAS_KWARGS, reason="before 5.0 T5 takes no mask of four dimensions for the histories")
 def test_mask_of_four_dimensions():
     """Hugging Face's own forward adds it to the scores."""
     base = Grid()

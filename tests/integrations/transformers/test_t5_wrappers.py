@@ -1,8 +1,6 @@
 """Hooks, adapters, dtypes and copies work on a stamped T5 as on the base model."""
 
 import copy
-import io
-import pickle
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from accelerate import cpu_offload
 from closeness import assert_close, relative_error
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from t5_cases import (
+    COPIES,
     HEADS,
     LENGTHS,
     PREDICTION,
@@ -378,18 +377,7 @@ def test_models_of_half_precision(configs, dtype):
 # ---- copies --------------------------------------------------------------------------------------------------------
 
 
-def pickled(model: nn.Module) -> nn.Module:
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved_whole(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved_whole])
+@pytest.mark.parametrize("copied", COPIES)
 def test_copies_are_stamped(copied):
     prediction = replace(PREDICTION, lambda_=LinearDecay(0.3, 0.1, 10))
     model = trained_heads(apply_stamp(tiny_t5(dropout_rate=0.1), pruning=PRUNING, prediction=prediction))

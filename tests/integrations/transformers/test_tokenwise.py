@@ -1,12 +1,15 @@
 """Layers that somebody has put into a block: those that look at other tokens would mix packed histories."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from closeness import relative_error
 from t5_cases import padded_batch, tiny_t5
 from torch import Tensor, nn
+from transformers import T5Model
+from transformers.models.t5.modeling_t5 import T5Block, T5LayerCrossAttention, T5LayerSelfAttention
 
 from stamp_kernels.integrations.transformers import PruningConfig, apply_stamp, stamp_status
 from stamp_kernels.integrations.transformers.tokenwise import mixes_tokens
@@ -87,3 +90,79 @@ def test_a_stack_that_mixes_tokens_stays_padded(place):
     assert relative_error(model(**batch).logits, base(**batch).logits) < 1e-5
     with pytest.raises(ValueError, match="pruning needs an encoder that runs packed: layer"):
         apply_stamp(base, pruning=PruningConfig())
+
+
+class CallsSuper(T5Block):
+    def forward(self, hidden_states, *args, **kwargs):
+        states, *others = super().forward(1.5 * hidden_states, *args, **kwargs)
+        return (states, *others)
+
+
+class AddsPlaces(T5Block):
+    def forward(self, hidden_states, *args, **kwargs):
+        places = 0.01 * torch.arange(hidden_states.shape[1])[:, None]
+        return super().forward(hidden_states + places, *args, **kwargs)
+
+
+class Centres(T5LayerSelfAttention):
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(hidden_states - hidden_states.mean(1, keepdim=True), *args, **kwargs)
+
+
+class CentresSource(T5LayerCrossAttention):
+    def forward(self, hidden_states, key_value_states, *args, **kwargs):
+        centred = key_value_states - key_value_states.mean(1, keepdim=True)
+        return super().forward(hidden_states, centred, *args, **kwargs)
+
+
+def with_class(stack: nn.Module, number: int, layer: int | None, new: type[nn.Module]) -> None:
+    """Replaces the class of a block, or of one of its layers."""
+    block = stack.block[number]
+    (block if layer is None else block.layer[layer]).__class__ = new
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("stack", "layer", "new", "is_packed"),
+    [
+        ("encoder", None, CallsSuper, True),
+        ("decoder", None, CallsSuper, True),
+        ("encoder", None, AddsPlaces, False),
+        ("decoder", None, AddsPlaces, False),
+        ("encoder", 0, Centres, False),
+        ("decoder", 1, CentresSource, False),
+    ],
+)
+def test_blocks_that_mix_histories_stay_padded(stack, layer, new, is_packed, number):
+    base = tiny_t5()
+    with_class(getattr(base, stack), number, layer, new)
+    model, batch = copy.deepcopy(base), padded_batch((9, 9, 9))  # the means of T5 are over padding too
+    with (
+        nullcontext() if is_packed else pytest.warns(UserWarning, match=rf"mixes histories, .* {new.__name__}\.forward")
+    ):
+        apply_stamp(model)
+    assert (stack in stamp_status(model).packed) == is_packed
+    assert relative_error(model(**batch).loss, base(**batch).loss) < 1e-5
+
+
+@pytest.mark.parametrize("mask", ["that of the caller", "none"])
+def test_dropped_states_are_not_read_from_a_copy(mask):
+    """layout="original": a copy of the states has no layout, and the caller's mask is from before pruning."""
+    torch.manual_seed(0)
+    pruning = PruningConfig([(1, 0.5)], layout="original")
+    model = apply_stamp(T5Model(tiny_t5(torch.float64).config).double(), pruning=pruning)
+    batch = padded_batch((9, 9, 9))
+    for training in (True, False):
+        model.train(training)
+        encoded = model.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        assert not encoded.attention_mask.all()
+        inputs = dict(input_ids=batch["labels"])
+        expected = model.decoder(
+            **inputs, encoder_hidden_states=encoded.last_hidden_state, encoder_attention_mask=encoded.attention_mask
+        )
+        got = model.decoder(
+            **inputs,
+            encoder_hidden_states=encoded.last_hidden_state * 1,
+            encoder_attention_mask=None if mask == "none" else batch["attention_mask"],
+        )
+        assert relative_error(got.last_hidden_state, expected.last_hidden_state) < 1e-9
