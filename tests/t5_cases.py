@@ -40,8 +40,7 @@ WITH_WEIGHTS = {} if HAS_SDPA else {"output_attentions": True}
 
 
 # Whether T5's forward hands further arguments to its stacks, from 5.0 on.
-_PARAMETERS = list(inspect.signature(T5ForConditionalGeneration.forward).parameters)[1:]
-HAS_KWARGS = "kwargs" in _PARAMETERS
+HAS_KWARGS = "kwargs" in inspect.signature(T5ForConditionalGeneration.forward).parameters
 
 # The name of the cache in T5's forward and its output, and in that of its layers.
 CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
@@ -62,10 +61,11 @@ def positions_of(states: Tensor) -> dict[str, Tensor]:
     return {} if HAS_KWARGS else {"cache_position": torch.arange(states.shape[1])}
 
 
-def positional(**named) -> tuple:
-    """The arguments by place, in the order of this release's T5ForConditionalGeneration.forward."""
-    last = max(map(_PARAMETERS.index, named))
-    return tuple(named.get(name) for name in _PARAMETERS[: last + 1])
+def positional(model_class: type[torch.nn.Module], **named) -> tuple:
+    """The arguments by place, in the order of this release's forward."""
+    parameters = list(inspect.signature(model_class.forward).parameters)[1:]
+    last = max(map(parameters.index, named))
+    return tuple(named.get(name) for name in parameters[: last + 1])
 
 
 # from_pretrained's name of the dtype. The one before 4.56 is deprecated now.

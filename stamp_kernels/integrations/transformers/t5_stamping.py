@@ -20,7 +20,7 @@ from stamp_kernels.integrations.transformers.classes import (
     stamped_class,
 )
 from stamp_kernels.integrations.transformers.configuration import PredictionConfig, PruningConfig
-from stamp_kernels.integrations.transformers.packed_trunk import CrossPacking, Packing
+from stamp_kernels.integrations.transformers.packed_trunk import CrossPacking, Packing, check_consumed
 from stamp_kernels.integrations.transformers.t5 import (
     StampT5EncoderModel,
     StampT5ForConditionalGeneration,
@@ -132,9 +132,14 @@ def _mixes_histories(stack: T5Stack, block: nn.Module) -> bool:
         starts = [0, *itertools.accumulate(lengths)]
         offsets = torch.tensor(starts, dtype=torch.int32, device=states.device)
         batch = PackedBatch(states[0], offsets, max(lengths))
-        # A history reads itself as its source.
-        cross = (states, CrossPacking(batch, offsets, max(lengths), None)) if stack.is_decoder else ()
-        output: Tensor = block(states, Packing(batch), bias_table.to(states), *cross)[0]
+        packing, bias = Packing(batch), bias_table.to(states)
+        if not stack.is_decoder:
+            output: Tensor = block(states, packing, bias)[0]
+            check_consumed(block, 0, packing)  # an attention without its mask fails here, as it will when it runs
+            return output
+        cross = CrossPacking(batch, offsets, max(lengths), None)
+        output = block(states, packing, bias, states, cross)[0]  # a history reads itself as its source
+        check_consumed(block, 0, packing, cross)
         return output
 
     return differs_in_parts(block, config.d_model, run)

@@ -19,6 +19,7 @@ from t5_cases import (
     assert_same_training_step,
     gradients,
     padded_batch,
+    positional,
     stamped,
     tiny_t5,
 )
@@ -124,8 +125,9 @@ def test_outputs_of_t5_model_by_number():
             expected, got = (each.train(training)(**arguments, **options, return_dict=False) for each in (base, model))
             assert [type(each) for each in got] == [type(each) for each in expected]
             assert_close(got[0], expected[0])
-    names = (None, batch["attention_mask"], batch["labels"], None, base.encoder(**inputs_of(batch)))
-    assert_close(model(*names).last_hidden_state, base(*names).last_hidden_state)
+    named = dict(attention_mask=batch["attention_mask"], decoder_input_ids=batch["labels"])
+    arguments = positional(T5Model, **named, encoder_outputs=base.encoder(**inputs_of(batch)))
+    assert_close(model(*arguments).last_hidden_state, base(*arguments).last_hidden_state)
 
 
 @pytest.mark.parametrize("padding", PADDINGS)
