@@ -7,6 +7,7 @@ import pickle
 import textwrap
 
 import torch
+import transformers
 from closeness import relative_error
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration, T5PreTrainedModel
@@ -41,6 +42,9 @@ WITH_WEIGHTS = {} if HAS_SDPA else {"output_attentions": True}
 
 # Whether T5's forward hands further arguments to its stacks, from 5.0 on.
 HAS_KWARGS = "kwargs" in inspect.signature(T5ForConditionalGeneration.forward).parameters
+
+# Whether output_hidden_states may be indices of layers. 5.17 takes some, and leaves others out of the tuple.
+HAS_SELECTION = hasattr(getattr(transformers.utils, "output_capturing", None), "selected_hidden_states")
 
 # The name of the cache in T5's forward and its output, and in that of its layers.
 CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"

@@ -460,7 +460,7 @@ def _use_cache(model: T5PreTrainedModel, kwargs: dict[str, Any], wants_tuple: bo
     if given is not None:
         return given
     if wants_tuple:
-        return cast(bool, model.config.use_cache)  # a tuple has the base model's length
+        return model.config.use_cache  # a tuple has the base model's length
     has_none = kwargs.get("past_key_values") is None and kwargs.get("cache") is None
     packs = model.training and has_none and getattr(model.decoder, "takes_packed", False)
     return False if packs else None
