@@ -51,6 +51,7 @@ from stamp_kernels.integrations.transformers.t5_stacks import (
 from stamp_kernels.integrations.transformers.versions import (
     MODEL_ARGUMENTS,
     base_parameters,
+    given_cache,
     head_scale,
     in_order_of,
 )
@@ -313,10 +314,9 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         encoder_outputs = histories.encoder_outputs
         if encoder_outputs is None:
             encoder_outputs = self._encode(histories, kwargs)
-        if isinstance(encoder_outputs, SharedEncoderOutput):
-            cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
-            if kwargs.get("output_attentions") or has_static_cache(cache):
-                encoder_outputs = encoder_outputs.repeated()
+        needs_copies = kwargs.get("output_attentions") or has_static_cache(given_cache(kwargs))
+        if needs_copies and isinstance(encoder_outputs, SharedEncoderOutput):
+            encoder_outputs = encoder_outputs.repeated()
         if isinstance(encoder_outputs, SharedEncoderOutput):
             given = kwargs.get("decoder_input_ids")
             given = kwargs.get("decoder_inputs_embeds") if given is None else given
@@ -461,8 +461,7 @@ def _use_cache(model: T5PreTrainedModel, kwargs: dict[str, Any], wants_tuple: bo
         return given
     if wants_tuple:
         return model.config.use_cache  # a tuple has the base model's length
-    has_none = kwargs.get("past_key_values") is None and kwargs.get("cache") is None
-    packs = model.training and has_none and getattr(model.decoder, "takes_packed", False)
+    packs = model.training and given_cache(kwargs) is None and getattr(model.decoder, "takes_packed", False)
     return False if packs else None
 
 

@@ -1031,9 +1031,7 @@ def test_hidden_states_of_a_pruned_model(training):
     assert all(p.grad is not None for p in model.encoder.block[0].parameters())
 
 
-@pytest.mark.skipif(
-    not HAS_SELECTION, reason="before 5.18 or later T5 has all hidden states, none, or not those that are asked"
-)
+@pytest.mark.skipif(not HAS_SELECTION, reason="earlier releases have all, none, or (5.17) others than those asked for")
 @pytest.mark.parametrize("selected", [[1], 2, [0, -1], [7, 1]])
 def test_selected_hidden_states(selected):
     """The newest releases take indices in the place of True."""
