@@ -7,6 +7,7 @@ import pickle
 import textwrap
 
 import torch
+import transformers
 from closeness import relative_error
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration, T5PreTrainedModel
@@ -39,18 +40,36 @@ HEADS = {
 WITH_WEIGHTS = {} if HAS_SDPA else {"output_attentions": True}
 
 
+# Whether T5's forward hands further arguments to its stacks, from 5.0 on.
+HAS_KWARGS = "kwargs" in inspect.signature(T5ForConditionalGeneration.forward).parameters
+
+# Whether output_hidden_states may be indices of layers. 5.17 takes some, and leaves others out of the tuple.
+HAS_SELECTION = hasattr(getattr(transformers.utils, "output_capturing", None), "selected_hidden_states")
+
 # The name of the cache in T5's forward and its output, and in that of its layers.
 CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 _ATTENTION_ARGUMENTS = inspect.signature(modeling_t5.T5Attention.forward).parameters
-_NEEDED_BY_ATTENTION = {"cache", "past_key_values", "past_key_value", "cache_position", "query_length"}
+_NEEDED_BY_ATTENTION = ("cache", "past_key_values", "past_key_value", "cache_position", "query_length", *WITH_WEIGHTS)
 
 
 def needed_by_attention(kwargs: dict) -> dict:
-    """Of a layer's keyword arguments those without which attention does not decode: the cache, and before 5.0
+    """Of a layer's keyword arguments those that every forward hands to the attention: the cache, and before 5.0
     positions.
     """
-    names = _NEEDED_BY_ATTENTION.intersection(_ATTENTION_ARGUMENTS)
+    names = set(_NEEDED_BY_ATTENTION).intersection(_ATTENTION_ARGUMENTS)
     return {name: value for name, value in kwargs.items() if name in names}
+
+
+def positions_of(states: Tensor) -> dict[str, Tensor]:
+    """What a loop over the blocks gives each of them besides states, mask and bias: before 5.0 positions."""
+    return {} if HAS_KWARGS else {"cache_position": torch.arange(states.shape[1])}
+
+
+def positional(model_class: type[torch.nn.Module], **named) -> tuple:
+    """The arguments by place, in the order of this release's forward."""
+    parameters = list(inspect.signature(model_class.forward).parameters)[1:]
+    last = max(map(parameters.index, named))
+    return tuple(named.get(name) for name in parameters[: last + 1])
 
 
 # from_pretrained's name of the dtype. The one before 4.56 is deprecated now.

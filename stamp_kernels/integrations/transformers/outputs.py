@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
 from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, layout_on_the_left
+from stamp_kernels.integrations.transformers.versions import given_cache
 from stamp_kernels.packed import PackedBatch
 
 __all__ = [
@@ -181,7 +182,7 @@ class Seq2SeqOutput(Seq2SeqLMOutput, _NamedFields):
 
 
 def has_cache(output: ModelOutput) -> bool:
-    return not {"past_key_values", "cache"}.isdisjoint(output.keys())
+    return given_cache(dict(output)) is not None
 
 
 def returns_tuple(return_dict: bool | None, config: Any) -> bool:

@@ -51,6 +51,7 @@ from stamp_kernels.integrations.transformers.t5_stacks import (
 from stamp_kernels.integrations.transformers.versions import (
     MODEL_ARGUMENTS,
     base_parameters,
+    given_cache,
     head_scale,
     in_order_of,
 )
@@ -106,13 +107,13 @@ class StampT5Model(StampedModel, T5Model):
     def forward(self, **kwargs: Any) -> Any:
         """T5's forward, see PackedT5Decoder for when the decoder runs packed."""
         wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
-        if kwargs.get("use_cache") is None and wants_tuple:
-            kwargs["use_cache"] = self.config.use_cache  # a tuple has the base model's length
+        wants_cache = _wants_cache(self.config, kwargs)
+        kwargs["use_cache"] = _use_cache(self, kwargs, wants_tuple)
         output = super().forward(**kwargs)
         if wants_tuple:
             return output
         states = Seq2SeqStates(**output)
-        states.lacks_cache = _wants_cache(self.config, kwargs) and not has_cache(output)
+        states.lacks_cache = wants_cache and not has_cache(output)
         return states
 
 
@@ -313,10 +314,9 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         encoder_outputs = histories.encoder_outputs
         if encoder_outputs is None:
             encoder_outputs = self._encode(histories, kwargs)
-        if isinstance(encoder_outputs, SharedEncoderOutput):
-            cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
-            if kwargs.get("output_attentions") or has_static_cache(cache):
-                encoder_outputs = encoder_outputs.repeated()
+        needs_copies = kwargs.get("output_attentions") or has_static_cache(given_cache(kwargs))
+        if needs_copies and isinstance(encoder_outputs, SharedEncoderOutput):
+            encoder_outputs = encoder_outputs.repeated()
         if isinstance(encoder_outputs, SharedEncoderOutput):
             given = kwargs.get("decoder_input_ids")
             given = kwargs.get("decoder_inputs_embeds") if given is None else given
@@ -325,9 +325,8 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             states, mask, positions = _padded_states(encoder_outputs, histories.attention_mask)
         fields = {} if isinstance(encoder_outputs, tuple) else dict(encoder_outputs)
         wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
-        if wants_tuple and kwargs.get("use_cache") is None:
-            kwargs["use_cache"] = self.config.use_cache  # a tuple has the base model's length
-        kwargs["return_dict"] = True
+        wants_cache = _wants_cache(self.config, kwargs)
+        kwargs |= dict(return_dict=True, use_cache=_use_cache(self, kwargs, wants_tuple))
         output = super().forward(
             attention_mask=mask,
             encoder_outputs=BaseModelOutput(
@@ -342,7 +341,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             output.loss = _share((labels != IGNORE_INDEX).sum(), num_items_in_batch, output.loss) * output.loss
         if wants_tuple:
             return output.to_tuple()
-        lacks_cache = _wants_cache(self.config, kwargs) and not has_cache(output)
+        lacks_cache = wants_cache and not has_cache(output)
         return Seq2SeqOutput.of_base(
             output, lacks_cache=lacks_cache, encoder_attention_mask=mask, encoder_positions=positions
         )
@@ -453,6 +452,17 @@ def head_inputs(model: T5ForConditionalGeneration, states: Tensor) -> Tensor:
 def _wants_cache(config: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the base model's output would have a cache."""
     return bool(getattr(config, "use_cache", True) if kwargs.get("use_cache") is None else kwargs["use_cache"])
+
+
+def _use_cache(model: T5PreTrainedModel, kwargs: dict[str, Any], wants_tuple: bool) -> bool | None:
+    """use_cache for T5's own forward. None leaves it to the decoder, and before 5.0 to the config."""
+    given: bool | None = kwargs.get("use_cache")
+    if given is not None:
+        return given
+    if wants_tuple:
+        return model.config.use_cache  # a tuple has the base model's length
+    packs = model.training and given_cache(kwargs) is None and getattr(model.decoder, "takes_packed", False)
+    return False if packs else None
 
 
 def _share(num_labels: Tensor, num_items_in_batch: Tensor | int, loss: Tensor) -> Tensor:

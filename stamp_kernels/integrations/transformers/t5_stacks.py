@@ -94,7 +94,7 @@ class PackedT5Attention(StampedModule, T5Attention):
             output = super().forward(hidden_states, mask, key_value_states, position_bias, *args, **kwargs)
             return cast(tuple[Any, ...], output)
         states = self.o(attended.reshape(*hidden_states.shape[:2], self.inner_dim))
-        return attention_outputs(states, position_bias, kwargs.get("past_key_value"))
+        return attention_outputs(states, position_bias, kwargs)
 
     def _bias_table(self, hidden_states: Tensor) -> Tensor:
         num_buckets = self.relative_attention_num_buckets

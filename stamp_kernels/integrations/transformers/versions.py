@@ -3,7 +3,13 @@
 | | 4.47 to 4.55 | 4.56, 4.57 | 5.x |
 |---|---|---|---|
 | attention returns | states, cache, bias | states, bias | states, bias, weights |
+| attention functions | eager | eager | named in the config of the attention |
+| a block needs positions | yes | yes | no |
 | gradient checkpointing | in the loop of the stack | in the block | in the block |
+| the cache's name | `past_key_values` | `past_key_values` | `past_key_values`, in the newest `cache` |
+| hidden states and maps are recorded | in the loop | in the loop | by hooks, for classes in a table |
+| T5's forward takes further arguments | no | no | yes, and hands them to its stacks |
+| head masks are before encoder_outputs by place | yes | yes | there are none |
 | states are scaled before the head | if embeddings are tied | if embeddings are tied | `config.scale_decoder_outputs` |
 
 The masks reach the attention of a block in the same way everywhere: `attention_mask` of a block is `mask` of its
@@ -40,6 +46,7 @@ __all__ = [
     "attention_implementation",
     "attention_outputs",
     "base_parameters",
+    "given_cache",
     "head_scale",
     "in_order_of",
     "let_record",
@@ -51,13 +58,14 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 _ATTENTION_PARAMETERS = inspect.signature(T5Attention.forward).parameters
 _ATTENTION_RETURNS_CACHE = "past_key_value" in _ATTENTION_PARAMETERS
 _ATTENTION_RETURNS_WEIGHTS = "output_attentions" not in _ATTENTION_PARAMETERS
+_CACHE_NAMES = ("past_key_values", "cache")
 _BLOCKS_HAVE_POSITIONS = "cache_position" in inspect.signature(T5Block.forward).parameters
 
 
-def attention_outputs(states: Tensor, position_bias: Tensor | None, cache: Any = None) -> tuple[Any, ...]:
-    """What T5Attention.forward returns, without attention maps."""
+def attention_outputs(states: Tensor, position_bias: Tensor | None, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What T5Attention.forward returns, without attention maps. Old releases return the cache of its arguments."""
     if _ATTENTION_RETURNS_CACHE:
-        return states, cache, position_bias
+        return states, arguments.get("past_key_value"), position_bias
     return (states, position_bias, None) if _ATTENTION_RETURNS_WEIGHTS else (states, position_bias)
 
 
@@ -106,6 +114,11 @@ def _parameters_and_options(forward: Callable[..., Any]) -> set[str]:
 # The keyword arguments that have a meaning for T5's own forward, and for that of its stacks.
 MODEL_ARGUMENTS = _parameters_and_options(T5ForConditionalGeneration.forward)
 STACK_ARGUMENTS = _parameters_and_options(T5Stack.forward)
+
+
+def given_cache(arguments: dict[str, Any]) -> Any:
+    """The cache among keyword arguments, or in an output. None if there is none."""
+    return next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def head_scale(model: T5ForConditionalGeneration) -> float:
