@@ -180,9 +180,9 @@ def apply_stamp(
     """Run a Hugging Face model on packed sequences, prune them (SAP), and predict further items in training (MAP).
 
     In place; `remove_stamp` undoes it. Parameters, their names and the model's inputs do not change. Without pruning
-    and prediction, outputs and gradients do not change either, with two exceptions: states on padding are 0, and the
+    and prediction, outputs and gradients do not change either, with three exceptions: states on padding are 0; the
     decoder attends to nothing of a history without tokens (an attention_mask row of zeros), where the base model
-    attends uniformly to its padding.
+    attends uniformly to its padding; and labels that a decoder_attention_mask hides have no loss.
 
     The heads of the prediction are `model.stamp_prediction`; only their parameters are new. Both configurations are
     stored in `model.config.stamp`, so that `save_pretrained` writes them and `from_pretrained` of the stamped class
@@ -257,6 +257,9 @@ def stamp_status(model: PreTrainedModel) -> StampStatus:
     if not isinstance(model, StampedModule):
         raise ValueError(f"model must be stamped, got {type(model).__name__}: call apply_stamp(model)")
     status = stamping.check(model, None, None)
+    for name in status.padded:
+        if isinstance(model.get_submodule(name), StampedModule):
+            status.padded[name] += ", but was changed after apply_stamp and still runs packed: call it again"
     new = [name for name in status.packed if not isinstance(model.get_submodule(name), StampedModule)]
     if not new:
         return status

@@ -1,8 +1,9 @@
 """What stamped models return: the outputs of their base models, and what pruning and prediction add."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import (
     BaseModelOutput,
@@ -13,7 +14,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import ModelOutput
 
 from stamp_kernels.integrations.transformers.encoded import PackedStates, with_states_behind
-from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, layout_on_the_left
+from stamp_kernels.integrations.transformers.padded_layout import PaddedLayout, layout_on_the_left, version_of
 from stamp_kernels.integrations.transformers.versions import given_cache
 from stamp_kernels.packed import PackedBatch
 
@@ -97,10 +98,13 @@ class EncoderOutput(BaseModelOutput, _NamedFields):
         cls, packed: PackedBatch, layout: PaddedLayout, inputs: PaddedLayout | None = None
     ) -> "EncoderOutput":
         """Packed states padded in a layout, which a decoder recognizes; `inputs` is the layout before pruning."""
+        attention_mask = layout.mask.clone()  # the caller may change it
+        if not torch.compiler.is_compiling():  # graphs do not know versions
+            layout = replace(layout, given=(attention_mask, version_of(attention_mask)))
         behind = PackedStates(packed, layout, inputs)
         return cls(
             last_hidden_state=with_states_behind(layout.pad(packed.values), behind),
-            attention_mask=layout.mask,
+            attention_mask=attention_mask,
             positions=layout.pad(packed.materialized_positions()),
         )
 
@@ -177,7 +181,7 @@ class Seq2SeqOutput(Seq2SeqLMOutput, _NamedFields):
         if not lacks_cache:
             object.__setattr__(extended, "places_of_base", len(output.keys()))
         for name, value in fields.items():
-            object.__setattr__(extended, name, value)  # that of ModelOutput adds a key
+            object.__setattr__(extended, name, value)  # ModelOutput's own makes it a key in transformers 5
         return extended
 
 

@@ -30,9 +30,8 @@ class PaddedLayout:
 
     def is_made_with(self, mask: Tensor) -> bool:
         """Whether a mask `[B, S]` says the same as this layout's."""
-        if mask is self.mask or (
-            self.given is not None and mask is self.given[0] and version_of(mask) == self.given[1]
-        ):
+        given, version = (None, None) if self.given is None else self.given
+        if mask is given and version is not None and version_of(mask) == version:
             return True
         return mask.shape == self.mask.shape and torch.equal(mask.bool(), self.mask)
 
@@ -79,7 +78,7 @@ def pack_padded(inputs: Tensor, attention_mask: Tensor | None) -> tuple[PackedBa
         if attention_mask.shape != (batch, length):
             raise ValueError(f"attention_mask must have shape {[batch, length]}, got {list(attention_mask.shape)}")
         pack_by_mask = _pack_at_capacity if torch.compiler.is_exporting() else _pack_by_mask
-        packed, layout = pack_by_mask(inputs, attention_mask.bool())
+        packed, layout = pack_by_mask(inputs, attention_mask != 0)  # not the caller's tensor, which may change
         if not torch.compiler.is_compiling():  # graphs do not know versions
             layout = replace(layout, given=(attention_mask, version_of(attention_mask)))
         return packed, layout

@@ -222,7 +222,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             found = ", ".join(options)
             raise ValueError(f"{found}: packed stacks do not have this, and {needing} with labels needs them")
         # In evaluation T5 returns a cache by default.
-        wants_cache = not self.training and kwargs.get("use_cache") is None and self.config.use_cache
+        wants_cache = not self.training and _wants_cache(self.config, kwargs)
         if labels is None or options or (wants_cache and not skip_logits and packed_inputs is None):
             return self._forward_of_base(
                 histories,
@@ -262,7 +262,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         return self.training and self.stamp_prediction is not None
 
     def shares_sources(self) -> bool:
-        """Whether the beams of a search may share their history, which a subclass's own forward may want to read."""
+        """Whether the beams of a search may share their history. A forward of a subclass may read the states."""
         is_own = type(self).forward is StampT5ForConditionalGeneration.forward
         return is_own and bool(getattr(self.decoder, "takes_packed", False)) and not torch.compiler.is_compiling()
 
@@ -277,7 +277,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             ValueError: an argument is unknown.
         """
         options = options_of_base(self.config, **kwargs)
-        unknown = [name for name in options if name.split(" ")[0] not in MODEL_ARGUMENTS]
+        unknown = [name for name, value in kwargs.items() if value is not None and name not in MODEL_ARGUMENTS]
         if unknown and getattr(self.encoder, "takes_packed", False):  # an encoder with a forward of its own may know it
             raise ValueError(f"forward takes no {', '.join(unknown)}")
         if returns_tuple(kwargs.get("return_dict"), self.config):
@@ -323,10 +323,20 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             states, mask, positions = encoder_outputs.states(cast(Tensor, given).shape[0]), None, None
         else:
             states, mask, positions = _padded_states(encoder_outputs, histories.attention_mask)
-        fields = {} if isinstance(encoder_outputs, tuple) else dict(encoder_outputs)
+        names = ("last_hidden_state", "hidden_states", "attentions")
+        fields = (
+            encoder_outputs
+            if isinstance(encoder_outputs, BaseModelOutput)
+            else dict(zip(names, encoder_outputs, strict=False))
+        )
         wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
         wants_cache = _wants_cache(self.config, kwargs)
         kwargs |= dict(return_dict=True, use_cache=_use_cache(self, kwargs, wants_tuple))
+        labels, seen = kwargs.get("labels"), kwargs.get("decoder_attention_mask")
+        if labels is not None and seen is not None and seen.dim() == 2:
+            if kwargs.get("decoder_input_ids") is None and kwargs.get("decoder_inputs_embeds") is None:
+                kwargs["decoder_input_ids"] = self._shift_right(labels)
+            kwargs["labels"] = labels = labels.masked_fill(seen == 0, IGNORE_INDEX)
         output = super().forward(
             attention_mask=mask,
             encoder_outputs=BaseModelOutput(
@@ -336,7 +346,6 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             ),
             **kwargs,
         )
-        labels = kwargs.get("labels")
         if labels is not None and num_items_in_batch is not None:
             output.loss = _share((labels != IGNORE_INDEX).sum(), num_items_in_batch, output.loss) * output.loss
         if wants_tuple:
@@ -389,7 +398,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
         if skip_logits:
             loss = next_token_loss(self.lm_head, states.values, packed_labels, num_labels)
         else:
-            # The loss is a function of the logits that are returned, whose gradient somebody may want.
+            # From the logits that are returned, so that they have a gradient.
             logits = decoder_layout.pad(self.lm_head(states.values))
             seen_labels = labels.masked_fill(~decoder_layout.mask, IGNORE_INDEX)
             loss = loss_of_logits(logits.flatten(0, 1), seen_labels.flatten(), num_labels)
@@ -487,5 +496,5 @@ def _packed_source(encoder_outputs: BaseModelOutput | tuple[Tensor, ...], attent
         return encoder_outputs.packed
     states, mask, _ = _padded_states(encoder_outputs, attention_mask)
     behind = states_behind(states)
-    is_known = isinstance(behind, PackedStates) and mask is behind.layout.mask
+    is_known = isinstance(behind, PackedStates) and behind.mask_beside(mask) is behind.layout.mask
     return cast(PackedStates, behind).read(states) if is_known else pack_padded(states, mask)[0]

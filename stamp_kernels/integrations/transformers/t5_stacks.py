@@ -164,6 +164,7 @@ class PackedT5Attention(StampedModule, T5Attention):
             source.packed.max_seqlen,
             tiles_k=source.packed.tiles,
             scale=self._scale(),
+            dropout_p=self.dropout if self.training else 0.0,
         )
 
     def _scale(self) -> float:
@@ -193,7 +194,9 @@ class PackedT5Stack(StampedModule, T5Stack):
     def embeds_by_token(self) -> bool:
         """Whether embed_tokens looks tokens up one by one, so that it may be given packed ones."""
         embed_tokens = getattr(self, "embed_tokens", None)  # some models delete it
-        return _is_plain_embedding(embed_tokens) and "forward" not in vars(embed_tokens)
+        # Hooks may need ids [B, S] too.
+        is_changed = embed_tokens is None or "forward" in vars(embed_tokens) or any(_hooks(embed_tokens))
+        return _is_plain_embedding(embed_tokens) and not is_changed
 
     def padded_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Token ids `[B, S]` or embeddings `[B, S, d_model]`, whichever can be packed."""
@@ -233,6 +236,10 @@ class PackedT5Stack(StampedModule, T5Stack):
 
 def _is_plain_embedding(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_pre_hooks, module._forward_hooks
 
 
 def _adapted(module: nn.Module) -> nn.Module:
@@ -288,6 +295,8 @@ class PackedT5Encoder(PackedTrunk, PackedT5Stack):
             return super().forward(input_ids, attention_mask, **padded, inputs_embeds=inputs_embeds, **kwargs)
         collected: list[PackedBatch] | None = [] if self.wants_hidden_states(kwargs) and not self.is_pruned else None
         if packed_inputs is not None:
+            if kwargs.get("output_hidden_states"):
+                raise ValueError("output_hidden_states needs padded inputs, got packed_inputs")
             output = EncoderOutput(packed=self.encode_packed(packed_inputs))
         else:
             packed, layout = self.pack_inputs(self.padded_inputs(input_ids, inputs_embeds), attention_mask)

@@ -96,6 +96,9 @@ def _why_padded(name: str, stack: T5Stack) -> str | None:
         implementation = attention_implementation(attention)
         if implementation not in _KNOWN_ATTENTION and not str(implementation).startswith("flash_attention"):
             return f'attn_implementation="{implementation}" is not T5\'s, and packed sequences would not run it'
+    like = next(stack.block.parameters()).new_empty(stack.config.d_model)  # a state
+    if mixes_tokens(stack.final_layer_norm, like):
+        return f"final_layer_norm, a {type(stack.final_layer_norm).__name__}, mixes tokens, and would mix histories"
     for number, block in enumerate(stack.block, start=1):
         expected = 2 if stack.is_decoder else 1
         found = sum(isinstance(module, T5Attention) for module in block.modules())
@@ -104,12 +107,12 @@ def _why_padded(name: str, stack: T5Stack) -> str | None:
         for inner, module in block.named_modules():
             # The layers and norms around the attention.
             is_probed = inner.endswith(("layer_norm", "layer.1", "layer.2")) and not _attentions(module)
-            if is_probed and mixes_tokens(module, stack.config.d_model):
+            if is_probed and mixes_tokens(module, like):
                 return f"{inner} of block {number}, a {type(module).__name__}, mixes tokens, and would mix histories"
         foreign = [
             module for module in (block, *getattr(block, "layer", ())) if _attentions(module) and not _is_t5(module)
         ]
-        if foreign and _mixes_histories(stack, block):
+        if foreign and _mixes_histories(stack, block, like):
             return f"block {number} mixes histories, or counts their tokens, in {type(foreign[0]).__name__}.forward"
     return None
 
@@ -119,7 +122,7 @@ def _is_t5(module: nn.Module) -> bool:
     return "forward" not in vars(module) and inspect.unwrap(type(module).forward).__module__ == T5Stack.__module__
 
 
-def _mixes_histories(stack: T5Stack, block: nn.Module) -> bool:
+def _mixes_histories(stack: T5Stack, block: nn.Module, like: Tensor) -> bool:
     """Runs a packed copy of the block on two histories, together and one by one."""
     block = copy.deepcopy(block)
     for attention in _attentions(block).values():
@@ -142,11 +145,11 @@ def _mixes_histories(stack: T5Stack, block: nn.Module) -> bool:
         check_consumed(block, 0, packing, cross)
         return output
 
-    return differs_in_parts(block, config.d_model, run)
+    return differs_in_parts(block, like, run)
 
 
 def _skip_dropped_states(model: nn.Module, pruning: PruningConfig | None) -> None:
-    """With layout="original" a decoder takes no state of 0 for one of a token, whatever mask it is given."""
+    """With layout="original" a decoder ignores encoder states of 0, whatever mask it is given."""
     for stack in _stacks(model).values():
         if isinstance(stack, PackedT5Decoder):
             stack.stamp_skips_zeros = pruning is not None and pruning.layout == "original"
@@ -154,24 +157,30 @@ def _skip_dropped_states(model: nn.Module, pruning: PruningConfig | None) -> Non
 
 def _pack(model: nn.Module, status: StampStatus, pruning: PruningConfig | None) -> None:
     for name, stack in _stacks(model).items():
-        if name in status.packed:
-            stack.__class__ = stamped_class(type(stack), _packed_stack(stack))
-            let_record(type(stack))
-            for attention in _attentions(stack).values():
-                attention.__class__ = stamped_class(type(attention), PackedT5Attention)
-            if isinstance(stack, PackedT5Encoder):
-                stack.set_pruning(pruning)
+        if name not in status.packed:
+            _unpack_stack(stack)  # it may have been packed before somebody changed it
+            continue
+        stack.__class__ = stamped_class(type(stack), _packed_stack(stack))
+        let_record(type(stack))
+        for attention in _attentions(stack).values():
+            attention.__class__ = stamped_class(type(attention), PackedT5Attention)
+        if isinstance(stack, PackedT5Encoder):
+            stack.set_pruning(pruning)
     _skip_dropped_states(model, pruning)
 
 
 def _unpack(model: nn.Module) -> None:
     for stack in _stacks(model).values():
-        if isinstance(stack, PackedT5Encoder):
-            stack.remove_pruning()
-        if isinstance(stack, PackedT5Decoder):
-            del stack.stamp_skips_zeros
-        for module in (*_attentions(stack).values(), stack):
-            module.__class__ = own_class(type(module))
+        _unpack_stack(stack)
+
+
+def _unpack_stack(stack: T5Stack) -> None:
+    if isinstance(stack, PackedT5Encoder):
+        stack.remove_pruning()
+    if isinstance(stack, PackedT5Decoder):
+        del stack.stamp_skips_zeros
+    for module in (*_attentions(stack).values(), stack):
+        module.__class__ = own_class(type(module))
 
 
 def _packed_stack(stack: T5Stack) -> type[StampedModule]:

@@ -18,30 +18,30 @@ from transformers.models.t5.modeling_t5 import (
 __all__ = ["differs_in_parts", "mixes_tokens"]
 
 _TOKENWISE = (T5LayerFF, T5DenseActDense, T5DenseGatedActDense, T5LayerNorm, nn.Linear, nn.Dropout, nn.Identity)
+_ALONG_OTHERS = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
 _TOKENWISE_FILES = ("torch.nn.modules.activation", "transformers.activations", "peft.tuners")
 
 
-def mixes_tokens(module: nn.Module, width: int) -> bool:
-    """Whether the output of a module for a token `[1, 1, width]` depends on other tokens.
+def mixes_tokens(module: nn.Module, like: Tensor) -> bool:
+    """Whether the output of a module for a token depends on other tokens. A token is like `like`, `[width]`.
 
     Known classes do not. Others are run once on random states, see `differs_in_parts`.
     """
     if all(_is_known(each) for each in module.modules()):
         return False
-    return differs_in_parts(module, width, lambda states, *lengths: _states(module(states)))
+    return differs_in_parts(module, like, lambda states, *lengths: _states(module(states)))
 
 
-def differs_in_parts(module: nn.Module, width: int, run: Callable[..., Tensor]) -> bool:
+def differs_in_parts(module: nn.Module, like: Tensor, run: Callable[..., Tensor]) -> bool:
     """Whether `run(states, 3, 4)`, on random states `[1, 7, width]`, is not what it gives for 3 and for 4 of them.
 
     In evaluation, without gradients. A module that cannot be run like that, for example because its parameters are on
     the meta device, is trusted: False.
     """
-    parameter = next(module.parameters(), None)
-    if parameter is None or parameter.is_meta:
+    if like.is_meta:
         return False
-    states = torch.randn(1, 7, width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    states = states.to(parameter.device, parameter.dtype if parameter.is_floating_point() else None)
+    states = torch.randn(1, 7, *like.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    states = states.to(like.device, like.dtype if like.is_floating_point() else None)
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -61,6 +61,8 @@ def differs_in_parts(module: nn.Module, width: int, run: Callable[..., Tensor]) 
 
 
 def _is_known(module: nn.Module) -> bool:
+    if "forward" in vars(module) or isinstance(module, _ALONG_OTHERS):
+        return False
     return type(module) in _TOKENWISE or type(module).__module__.startswith(_TOKENWISE_FILES)
 
 

@@ -627,3 +627,54 @@ def test_gradients_flow_through_the_states(padding_side):
         found.append((states.grad[mask.bool()], each.encoder.block[0].layer[1].DenseReluDense.wi.weight.grad))
     for expected, got in zip(*found, strict=True):
         assert expected.any() and relative_error(got, expected) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+@pytest.mark.parametrize("changed", ["the mask of the inputs", "the mask of the output"])
+def test_a_mask_that_is_changed_in_place_counts(changed, dtype):
+    base = T5Model(tiny_t5(torch.float64).config).double().train()
+    model = apply_stamp(copy.deepcopy(base))
+    batch = padded_batch((5, 9, 7))
+    mask = batch["attention_mask"].to(dtype)
+    states = {each: each.encoder(input_ids=batch["input_ids"], attention_mask=mask) for each in (base, model)}
+    if changed == "the mask of the output":
+        mask = states[model].attention_mask
+    mask[:, 1] = 0
+    expected, got = (
+        each.decoder(
+            input_ids=batch["labels"],
+            encoder_hidden_states=states[each].last_hidden_state,
+            encoder_attention_mask=mask,
+        ).last_hidden_state
+        for each in (base, model)
+    )
+    assert_close(got, expected)
+
+
+def test_encoder_outputs_as_tuples_keep_their_hidden_states():
+    base = tiny_t5().eval()
+    model = apply_stamp(copy.deepcopy(base))
+    batch = padded_batch()
+    states = base.encoder(input_ids=batch["input_ids"], output_hidden_states=True)
+    for given in (states.to_tuple(), [states[0]]):
+        found = [each(encoder_outputs=given, decoder_input_ids=batch["labels"]) for each in (base, model)]
+        assert_close(found[1].logits, found[0].logits)
+        assert (found[1].encoder_hidden_states is None) == (found[0].encoder_hidden_states is None)
+
+
+def test_labels_that_a_decoder_mask_hides_have_no_loss():
+    """In training, and in evaluation with a cache and without."""
+    model = apply_stamp(tiny_t5(torch.float64))
+    batch = padded_batch()
+    mask = torch.ones_like(batch["labels"])
+    mask[1:, 2:] = 0
+    losses = [
+        model.train(training)(**batch, decoder_attention_mask=mask, **options).loss
+        for training, options in ((True, {}), (False, {}), (False, dict(use_cache=False)))
+    ]
+    expected = model.train()(
+        **batch | dict(labels=batch["labels"].masked_fill(mask == 0, -100)),
+        decoder_input_ids=model._shift_right(batch["labels"]),
+    ).loss
+    for loss in losses:
+        assert_close(loss, expected)

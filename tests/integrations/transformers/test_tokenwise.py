@@ -40,6 +40,17 @@ class Mean(Convolution):
         return states + states.mean(1, keepdim=True) + 0 * self.layers.bias
 
 
+class WithoutParameters(nn.Module):
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.fft.fft2(states).real
+
+
+def patched() -> nn.Module:
+    layer = tiny_t5().encoder.block[0].layer[-1]
+    layer.DenseReluDense.forward = lambda states: states.cumsum(1)
+    return layer
+
+
 class Failing(Convolution):
     def forward(self, states: Tensor) -> Tensor:
         raise RuntimeError("needs a GPU")
@@ -52,6 +63,9 @@ class Failing(Convolution):
         (Convolution(), True),
         (Mean(), True),
         (nn.GRU(WIDTH, WIDTH, batch_first=True), True),
+        (WithoutParameters(), True),
+        (patched(), True),
+        (nn.Softmax(dim=1), True),
         (Failing(), False),
         (Convolution().to("meta"), False),
         (tiny_t5().encoder.block[0].layer[-1], False),
@@ -62,7 +76,7 @@ class Failing(Convolution):
 def test_mixes_tokens(module, expected):
     before = torch.get_rng_state()
     modes = [each.training for each in module.modules()]
-    assert mixes_tokens(module, WIDTH) == expected
+    assert mixes_tokens(module, next(module.parameters(), torch.empty(0)).new_empty(WIDTH)) == expected
     assert torch.equal(torch.get_rng_state(), before) and [each.training for each in module.modules()] == modes
 
 
@@ -74,21 +88,25 @@ def test_a_replaced_layer_runs_packed():
     assert relative_error(model(**batch).logits, base(**batch).logits) < 1e-5
 
 
-@pytest.mark.parametrize("place", ["layer", "inside a layer", "norm"])
+@pytest.mark.parametrize("place", ["layer", "inside a layer", "norm", "last norm"])
 def test_a_stack_that_mixes_tokens_stays_padded(place):
     base = tiny_t5().eval()
     layers = base.encoder.block[1].layer
     if place == "layer":
         layers[-1] = Convolution().eval()
+    elif place == "last norm":
+        base.encoder.final_layer_norm = Convolution().eval()
     elif place == "norm":
         layers[0].layer_norm = Convolution().eval()
     else:
         layers[-1].DenseReluDense = Convolution().eval()
     model, batch = copy.deepcopy(base), padded_batch()
-    with pytest.warns(UserWarning, match=r"encoder: padded, because layer\..* of block 2, a .*, mixes tokens"):
+    with pytest.warns(
+        UserWarning, match=r"encoder: padded, because (layer\..* of block 2|final_layer_norm), a .*, mixes"
+    ):
         apply_stamp(model)
     assert relative_error(model(**batch).logits, base(**batch).logits) < 1e-5
-    with pytest.raises(ValueError, match="pruning needs an encoder that runs packed: layer"):
+    with pytest.raises(ValueError, match=r"pruning needs an encoder that runs packed: (layer|final)"):
         apply_stamp(base, pruning=PruningConfig())
 
 
@@ -166,3 +184,15 @@ def test_dropped_states_are_not_read_from_a_copy(mask):
             encoder_attention_mask=None if mask == "none" else batch["attention_mask"],
         )
         assert relative_error(got.last_hidden_state, expected.last_hidden_state) < 1e-9
+
+
+def test_a_stack_that_is_changed_later_is_unpacked_by_the_next_apply_stamp():
+    base = tiny_t5().eval()
+    model = apply_stamp(copy.deepcopy(base), pruning=PruningConfig())
+    model.encoder.block[1].layer[-1] = base.encoder.block[1].layer[-1] = Convolution().eval()
+    assert "still runs packed" in str(stamp_status(model))
+    with pytest.warns(UserWarning, match="encoder: padded"):
+        apply_stamp(model)
+    assert type(model.encoder) is type(base.encoder)
+    batch = padded_batch()
+    assert relative_error(model(**batch).logits, base(**batch).logits) < 1e-5
