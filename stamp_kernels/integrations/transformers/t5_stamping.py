@@ -29,7 +29,7 @@ from stamp_kernels.integrations.transformers.t5 import (
 )
 from stamp_kernels.integrations.transformers.t5_stacks import PackedT5Attention, PackedT5Decoder, PackedT5Encoder
 from stamp_kernels.integrations.transformers.tokenwise import differs_in_parts, mixes_tokens
-from stamp_kernels.integrations.transformers.versions import attention_implementation, let_record
+from stamp_kernels.integrations.transformers.versions import attention_implementation, call_block, let_record
 from stamp_kernels.packed import PackedBatch
 
 __all__: list[str] = []  # importing it registers T5's classes
@@ -137,11 +137,11 @@ def _mixes_histories(stack: T5Stack, block: nn.Module, like: Tensor) -> bool:
         batch = PackedBatch(states[0], offsets, max(lengths))
         packing, bias = Packing(batch), bias_table.to(states)
         if not stack.is_decoder:
-            output: Tensor = block(states, packing, bias)[0]
+            output: Tensor = call_block(block, states, packing, bias)[0]
             check_consumed(block, 0, packing)  # an attention without its mask fails here, as it will when it runs
             return output
         cross = CrossPacking(batch, offsets, max(lengths), None)
-        output = block(states, packing, bias, states, cross)[0]  # a history reads itself as its source
+        output = call_block(block, states, packing, bias, states, cross)[0]  # a history reads itself as its source
         check_consumed(block, 0, packing, cross)
         return output
 

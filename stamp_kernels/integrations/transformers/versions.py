@@ -46,6 +46,7 @@ __all__ = [
     "attention_implementation",
     "attention_outputs",
     "base_parameters",
+    "call_block",
     "given_cache",
     "head_scale",
     "in_order_of",
@@ -83,19 +84,23 @@ def let_record(stack_class: type[PreTrainedModel]) -> None:
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(stack_class), getattr(stack_class, "_can_record_outputs", None))
 
 
+def call_block(block: nn.Module, *args: Any) -> Any:
+    """The output of a block: states, position bias."""
+    if not _BLOCKS_HAVE_POSITIONS:
+        return block(*args)
+    # A decoder's block adds 1 to the last position: the length of padded queries. Packed attention does not read it, so
+    # any number will do. On the CPU it costs no kernel.
+    return block(*args, cache_position=torch.zeros(1, dtype=torch.int64, device="cpu"))
+
+
 def run_block(stack: PreTrainedModel, block: nn.Module, *args: Any) -> tuple[Tensor, Tensor | None]:
     """(states, position bias) of a block of the stack, called without a cache and with gradient checkpointing if it is
     on.
     """
-    run: Callable[..., Any] = block
-    if _BLOCKS_HAVE_POSITIONS:
-        # A decoder's block adds 1 to the last position: the length of padded queries. Packed attention does not read
-        # it, so any number will do. On the CPU it costs no kernel.
-        run = functools.partial(block, cache_position=torch.zeros(1, dtype=torch.int64, device="cpu"))
+    run: Callable[..., Any] = functools.partial(call_block, block)
     # getattr: the attribute is missing before `gradient_checkpointing_enable` in some releases.
     is_checkpointed = getattr(stack, "gradient_checkpointing", False) and stack.training
     if is_checkpointed and not isinstance(block, GradientCheckpointingLayer):
-        # Only positional arguments may follow the function.
         run = functools.partial(stack._gradient_checkpointing_func, run)
     output = run(*args)
     return output[0], output[1]
