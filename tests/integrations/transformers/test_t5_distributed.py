@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import relative_error
+from t5_cases import HAS_KWARGS
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
@@ -227,8 +228,12 @@ def test_example_on_two_ranks(run_alone, data, tmp_path):
     settings = dict(data=data, dropout=0.0)
     expected = run_alone(**settings, max_tokens=2 * BUDGET)
     settings["checkpoint"] = tmp_path / "run.pt"
-    got = []
-    for parallel, steps in {"ddp": 2, "fsdp2": 4}.items():
+    got, runs = [], {"ddp": 2, "fsdp2": 4}
+    if not HAS_KWARGS:
+        # Before 5.0 T5's stacks have the model's own embedding module, under three names. torch does not load it into
+        # FSDP2 from whole tensors, with the base model neither.
+        del runs["fsdp2"]
+    for parallel, steps in runs.items():
         arguments = options(**settings, max_tokens=BUDGET, parallel=parallel, steps=steps, workers=1)
         return_code, output = torchrun(EXAMPLE, *arguments)
         assert return_code == 0, errors_in(output)
