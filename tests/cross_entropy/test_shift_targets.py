@@ -132,7 +132,7 @@ def test_opcheck():
     [
         ({"labels": torch.zeros(5)}, r"labels must have dtype torch\.int64, .*got torch\.float32"),
         ({"labels": torch.zeros(5, 1, dtype=torch.int64)}, r"labels must have shape \[T\], got \[5, 1\]"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens must have dtype torch\.int32"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, r"cu_seqlens must have dtype torch\.int32"),
         ({"steps": 0}, r"steps must be in \[1, inf\), got 0"),
         ({"stride": 0}, r"stride must be in \[1, inf\), got 0"),
     ],

@@ -325,9 +325,7 @@ class StampT5ForConditionalGeneration(PackedGeneration, StampedModel, T5ForCondi
             states, mask, positions = _padded_states(encoder_outputs, histories.attention_mask)
         names = ("last_hidden_state", "hidden_states", "attentions")
         fields = (
-            encoder_outputs
-            if isinstance(encoder_outputs, BaseModelOutput)
-            else dict(zip(names, encoder_outputs, strict=False))
+            encoder_outputs if isinstance(encoder_outputs, dict) else dict(zip(names, encoder_outputs, strict=False))
         )
         wants_tuple = returns_tuple(kwargs.get("return_dict"), self.config)
         wants_cache = _wants_cache(self.config, kwargs)
